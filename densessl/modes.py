@@ -30,13 +30,14 @@ def mode_loss(
     return (unit(z)-unit(mode)).square().sum(-1).mean()
 
 # %% ../nbs/12_modes.ipynb #f26c2796
-def _log_ratio(p, prior=None):
-    "log p_k - log pi_k, finite at p_k = 0"
-    K = p.shape[-1]
-    if prior is None: return p.clamp_min(torch.finfo(p.dtype).tiny).log() + math.log(K)
+def _safe_log(p): return p.clamp_min(torch.finfo(p.dtype).tiny).log()
+
+def _log_prior(prior, K):
+    "log pi_k, one number if the prior is uniform"
+    if prior is None: return -math.log(K)
     if prior.shape!=(K,): raise InputError(f'prior must hold one probability for each of the {K} prototypes, got shape {tuple(prior.shape)}')
     if not (prior>0).all(): raise InputError(f'prior must be > 0 everywhere, its smallest entry is {prior.min().item():g}: a prototype that may not be used makes the divergence infinite')
-    return p.clamp_min(torch.finfo(p.dtype).tiny).log() - prior.log()
+    return prior.log()
 
 @fp32
 def volume_kl(
@@ -44,7 +45,8 @@ def volume_kl(
     prior:Tensor=None,  # Share it should have, (K,), > 0, sums to 1; default uniform
 )->Tensor:              # D_KL(p_mean || prior) >= 0, (...), never NaN; gradient flows to `p_mean`
     "Volume term: how far the use of the prototypes is from the prior (FLSL, KL term)"
-    return (p_mean * _log_ratio(p_mean, prior)).sum(-1)
+    log_p, log_pi = _safe_log(p_mean), _log_prior(prior, p_mean.shape[-1])
+    return (p_mean*log_p).sum(-1) - (log_pi if prior is None else (p_mean*log_pi).sum(-1))
 
 # %% ../nbs/12_modes.ipynb #6811fc3c
 @fp32
@@ -83,7 +85,7 @@ def mean_over_ranks(
     return _MeanOverRanks.apply(x) if many else x
 
 # %% ../nbs/12_modes.ipynb #6f79957a
-_block_elements = dict(cpu=2**19, cuda=2**23)  # numbers in one block of rows: a core's cache, enough work for a GPU
+_block_elements = dict(cpu=2**20, cuda=2**23)  # numbers in one block of rows: fits a last-level cache, or is work enough for a GPU
 
 @fp32
 def _scaled(logits, temp): return logits / temp
@@ -96,10 +98,10 @@ class _PrototypeLoss(torch.autograd.Function):
         ce, p_bar = 0., 0.
         for sb,tb in zip(s.split(rows), t.split(rows)):
             log_p, q = _scaled(sb, temp_s).log_softmax(-1), _scaled(tb, temp_t).softmax(-1)
-            ce = ce - (q*log_p).sum()
+            ce = ce - q.mul_(log_p).sum()
             p_bar = p_bar + log_p.exp_().sum(0)
         p_bar = mean_over_ranks(p_bar/N)
-        c = _log_ratio(p_bar, prior)
+        c = _safe_log(p_bar) - _log_prior(prior, K)
         ctx.save_for_backward(s, t, c)
         ctx.temp_s, ctx.temp_t, ctx.rows = temp_s, temp_t, rows
         return ce/N, (p_bar*c).sum()
@@ -113,7 +115,7 @@ class _PrototypeLoss(torch.autograd.Function):
         for sb,tb,gb in zip(*(x.split(ctx.rows) for x in (s,t,grad))):
             p, q = _scaled(sb, ctx.temp_s).softmax(-1), _scaled(tb, ctx.temp_t).softmax(-1)
             w = a - (p*b).sum(-1, keepdim=True)
-            gb.copy_((w+b).mul_(p).sub_(q.mul_(a)))
+            gb.copy_((w+b).mul_(p).addcmul_(q, a, value=-1))
         return grad, None, None, None, None
 
 # %% ../nbs/12_modes.ipynb #35f2457d
