@@ -208,7 +208,8 @@ class Score:
     probe:str           # 'nearest neighbour' or 'linear', one column
     value:float         # mIoU in [0,1]
     per_class:tuple     # IoU of each class; NaN where a class occurs neither in masks nor in predictions
-    protocol:str        # Everything that the number depends on beside the model
+    protocol:str        # Everything that the number depends on beside the model and its features
+    features:str=''     # The features: layer, grid and dimensions, 'last 14x14x192'
     classes:tuple=None  # Names of the classes
 
 def protocol_id(
@@ -220,6 +221,8 @@ def protocol_id(
     size = lambda t: 'x'.join(str(o) for o in t.shape[-2:])
     return ' | '.join([f'{train.name} ({len(train)}) -> {test.name} ({len(test)})', f'image {size(test.images)} mask {size(test.masks)}',
                        *[f'{k}={v}' for k,v in settings.items()], f'densessl {__version__}'])
+
+def _described(maps, layer): return f"{'last' if layer is None else f'layer {layer}'} {maps.shape[2]}x{maps.shape[3]}x{maps.shape[1]}"
 
 def _upsampled_iou(maps, test, budget=2**24):
     "Mean IoU of the argmax of class maps, (n,C,H,W) given in pieces, upsampled to the masks"
@@ -261,6 +264,7 @@ def neighbour_labels(
         out.append(torch.einsum('qk,qkc->qc', (s/temp).softmax(-1), values[i]))
     return torch.cat(out)
 
+# %% ../nbs/60_evaluation.ipynb #caf4dd84
 @torch.no_grad()
 def nearest_neighbour_miou(
     model,                   # What `as_feature_map` takes
@@ -271,13 +275,13 @@ def nearest_neighbour_miou(
     memory:int=None,         # Largest number of patches in the memory, sampled; default all
     seed:int=0,              # Of the sampling
     label:str='model',       # Name of the model in tables
-    features=None,           # (train maps, test maps) if already extracted
+    maps=None,               # (train maps, test maps) if already extracted
     **kwargs,                # Arguments of `extract`
 )->Score:
     "Name every test patch by its nearest labelled patches"
     _check(train, test)
     if k<1 or temp<=0: raise InputError(f'k must be at least 1 and temp > 0, got k={k} and temp={temp}')
-    a, b = features or (extract(model, train, **kwargs), extract(model, test, **kwargs))
+    a, b = maps or (extract(model, train, **kwargs), extract(model, test, **kwargs))
     x, y, _ = _patches(a, train)
     if memory is not None and memory<len(x):
         i = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:memory].to(x.device)
@@ -289,11 +293,10 @@ def nearest_neighbour_miou(
             q = F.normalize(part.permute(0,2,3,1).reshape(-1,D), dim=-1)
             yield neighbour_labels(q, keys, y, k, temp).view(n,H,W,-1).permute(0,3,1,2)
     value, per_class = _upsampled_iou(classes(), test)
-    p = protocol_id(train, test, probe='nearest-neighbour', grid='x'.join(map(str, b.shape[-2:])), layer=kwargs.get('layer') or 'last',
-                    k=k, temp=temp, memory='all' if memory is None else memory, seed=seed, amp=bool(kwargs.get('amp')))
-    return Score(label, 'nearest neighbour', value, per_class, p, test.classes)
+    p = protocol_id(train, test, probe='nearest-neighbour', k=k, temp=temp, memory='all' if memory is None else memory, seed=seed, amp=bool(kwargs.get('amp')))
+    return Score(label, 'nearest neighbour', value, per_class, p, _described(b, kwargs.get('layer')), test.classes)
 
-# %% ../nbs/60_evaluation.ipynb #5f469fa0
+# %% ../nbs/60_evaluation.ipynb #1af15c96
 def fit_linear(
     x:Tensor,              # Features (P,D), standardised
     y:Tensor,              # Class shares (P,C), rows sum to 1
@@ -314,6 +317,7 @@ def fit_linear(
             opt.zero_grad(); loss.backward(); opt.step()
     return layer.requires_grad_(False)
 
+# %% ../nbs/60_evaluation.ipynb #7ae973d4
 @torch.no_grad()
 def linear_probe_miou(
     model,               # What `as_feature_map` takes
@@ -324,21 +328,20 @@ def linear_probe_miou(
     seed:int=0,          # Of the choice of patches, where there are more than `batch`
     batch:int=2**13,     # Patches a step
     label:str='model',   # Name of the model in tables
-    features=None,       # (train maps, test maps) if already extracted
+    maps=None,           # (train maps, test maps) if already extracted
     **kwargs,            # Arguments of `extract`
 )->Score:
     "Name every test patch by one linear layer fitted to the train patches"
     _check(train, test)
     if steps<1 or lr<=0: raise InputError(f'steps must be at least 1 and lr > 0, got steps={steps} and lr={lr}')
-    a, b = features or (extract(model, train, **kwargs), extract(model, test, **kwargs))
+    a, b = maps or (extract(model, train, **kwargs), extract(model, test, **kwargs))
     x, y, valid = _patches(F.normalize(a, dim=1), train)
     mean, std = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
     layer = fit_linear((x-mean)/std, y, valid, steps, lr, batch, seed)
     logits = (layer((F.normalize(part, dim=1).permute(0,2,3,1)-mean)/std).permute(0,3,1,2) for part in b.split(16))
     value, per_class = _upsampled_iou(logits, test)
-    p = protocol_id(train, test, probe='linear', grid='x'.join(map(str, b.shape[-2:])), layer=kwargs.get('layer') or 'last',
-                    steps=steps, lr=lr, batch=batch, seed=seed, amp=bool(kwargs.get('amp')))
-    return Score(label, 'linear', value, per_class, p, test.classes)
+    p = protocol_id(train, test, probe='linear', steps=steps, lr=lr, batch=batch, seed=seed, amp=bool(kwargs.get('amp')))
+    return Score(label, 'linear', value, per_class, p, _described(b, kwargs.get('layer')), test.classes)
 
 # %% ../nbs/60_evaluation.ipynb #6dd3685d
 def dense_scores(
@@ -357,27 +360,28 @@ def dense_scores(
     "Both probes on features extracted once"
     _check(train, test)
     fs = extract(model, train, **kwargs), extract(model, test, **kwargs)
-    return [nearest_neighbour_miou(model, train, test, k, temp, memory, seed, label, features=fs, **kwargs),
-            linear_probe_miou(model, train, test, steps, lr, seed, label=label, features=fs, **kwargs)]
+    return [nearest_neighbour_miou(model, train, test, k, temp, memory, seed, label, maps=fs, **kwargs),
+            linear_probe_miou(model, train, test, steps, lr, seed, label=label, maps=fs, **kwargs)]
 
 def scores_table(
     scores,             # Scores of any models and probes
-    protocol:bool=True, # Print the protocols below
+    protocol:bool=True, # Print the features and the protocols below
 )->str:                 # Aligned markdown; mIoU in percent, mean +- standard deviation where a model has several scores of one protocol
     "A row a model, a column a probe"
     scores = list(scores)
     if not scores: raise InputError('scores is empty: there is nothing to tabulate')
-    cols, rows = list(dict.fromkeys((s.probe, s.protocol) for s in scores)), list(dict.fromkeys(s.model for s in scores))
+    cols, rows = list(dict.fromkeys((s.probe, s.protocol) for s in scores)), list(dict.fromkeys((s.model, s.features) for s in scores))
     many = len({p for p,_ in cols})<len(cols)
+    names = [m for m,_ in rows]
     def cell(r, c):
-        v = torch.tensor([100*s.value for s in scores if s.model==r and (s.probe, s.protocol)==c], dtype=torch.float64)
+        v = torch.tensor([100*s.value for s in scores if (s.model, s.features)==r and (s.probe, s.protocol)==c], dtype=torch.float64)
         return '' if not len(v) else f'{v.mean():.1f}' + (f' +- {v.std():.1f} ({len(v)})' if len(v)>1 else '')
     head = ['mIoU, %', *[f'{p} [{i+1}]' if many else p for i,(p,_) in enumerate(cols)]]
-    body = [[r, *[cell(r,c) for c in cols]] for r in rows]
+    body = [[r[0] if names.count(r[0])==1 else f'{r[0]} ({r[1]})', *[cell(r,c) for c in cols]] for r in rows]
     w = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
     line = lambda row: '| ' + ' | '.join([row[0].ljust(w[0]), *[o.rjust(n) for o,n in zip(row[1:], w[1:])]]) + ' |'
     rule = '|' + '|'.join(['-'*(w[0]+2), *['-'*(n+1)+':' for n in w[1:]]]) + '|'
-    notes = [f'{f"[{i+1}] " if many else ""}{p}: {id}' for i,(p,id) in enumerate(cols)] if protocol else []
+    notes = ['features: ' + ', '.join(f'{m} {f}' for m,f in rows), *[f'{f"[{i+1}] " if many else ""}{p}: {id}' for i,(p,id) in enumerate(cols)]] if protocol else []
     return '\n'.join([line(head), rule, *map(line, body), *([''] if notes else []), *notes])
 
 # %% ../nbs/60_evaluation.ipynb #bf381f1c

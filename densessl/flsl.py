@@ -19,7 +19,7 @@ from .modes import flsl_objective
 from .views import Augment, CropSpec, Recipe
 from .encoders import DenseEncoder, dense_encoder
 from .heads import PrototypeHead
-from .callback.teacher import ema_update
+from .ema import ema_update
 
 # %% ../nbs/40_flsl.ipynb #f69a7f95
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def mean_over_ranks(
     return _MeanOverRanks.apply(x) if many else x
 
 # %% ../nbs/12_modes.ipynb #6f79957a
-_block_elements = dict(cpu=2**20, cuda=2**23)  # numbers in one block of rows: fits a last-level cache, or is work enough for a GPU
+_block_elements = dict(cpu=2**19, cuda=2**23)  # numbers in one block of rows: fits the cache, or is work enough for a GPU
 
 @fp32
 def _scaled(logits, temp): return logits / temp

@@ -77,6 +77,10 @@ def _crop_resize_one_by_one(canvas, px, flip, size):
     return x
 
 # %% ../nbs/20_views.ipynb #571be22b
+def _to(x, device):
+    "Move a tensor without waiting for what the GPU has still to do"
+    return x.to(device, non_blocking=torch.device(device).type=='cuda')
+
 def bicubic_weights(
     lo:Tensor,    # First pixel of the source, (n,)
     hi:Tensor,    # One past its last pixel, (n,)
@@ -94,7 +98,7 @@ def bicubic_weights(
 @fp32
 def _crop_resize_batched(canvas, px, flip, size):
     "The same as two matrix products for the whole batch, rounded where the other one rounds: for an accelerator"
-    S, px, flip = canvas.shape[-1], px.to(canvas.device), flip.to(canvas.device)
+    S, px, flip = canvas.shape[-1], _to(px, canvas.device), _to(flip, canvas.device)
     wx, wy = bicubic_weights(px[:,0], px[:,2], size, S), bicubic_weights(px[:,1], px[:,3], size, S)
     wx = torch.where(flip[:,None,None], wx.flip(1), wx)
     x = (canvas.float() @ wx[:,None].mT).round_().clamp_(0, 255)

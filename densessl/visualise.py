@@ -90,7 +90,7 @@ def draw_boxes(
         if not ax.images: raise InputError('the axes show no image yet: draw it first or pass hw=(height, width)')
         hw = ax.images[0].get_array().shape[:2]
     boxes = torch.as_tensor(boxes, dtype=torch.float32).detach().cpu().reshape(-1,4)
-    edge = dict(path_effects=[withStroke(linewidth=lw+1, foreground='k')])
+    edge = dict(path_effects=[withStroke(linewidth=lw+1.2, foreground='w')])
     for i,(x1,y1,x2,y2) in enumerate((boxes*torch.tensor([hw[1],hw[0]]*2) - .5).tolist()):
         flip, c = x1>x2, colour(name)
         ax.add_patch(Rectangle((min(x1,x2), y1), abs(x2-x1), y2-y1, fill=False, ec=c, lw=lw, ls='--' if flip else '-', clip_on=False, **edge))
@@ -105,7 +105,7 @@ def show_views(
     mean=(0.485,0.456,0.406),    # Normalisation of the views
     std=(0.229,0.224,0.225),
     n:int=2,                     # Photographs to show, one a row
-    size:float=1.1,              # Side of one picture, inches
+    size:float=1.4,              # Side of one picture, inches
     dpi:int=60,                  # Dots per inch
     axes=None,                   # Axes, row by row: photograph, then every view
 ):                               # Figure
