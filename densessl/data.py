@@ -200,7 +200,8 @@ def scene_dls(
     seed:int=0,            # Of the scenes and of their order
     num_workers:int=0,     # Nothing is decoded, so no process is needed
     device=None,           # None: the GPU if there is one
+    **kwargs,              # Arguments of `draw_scene`, e.g. natural=True
 )->DataLoaders:            # Batches (views, hw); `train_ds.images` holds the scenes
     "Batches of views of drawn scenes: training without a single file"
-    images = draw_scenes(n, default_canvas(recipe) if canvas is None else canvas, seed)[0]
+    images = draw_scenes(n, default_canvas(recipe) if canvas is None else canvas, seed, **kwargs)[0]
     return _loaders(SceneCanvases(images), SceneCanvases(images[:0]), recipe, bs, num_workers, seed, device, False)

@@ -69,10 +69,10 @@ class FLSLConfig:
 # %% ../nbs/40_flsl.ipynb #268c5e7e
 presets = dict(
     paper = FLSLConfig(),
-    official = FLSLConfig(normalize=False, beta_sa=0.1/384**.5, beta_ca=0.2/384**.5, flip=0., random_query=False, pos_offset=0.1),
-    scenes = FLSLConfig(img_size=64, local_size=32, local_scale=(0.1,0.4), beta_sa=10., beta_ca=20., hidden_dim=256, bottleneck_dim=64,
-                        augment=Augment(hue=0.5, saturation=0.8, gray_p=0.3), momentum=(0.99,1.), lr=8e-3, drop_path_rate=0.,
-                        pos_scale=0.25, freeze_epochs=0, temp_t=(0.04,0.04), wd=(0.04,0.04)),
+    official = FLSLConfig(normalize=False, beta_sa=0.1/384**.5, beta_ca=0.2/384**.5, flip=0., augment=Augment(blur_at=0), random_query=False, pos_offset=0.1),
+    scenes = FLSLConfig(img_size=64, local_size=32, local_scale=(0.1,0.4), beta_sa=10., beta_ca=20., hidden_dim=192, bottleneck_dim=64,
+                        augment=Augment(brightness=0.5, contrast=0.4, saturation=0.4, hue=0.05, gray_p=0.1, solarize_p=0.), momentum=(0.98,1.), lr=24e-3,
+                        drop_path_rate=0., pos_scale=0.25, freeze_epochs=0, temp_t=(0.04,0.04), wd=(0.04,0.04)),
 )
 
 # %% ../nbs/40_flsl.ipynb #593c80e4

@@ -112,7 +112,7 @@ def flsl_learner(
     if bf16: own.append(AutocastBF16())
     learn = Learner(dls, FLSL(arch, c), loss_func=FLSLLoss(c), opt_func=adamw, splitter=lambda m: split_decay(getattr(m, 'module', m).student),
                     lr=c.lr*bs/256, metrics=[LossPart(k) for k in ('intra', 'inter', 'volume')], cbs=[*own, *cbs], **kwargs)
-    learn.recorder.train_metrics = True
+    learn.recorder.train_metrics, learn.recorder.valid_metrics = True, len(dls.valid)>0
     return learn
 
 # %% ../nbs/54_learner.ipynb #b6bda46e

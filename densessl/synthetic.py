@@ -7,8 +7,10 @@ __all__ = ['TEXTURES', 'CLASSES', 'texture', 'draw_scene', 'SceneDataset', 'draw
 
 # %% ../nbs/02_synthetic.ipynb #48f729e5
 import math
+from colorsys import hsv_to_rgb
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -54,7 +56,8 @@ def draw_scene(
     generator=None,       # torch.Generator; default torch's global one
     radius=(.18,.32),     # Range of the things' radius, in sides of the scene
     periods=(8.,11.),     # Range of the textures' periods a side; `size` should be at least 6 times that
-    noise:float=.03,      # Standard deviation of the pixel noise, colours being in [0,1]
+    natural:bool=False,   # Colours by class, uneven light and much noise, see below
+    noise:float=None,     # Standard deviation of the pixel noise, colours being in [0,1]; None is 0.03, natural scenes 0.6
     box=(0.,0.,1.,1.),    # Part of the scene to draw, (x1,y1,x2,y2); x1 > x2 mirrors it
 ):                        # Image, uint8 (3,size,size); classes, int64 (size,size), an index into `CLASSES`
     "One random scene and its mask"
@@ -64,7 +67,9 @@ def draw_scene(
     U = lambda lo, hi: lo + (hi-lo)*torch.rand((), generator=g).item()
     at = (torch.arange(size)+.5)/size
     y, x = (box[1]+at*(box[3]-box[1]))[:,None], (box[0]+at*(box[2]-box[0]))[None]
-    (a, b), turn = _colours(g), U(0, 2*math.pi)
+    hsv = lambda h, s, v: torch.tensor(hsv_to_rgb(h%1, s, v))[:,None,None]
+    a, b = [hsv(U(0,1), U(0,.25), U(.3,1)) for _ in 'ab'] if natural else _colours(g)
+    turn = U(0, 2*math.pi)
     c, s = math.cos(turn), math.sin(turn)
     ramp = (x*c+y*s-min(c,0)-min(s,0))/(abs(c)+abs(s))
     img, mask = a*(1-ramp)+b*ramp, torch.zeros(size, size, dtype=torch.long)
@@ -76,8 +81,14 @@ def draw_scene(
         inside = _shape(outline, (c*dx+s*dy)/(r*stretch), (c*dy-s*dx)/(r/stretch))
         f, turn = U(*periods), U(0, math.pi)
         c, s = f*math.cos(turn), f*math.sin(turn)
-        w, (a, b) = texture(TEXTURES[kind], c*dx+s*dy, c*dy-s*dx), _colours(g)
+        w = texture(TEXTURES[kind], c*dx+s*dy, c*dy-s*dx)
+        if natural: h, s, v, dark = kind//2/3+U(-.1,.1), U(.45,1), U(.55,1), U(.25,.6)
+        a, b = (hsv(h, s, v), hsv(h, s, v*dark)) if natural else _colours(g)
         img, mask = torch.where(inside, a*(1-w)+b*w, img), mask.masked_fill(inside, kind+1)
+    if natural:
+        at = torch.stack(torch.broadcast_tensors(x, y), -1)[None]*2-1
+        img = img*(.3+.9*F.grid_sample(torch.rand(1, 1, 3, 3, generator=g), at, 'bicubic', 'border', align_corners=True)[0].clamp(0,1))
+    noise = (.6 if natural else .03) if noise is None else noise
     own = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=g)))
     img = (img + noise*torch.randn(img.shape, generator=own)).clamp(0,1)
     return (img*255).round().byte(), mask
@@ -89,22 +100,22 @@ class SceneDataset(Dataset):
     def __init__(self,
         n:int,         # Number of scenes
         size:int=64,   # Side of an image, pixels
-        seed:int=0,    # 0 to 4,293; different seeds share no scene
+        seed:int=0,    # 0 or more; seeds up to 4,293 share no scene with each other
         **kwargs,      # Further arguments of `draw_scene`
     ):
         if not 1<=n<=10**6: raise InputError(f'n must be 1 to 1,000,000 scenes, got {n}')
-        if not 0<=seed<4294: raise InputError(f'seed must be 0 to 4293, got {seed}')
+        if seed<0: raise InputError(f'seed must be 0 or more, got {seed}')
         self.n, self.size, self.seed, self.kwargs = n, size, seed, kwargs
     def __len__(self): return self.n
     def __getitem__(self, i):
         if not -self.n<=i<self.n: raise IndexError(f'scene {i} of {self.n}')
-        g = torch.Generator().manual_seed(self.seed*10**6 + i%self.n)  # torch keeps the lower 32 bits only
+        g = torch.Generator().manual_seed((self.seed*10**6 + i%self.n) % 2**32)  # torch keeps the lower 32 bits only
         return draw_scene(self.size, generator=g, **self.kwargs)
 
 def draw_scenes(
     n:int,         # Number of scenes
     size:int=64,   # Side of an image, pixels
-    seed:int=0,    # 0 to 4,293; different seeds share no scene
+    seed:int=0,    # 0 or more; seeds up to 4,293 share no scene with each other
     **kwargs,      # Further arguments of `draw_scene`
 ):                 # Images, uint8 (n,3,size,size); masks, int64 (n,size,size)
     "The scenes of a `SceneDataset`, stacked"

@@ -78,7 +78,7 @@ class CollapseMonitor(Callback):
     def after_batch(self):
         "Measure what the model has just put out"
         if not torch.isfinite(self.learn.loss.detach()).all(): return
-        if self.train_iter%self.every==0 or self.iter+1==self.n_iter:
+        if (self.train_iter-1)%self.every==0 or self.iter+1==self.n_iter:
             self.history.append(dict(step=self.train_iter, epoch=self.epoch, loss=self.learn.loss.item()) | self.measure(self.learn))
 
     def after_train(self):

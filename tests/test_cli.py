@@ -1,0 +1,148 @@
+"""The command line as a user meets it: one sentence for bad input and nothing written, a folder of results for good input."""
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+# what the console script of an installed package does
+SCRIPT = 'import sys\nfrom densessl.cli import densessl_pretrain\nsys.exit(densessl_pretrain())\n'
+
+# the same for many command lines, as most of the time goes into imports
+MANY = '''import contextlib, io, json, sys, traceback
+from densessl.cli import densessl_pretrain
+res = []
+for args in json.load(sys.stdin):
+    sys.argv, code = ['densessl_pretrain', *args], 0
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try: densessl_pretrain()
+        except SystemExit as e:
+            code = 1 if isinstance(e.code, str) else e.code
+            if isinstance(e.code, str): print(e.code, file=sys.stderr)
+        except BaseException: code = 1; traceback.print_exc()
+    res.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(res))
+'''
+TINY = '--arch vit_tiny_patch16_224 --preset scenes --img_size 32 --model_kwargs patch_size=8,embed_dim=24,depth=1,num_heads=3 --bs 8 --epochs 1 --workers 0'.split()
+
+
+def tiny(**change):
+    "The small settings with some flags changed"
+    flags = dict(zip(TINY[::2], TINY[1::2])) | {f'--{k}': str(v) for k,v in change.items()}
+    return [o for kv in flags.items() for o in kv]
+
+
+def run(home, script, args=(), **kwargs):
+    (home/'script.py').write_text(script)
+    env = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore::FutureWarning')   # torch on timm, at import
+    return subprocess.run([sys.executable, home/'script.py', *args], cwd=home, env=env, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def tree(home): return {str(p.relative_to(home)): p.stat().st_mtime_ns for p in home.rglob('*') if p.is_file() and p.name!='script.py'}
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A folder with folders of photographs, good and bad"
+    home = tmp_path_factory.mktemp('cli')
+    for d in ('photos/deeper', 'empty', 'notes', 'garbage', 'full'): (home/d).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(26):          # two are kept apart, the others make three batches: every file is read
+        im = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((48+i, 40), Image.Resampling.BICUBIC)
+        im.save(home/'photos'/('deeper' if i%2 else '')/f'{i:02}.jpg')
+    bad = home/'photos'/'deeper'/'07.jpg'
+    bad.write_bytes(bad.read_bytes()[:150] + b'not a jpeg any more')
+    for i in range(12): (home/'garbage'/f'{i}.jpg').write_bytes(b'not a photograph')
+    (home/'notes'/'a.txt').write_text('no photograph')
+    (home/'full'/'precious.txt').write_text('keep me')
+    return home
+
+
+BAD = {                                          # name -> command line, words its one line must hold
+    'no folder':           (['nowhere', *TINY], ['nowhere', 'does not exist']),
+    'a file':              (['notes/a.txt', *TINY], ['notes/a.txt', 'not a folder']),
+    'empty folder':        (['empty', *TINY], ['empty']),
+    'no images':           (['notes', *TINY], ['notes', 'no image']),
+    'none can be read':    (['garbage', *TINY], ['garbage', 'can be read']),
+    'unknown network':     (['photos', *tiny(arch='vit_tinny_patch16_224')], ['vit_tinny_patch16_224', 'did you mean', 'vit_tiny_patch16_224']),
+    'patch':               (['photos', *tiny(img_size=44)], ['patches of 8', '44']),
+    'prototypes':          (['photos', *TINY, '--n_prototypes', '5000'], ['n_prototypes', '5000']),
+    'batch of one':        (['photos', *tiny(bs=1)], ['bs', '1']),
+    'batch too large':     (['photos', *tiny(bs=100)], ['100', 'images']),
+    'folder with files':   (['photos', *TINY, '--out', 'full'], ['full', '--overwrite']),
+    'out is a file':       (['photos', *TINY, '--out', 'notes/a.txt'], ['notes/a.txt', 'folder']),
+    'preset':              (['photos', *tiny(preset='papr')], ['papr', 'paper']),
+    'method':              (['photos', *TINY, '--method', 'dino'], ['dino', 'flsl']),
+    'temperature':         (['photos', *TINY, '--beta_sa', '-1'], ['beta_sa', '-1']),
+    'arguments for timm':  (['photos', *tiny(model_kwargs='patch_size')], ['patch_size', 'name=value']),
+    'timm refuses':        (['photos', *tiny(model_kwargs='patch_sise=8')], ['patch_sise']),
+    'no epochs':           (['photos', *tiny(epochs=-1)], ['epochs', '-1']),
+    'labels':              (['photos', *TINY, '--labelled', 'notes'], ['notes']),
+}
+
+
+def check_refused(code, out, err, words):
+    assert code==1
+    lines = err.strip().split('\n')
+    assert len(lines)==1 and lines[0].startswith('densessl_pretrain: '), err
+    for w in words: assert w in lines[0], err
+
+
+@pytest.fixture(scope='module')
+def refusals(home):
+    before = tree(home)
+    r = run(home, MANY, input=json.dumps([args for args,_ in BAD.values()]))
+    assert r.returncode==0, r.stderr
+    return dict(zip(BAD, json.loads(r.stdout.splitlines()[-1]), strict=True)), before, tree(home)
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input_is_one_sentence(refusals, case): check_refused(*refusals[0][case], BAD[case][1])
+
+
+def test_bad_input_writes_nothing(home, refusals):
+    assert refusals[1]==refusals[2]
+    assert not (home/'runs').exists()
+
+
+@pytest.mark.parametrize('case', ['no folder', 'folder with files'])
+def test_bad_input_as_a_process(home, case):
+    before = tree(home)
+    r = run(home, SCRIPT, BAD[case][0])
+    check_refused(r.returncode, r.stdout, r.stderr, BAD[case][1])
+    assert tree(home)==before
+
+
+def test_a_folder_of_photographs(home):
+    r = run(home, SCRIPT, ['photos', *TINY, '--out', 'run'])
+    assert r.returncode==0, r.stderr
+    assert all(l.startswith('note: ') for l in r.stderr.splitlines()), r.stderr
+    out = home/'run'
+    assert {p.name for p in out.iterdir()} == {'backbone.safetensors', 'settings.json', 'history.csv', 'scores.json', 'picture.png'}
+    for f in out.iterdir(): assert f.name in r.stdout
+    assert '24 photographs, 3 steps' in r.stdout
+    assert '1 files could not be read' in r.stdout and '07.jpg' in r.stdout
+    assert 'random start' in r.stdout and 'flsl, 1 epochs' in r.stdout
+
+    s = json.loads((out/'settings.json').read_text())
+    assert (s['folder'], s['method'], s['preset'], s['bs'], s['epochs']) == ('photos', 'flsl', 'scenes', 8, 1)
+    assert s['model_kwargs']==dict(patch_size=8, embed_dim=24, depth=1, num_heads=3) and s['config']['img_size']==32
+    scores = json.loads((out/'scores.json').read_text())
+    assert len(scores)>=2
+    with open(out/'history.csv', newline='') as f: rows = list(csv.DictReader(f))
+    assert rows[-1]['step']=='3' and all(np.isfinite(float(rows[0][k])) for k in ('inter', 'perplexity', 'rank'))
+    with Image.open(out/'picture.png') as im: assert min(im.size)>100
+
+    with safe_open(out/'backbone.safetensors', 'pt') as f:
+        meta, state = json.loads(f.metadata()['densessl']), {k: f.get_tensor(k) for k in f.keys()}
+    net = timm.create_model(meta['arch'], **meta['model_kwargs'])
+    net.load_state_dict(state)
+    z = net.eval().forward_features(torch.zeros(1, 3, 32, 32))
+    assert z.shape==(1, 16, 24) and z.isfinite().all()
