@@ -6,7 +6,14 @@
 __all__ = ['scene_vit', 'run_folder', 'parse_kwargs', 'scenes_and_judge', 'pretrain', 'densessl_pretrain']
 
 # %% ../nbs/70_cli.ipynb #f40de7d7
-import copy, csv, json, os, sys, time, warnings
+import warnings
+
+# %% ../nbs/70_cli.ipynb #f045c23b
+warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')   # libraries talking to each other, not to the user
+warnings.filterwarnings('ignore', message='Your generator is empty')           # fastai, about the absent validation set
+
+# %% ../nbs/70_cli.ipynb #aa98342a
+import copy, csv, json, os, sys, time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -89,8 +96,10 @@ def pretrain(folder=None, method='flsl', preset=None, arch=None, model_kwargs=''
     preset = preset or ('paper' if folder else 'scenes')
     if preset not in presets: raise InputError(f'there is no preset {preset!r}: use one of {", ".join(presets)}')
     config = replace(presets[preset], **{k: v for k,v in dict(img_size=img_size, lr=lr, beta_sa=beta_sa, beta_ca=beta_ca, n_prototypes=n_prototypes).items() if v is not None})
-    if folder is None: arch, model_kwargs, bs, epochs = arch or 'vit_tiny_patch16_224', model_kwargs or ('' if arch else scene_vit), bs or 32, epochs or 32
-    else: arch, bs, epochs = arch or 'vit_small_patch16_224', bs or 64, epochs or 100
+    if folder is None and arch is None: arch, model_kwargs = 'vit_tiny_patch16_224', model_kwargs or scene_vit
+    arch = arch or 'vit_small_patch16_224'
+    if bs is None: bs = 64 if folder else 32
+    if epochs is None: epochs = 100 if folder else 32
     if epochs<1: raise InputError(f'epochs must be at least 1, got {epochs}')
     set_seed(seed)
     dls, judge, photos = _photographs(folder, config, bs, workers, seed, labelled) if folder else scenes_and_judge(config, bs, seed, n_scenes)
@@ -127,7 +136,7 @@ scene_vit = 'patch_size=8,embed_dim=64,depth=3,num_heads=4'
 # %% ../nbs/70_cli.ipynb #60aa085b
 @call_parse
 def densessl_pretrain(
-    folder:Param('Folder of photographs, searched recursively; without it, drawn scenes', str, nargs='?')=None,
+    folder:Param('Folder of photographs, searched recursively; without it, drawn scenes', str, opt=False, nargs='?')=None,
     method:Param('Method', str)='flsl',
     preset:Param('Settings to start from: paper, official or scenes', str)=None,
     arch:Param('timm name; vit_small_patch16_224 for photographs', str)=None,
