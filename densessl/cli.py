@@ -14,6 +14,7 @@ warnings.filterwarnings('ignore', message='Your generator is empty')           #
 
 # %% ../nbs/70_cli.ipynb #aa98342a
 import copy, csv, json, os, sys, time
+from typing import Annotated
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device, set_seed
-from fastcore.script import Param, bool_arg, call_parse, store_true
+from fastcore import script
+from fastcore.script import call_parse
 
 from . import __version__
 from .core import InputError
@@ -134,26 +136,29 @@ def pretrain(folder=None, method='flsl', preset=None, arch=None, model_kwargs=''
 scene_vit = 'patch_size=8,embed_dim=64,depth=3,num_heads=4'
 
 # %% ../nbs/70_cli.ipynb #60aa085b
+_help = 'Folder of photographs, searched recursively; without it, drawn scenes'
+_folder = script.Param(_help, str, opt=False, nargs='?') if hasattr(script, 'Param') else Annotated[str, _help, dict(opt=False, nargs='?')]  # fastcore 1, fastcore 2
+
 @call_parse
 def densessl_pretrain(
-    folder:Param('Folder of photographs, searched recursively; without it, drawn scenes', str, opt=False, nargs='?')=None,
-    method:Param('Method', str)='flsl',
-    preset:Param('Settings to start from: paper, official or scenes', str)=None,
-    arch:Param('timm name; vit_small_patch16_224 for photographs', str)=None,
-    model_kwargs:Param('Arguments for timm, as patch_size=8,depth=3', str)='',
-    img_size:Param('Side of the large views in pixels', int)=None,
-    bs:Param('Photographs in a batch', int)=None,
-    epochs:Param('Epochs', int)=None,
-    lr:Param('Learning rate for a batch of 256', float)=None,
-    beta_sa:Param('Inverse temperature of self-attention', float)=None,
-    beta_ca:Param('Inverse temperature of cross-attention', float)=None,
-    n_prototypes:Param('Prototypes; by default from the batch', int)=None,
-    seed:Param('Random seed', int)=0,
-    workers:Param('Processes that decode images', int)=None,
-    bf16:Param('Forward pass in bfloat16', store_true)=False,
-    labelled:Param('Folder with images/{train,val} and labels/{train,val}, scored before and after', str)=None,
-    out:Param('Folder to write to; by default runs/<method>-<number>', str)=None,
-    overwrite:Param('Write into a folder that holds files', store_true)=False,
+    folder:_folder=None,
+    method:str='flsl',      # Method
+    preset:str=None,        # Settings to start from: paper, official or scenes
+    arch:str=None,          # timm name; vit_small_patch16_224 for photographs
+    model_kwargs:str='',    # Arguments for timm, as patch_size=8,depth=3
+    img_size:int=None,      # Side of the large views in pixels
+    bs:int=None,            # Photographs in a batch; 64, scenes 32
+    epochs:int=None,        # Epochs; 100, scenes 32
+    lr:float=None,          # Learning rate for a batch of 256
+    beta_sa:float=None,     # Inverse temperature of self-attention
+    beta_ca:float=None,     # Inverse temperature of cross-attention
+    n_prototypes:int=None,  # Prototypes; by default from the batch
+    seed:int=0,             # Random seed
+    workers:int=None,       # Processes that decode images
+    bf16:bool=False,        # Forward pass in bfloat16
+    labelled:str=None,      # Folder with images/{train,val} and labels/{train,val}, scored before and after
+    out:str=None,           # Folder to write to; by default runs/<method>-<number>
+    overwrite:bool=False,   # Write into a folder that holds files
 ):
     "Pretrain a backbone, and say whether it helped"
     args = dict(locals())

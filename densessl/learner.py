@@ -57,7 +57,7 @@ class Schedules(Callback):
 # %% ../nbs/54_learner.ipynb #308c9499
 class AutocastBF16(Callback):
     "Forward pass and loss under bfloat16 autocast, on any device"
-    order = 10   # where fastai has its mixed precision
+    order,context = 10,None   # where fastai has its mixed precision
     def before_batch(self):
         "Enter autocast"
         self.context = torch.autocast(self.dls.device.type, dtype=torch.bfloat16)
@@ -74,7 +74,7 @@ class AutocastBF16(Callback):
 # %% ../nbs/54_learner.ipynb #df936fbb
 class StopIfNotFinite(Callback):
     "Stop before a loss that is not finite reaches the weights"
-    order,run_valid = -5,False
+    order,run_valid = 12,False   # after autocast was left
     def after_loss(self):
         "Look at the loss"
         if torch.isfinite(self.learn.loss.detach()): return
