@@ -5,7 +5,7 @@
     python benchmarks/flsl.py views FOLDER       images a second from JPEG files to the tensors of a step, one process
 Runs are interleaved, medians and ratios are printed, peak memory comes from a process of its own for each variant.
 """
-import argparse, copy, json, os, platform, resource, statistics, subprocess, sys, time
+import argparse, os, platform, statistics, subprocess, sys, time
 
 import torch, torch.nn.functional as F
 import timm
@@ -131,7 +131,9 @@ def peak(args):
     out = subprocess.run([sys.executable, __file__, 'peak', *map(str, args)], capture_output=True, text=True, check=True)
     return float(out.stdout.split()[-1])
 
-def rss(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
+def rss():
+    "Peak resident memory of this process, MiB; ru_maxrss would be that of the parent, were it larger"
+    with open('/proc/self/status') as f: return next(int(l.split()[1])/1024 for l in f if l.startswith('VmHWM'))
 
 def main():
     P = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -21,7 +21,8 @@ P.add_argument('photos'); P.add_argument('--camvid'); P.add_argument('--coco'); 
 P.add_argument('--epochs', type=int, default=30); P.add_argument('--bs', type=int, default=32); P.add_argument('--seed', type=int, default=0)
 P.add_argument('--beta_sa', type=float, default=10.); P.add_argument('--beta_ca', type=float, default=20.); P.add_argument('--pos_scale', type=float, default=.25)
 P.add_argument('--lr', type=float, default=8e-3); P.add_argument('--depth', type=int, default=6); P.add_argument('--dim', type=int, default=192)
-P.add_argument('--threads', type=int, default=2); P.add_argument('--bf16', action='store_true'); P.add_argument('--efficientnet', action='store_true')
+P.add_argument('--threads', type=int, default=2); P.add_argument('--bf16', action='store_true'); P.add_argument('--efficientnet', action='store_true', help='score the supervised network instead')
+P.add_argument('--no_before', action='store_true', help='leave out the scores of the random start, which depend on the seed alone')
 a = P.parse_args()
 torch.set_num_threads(a.threads)
 
@@ -69,7 +70,7 @@ photos, hw = torch.stack([k[0] for k in kept]), torch.stack([k[1] for k in kept]
 def all_scores(enc, label):
     return judge(enc, label) | {'photographs kept apart': [asdict(correspondence_score(enc, photos, hw, 96, label=label))]}
 start = copy.deepcopy(learn.model.teacher['encoder'])
-before = all_scores(start, 'random start'); show('random start', before)
+before = {} if a.no_before else all_scores(start, 'random start'); show('random start', before)
 began = time.time()
 learn.fit(a.epochs)
 minutes = (time.time()-began)/60
