@@ -14,6 +14,9 @@ from .visualise import *
 from .attention import *
 from .softmask import *
 from .modes import *
+from .matching import *
+from .context import *
+from .margin import *
 from .views import *
 from .augment import *
 from .data import *
@@ -21,6 +24,7 @@ from .encoders import *
 from .heads import *
 from .ema import *
 from .flsl import *
+from .clove import *
 from .schedules import *
 from .optim import *
 from .callback.teacher import *

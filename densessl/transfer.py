@@ -36,18 +36,18 @@ def load_backbone(
 
 # %% ../nbs/61_transfer.ipynb #72ff2637
 def export_backbone(
-    model,                    # Learner, method, or `DenseEncoder`; of a method the teacher is taken (FLSL)
+    model,                    # Learner, method, or `DenseEncoder`; of a method its `product` is taken: FLSL's teacher, CLoVE's student
     path,                     # File to write, `.safetensors`
     overwrite:bool=False,     # Replace an existing file
     mean=(0.485,0.456,0.406), # Mean of the input, for the record
     std=(0.229,0.224,0.225),  # Standard deviation of the input
 )->dict:                      # arch and model_kwargs for `timm.create_model`, img_size, mean, std, version, largest difference of features
-    "Write the teacher's backbone and check that timm builds the same features from the file"
+    "Write a backbone and check that timm builds the same features from the file"
     path = Path(path)
     if path.exists() and not overwrite: raise InputError(f'{str(path)!r} exists: choose another name or pass overwrite=True')
     if hasattr(model, 'dls'): mean, std, model = model.dls.recipe.mean, model.dls.recipe.std, model.model
     model = getattr(model, 'module', model)
-    enc = model if isinstance(model, DenseEncoder) else model.teacher['encoder']
+    enc = model if isinstance(model, DenseEncoder) else model.product
     meta = dict(arch=enc.arch, model_kwargs=enc.model_kwargs, img_size=enc.img_size, mean=mean, std=std, version=__version__)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name+'.part')

@@ -12,7 +12,7 @@ from fastai.torch_core import set_seed
 from densessl import __version__
 from densessl.data import image_dls
 from densessl.evaluation import correspondence_score, dense_scores, scores_table, segmentation_folder
-from densessl.flsl import flsl_recipe, presets
+from densessl.flsl import flsl_presets, flsl_recipe
 from densessl.learner import dense_picture, flsl_learner
 from densessl.transfer import export_backbone
 
@@ -20,7 +20,7 @@ P = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDes
 P.add_argument('photos'); P.add_argument('--camvid'); P.add_argument('--coco'); P.add_argument('--out', default='result.json')
 P.add_argument('--epochs', type=int, default=30); P.add_argument('--bs', type=int, default=32); P.add_argument('--seed', type=int, default=0)
 P.add_argument('--beta_sa', type=float, default=10.); P.add_argument('--beta_ca', type=float, default=20.); P.add_argument('--pos_scale', type=float, default=.25)
-P.add_argument('--lr', type=float, default=8e-3); P.add_argument('--depth', type=int, default=6); P.add_argument('--dim', type=int, default=192)
+P.add_argument('--n_prototypes', type=int); P.add_argument('--lr', type=float, default=8e-3); P.add_argument('--depth', type=int, default=6); P.add_argument('--dim', type=int, default=192)
 P.add_argument('--threads', type=int, default=2); P.add_argument('--bf16', action='store_true'); P.add_argument('--efficientnet', action='store_true', help='score the supervised network instead')
 P.add_argument('--no_before', action='store_true', help='leave out the scores of the random start, which depend on the seed alone')
 a = P.parse_args()
@@ -61,7 +61,7 @@ if a.efficientnet:
     raise SystemExit
 
 set_seed(a.seed)
-config = replace(presets['paper'], img_size=96, local_size=48, beta_sa=a.beta_sa, beta_ca=a.beta_ca, pos_scale=a.pos_scale, lr=a.lr, drop_path_rate=0., momentum=(.99,1.),
+config = replace(flsl_presets['paper'], img_size=96, local_size=48, beta_sa=a.beta_sa, beta_ca=a.beta_ca, n_prototypes=a.n_prototypes, pos_scale=a.pos_scale, lr=a.lr, drop_path_rate=0., momentum=(.99,1.),
                  hidden_dim=512, bottleneck_dim=128, temp_t=(.04,.04), wd=(.04,.04), freeze_epochs=0)
 dls = image_dls(a.photos, flsl_recipe(config), bs=a.bs, num_workers=0, valid_pct=.032, seed=a.seed, canvas=128)
 learn = flsl_learner(dls, 'vit_tiny_patch16_224', config, model_kwargs=dict(patch_size=8, embed_dim=a.dim, depth=a.depth, num_heads=a.dim//32), bf16=a.bf16)

@@ -23,7 +23,7 @@ from densessl.attention import mean_shift, query_index, query_mask
 from densessl.augment import make_views
 from densessl.callback.teacher import TeacherEMA
 from densessl.encoders import dense_encoder, sincos_positions
-from densessl.flsl import FLSL, FLSLConfig, FLSLLoss, flsl_recipe, presets
+from densessl.flsl import FLSL, FLSLConfig, FLSLLoss, flsl_presets, flsl_recipe
 from densessl.heads import PrototypeHead
 from densessl.modes import flsl_objective
 from densessl.optim import ClipGrad, FreezeLastLayer, adamw, clip_per_parameter_, split_decay
@@ -205,7 +205,7 @@ def test_step_with_norm_on_modes():
 
 def test_official_preset(monkeypatch):
     "Raw tokens, inverse temperatures of ViT-S/16 and its top-left queries: nothing is drawn"
-    c = presets['official']
+    c = flsl_presets['official']
     assert (c.normalize, c.random_query, c.pos_offset, c.n_prototypes) == (False, False, .1, None)
     assert_close(torch.tensor([c.beta_sa, c.beta_ca]), torch.tensor([.1, .2])/384**.5)
     c = replace(c, n_prototypes=8, hidden_dim=16, bottleneck_dim=8)

@@ -15,8 +15,8 @@ from ..schedules import cosine
 
 # %% ../../nbs/52_callback.teacher.ipynb #53479b9f
 class TeacherEMA(Callback):
-    "Update the model's teacher after each step of the optimiser; the teacher runs in eval mode"
-    order, run_valid = 0, False   # after fastai's own `model.train()` at -10
+    "Update the model's teacher after each step of the optimiser (FLSL, CLoVE)"
+    run_valid = False
     def __init__(self,
         momentum=None,  # Function of progress, or a number; None is FLSL's cosine from 0.996 to 1
     ):
@@ -36,10 +36,6 @@ class TeacherEMA(Callback):
         if not hasattr(self.owner, 'update_teacher'):
             raise InputError(f'TeacherEMA needs a model with a method update_teacher(momentum), {type(self.owner).__name__} has none')
         self.cancelled = False
-
-    def before_train(self):
-        "No drop path, no batch statistics in the teacher"
-        self.owner.teacher.eval()
 
     def after_cancel_step(self):
         "Remember a step that overflowed"

@@ -1,0 +1,85 @@
+"""A method on drawn scenes: its preset over seeds, what changes when one setting is changed, its null, and the supervised bound.
+
+    python experiments/scenes.py flsl --out nbs/experiments/results/flsl_scenes.json [--only NAME ...]
+Each run is added to the file as soon as it is done.
+"""
+import argparse, copy, json, time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch, torch.nn.functional as F
+from fastai.torch_core import set_seed
+
+from densessl import __version__
+from densessl.cli import parse_kwargs, scenes_and_judge
+from densessl.clove import CLoVELoss
+from densessl.encoders import dense_encoder
+from densessl.evaluation import patch_labels
+from densessl.learner import methods
+from densessl.synthetic import CLASSES, draw_scenes
+
+P = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+P.add_argument('method', choices=methods); P.add_argument('--out', required=True); P.add_argument('--only', nargs='*')
+P.add_argument('--epochs', type=int, default=32); P.add_argument('--threads', type=int, default=1); P.add_argument('--settings', default='', help='changes to the preset, for all runs')
+a = P.parse_args()
+torch.set_num_threads(a.threads)
+method = methods[a.method]
+base = replace(method.presets['scenes'], **parse_kwargs(a.settings, 'settings'))
+cnn, vit = methods['clove'], methods['flsl']
+
+class ByChance(CLoVELoss):
+    "The null of CLoVE: every cell of the other view trades its matches for those of a random cell of that view"
+    def forward(self, pairs, *targets):
+        def shuffled(m): return m.gather(-1, torch.rand(*m.shape[:-2], 1, m.shape[-1]).argsort(-1).expand_as(m))
+        return super().forward([p._replace(match=shuffled(p.match)) for p in pairs])
+
+def run(config=base, seed=0, loss=None, net=method): return config, seed, loss, net
+RUNS = {f'preset, seed {s}': run(seed=s) for s in (0, 1, 2)} | dict(
+    flsl=lambda: {'beta 2 and 4, seed 0': run(replace(base, beta_sa=2., beta_ca=4.)),
+          'pos_scale 1, seed 0': run(replace(base, pos_scale=1.)),
+          'gamma 1, seed 0': run(replace(base, gamma=1.)),
+          'on a CNN, seed 0': run(net=cnn)},
+    clove=lambda: {f'matches by chance, seed {s}': run(seed=s, loss=ByChance) for s in (0, 1, 2)} | {
+           'cosine attention, seed 0': run(replace(base, cosine=True)),
+           'public code\'s loss, seed 0': run(replace(base, reduction='mean', margin=100.)),
+           'margin 0.5, seed 0': run(replace(base, margin=.5)),
+           'margin 2.5, seed 0': run(replace(base, margin=2.5)),
+           'on a ViT, seed 0': run(net=vit)})[a.method]()
+
+def small(scores): return [{k: v for k,v in asdict(s).items() if k in ('probe', 'value', 'per_class', 'protocol')} for s in scores]
+
+def supervised(judge, seed=0):
+    "The same network on the same scenes, trained with their masks, one label a cell"
+    set_seed(seed)
+    enc = dense_encoder(method.scene_arch, img_size=64, **(dict(pos_scale=base.pos_scale) if a.method=='flsl' else {}), **parse_kwargs(method.scene_kwargs))
+    x, m = draw_scenes(1024, 80, seed=seed, natural=True)
+    x = F.interpolate(x, size=(64,64), mode='bicubic', antialias=True)
+    y = patch_labels(F.interpolate(m[:,None].float(), size=(64,64), mode='nearest-exact')[:,0].long(), (8,8), len(CLASSES))[0].flatten(2).mT
+    head = torch.nn.Linear(enc.embed_dim, len(CLASSES))
+    opt = torch.optim.AdamW([*enc.parameters(), *head.parameters()], lr=1e-3)
+    mean, std = (torch.tensor(t)[:,None,None] for t in ((0.485,0.456,0.406), (0.229,0.224,0.225)))
+    for i in range(a.epochs*32):
+        j = torch.randint(1024, (32,))
+        loss = F.cross_entropy(head(enc.tokens((x[j]/255.-mean)/std)).flatten(0, 1), y[j].flatten(0, 1))
+        opt.zero_grad(); loss.backward(); opt.step()
+    return small(judge(enc, 'supervised'))
+
+out = Path(a.out)
+res = json.loads(out.read_text()) if out.exists() else dict(version=__version__, torch=torch.__version__, epochs=a.epochs, steps=a.epochs*32, runs={})
+def add(name, r):
+    res['runs'][name] = r
+    out.write_text(json.dumps(res, indent=1))
+    print(name, {k: [round(100*s['value'], 1) for s in v] for k,v in r.items() if k in ('before', 'after')}, flush=True)
+
+for name,(config, seed, loss, net) in RUNS.items():
+    if name in res['runs'] or (a.only and name not in a.only): continue
+    set_seed(seed)
+    dls, judge, _ = scenes_and_judge(method.recipe(config), 32, seed)
+    learn = method.learner(dls, net.scene_arch, config, model_kwargs=parse_kwargs(net.scene_kwargs), monitor_every=32)
+    if loss: learn.loss_func = loss(config)
+    start = copy.deepcopy(learn.model.product)
+    began = time.time()
+    with learn.no_bar(), learn.no_logging(): learn.fit(a.epochs)
+    add(name, dict(before=small(judge(start, 'before')), after=small(judge(learn.model.product, 'after')), minutes=round((time.time()-began)/60, 2),
+                   config=asdict(learn.model.config), history=[h for h in learn.collapse_monitor.history if h['step']%32==0]))
+if 'supervised' not in res['runs'] and not a.only: add('supervised', dict(after=supervised(scenes_and_judge(method.recipe(base), 32, 0)[1])))
