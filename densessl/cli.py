@@ -29,7 +29,7 @@ from . import __version__
 from .core import InputError
 from .data import find_images, image_dls, load_canvas, scene_dls
 from .evaluation import SegmentationData, correspondence_score, dense_scores, scores_table, segmentation_folder, write_scores
-from .learner import dense_picture, methods
+from .learner import dense_picture, methods, similarity_picture
 from .synthetic import CLASSES, draw_scenes
 from .transfer import export_backbone
 
@@ -140,6 +140,7 @@ def pretrain(folder=None, method='flsl', preset=None, arch=None, model_kwargs=''
         w = csv.DictWriter(f, rows[0].keys()); w.writeheader(); w.writerows(rows)
     write_scores(scores, out/'scores.json')
     dense_picture(photos, dict(before=start, after=trained), model.mask_beta, recipe).savefig(out/'picture.png')
+    similarity_picture(photos, dict(before=start, after=trained), recipe).savefig(out/'similarity.png')
     print(f'\ntrained for {minutes:.1f} minutes; the frozen random start against the trained backbone:\n{scores_table(scores)}')
     if dls.bad_files: print(f'{len(dls.bad_files)} files could not be read and were left out:', *map(str, dls.bad_files), sep='\n  ')
     print(f'written to {out}: ' + ', '.join(sorted(p.name for p in out.iterdir())))

@@ -18,7 +18,7 @@ from .attention import unit
 from .context import NMHSA
 from .margin import clove_objective, view_pairs
 from .matching import match_cells
-from .views import Augment, CropSpec, Recipe
+from .views import Augment, CropSpec, Recipe, View
 from .encoders import DenseEncoder, dense_encoder
 from .heads import ConvProjector
 from .ema import ema_update
@@ -43,7 +43,7 @@ class CLoVEConfig:
     attn_temp:float=0.2              # Temperature of cosine attention
     threshold:float=0.7              # Cells match when nearer than this, in diagonals of the larger cell
     lam:float=2.                     # Weight of the positive similarity
-    margin:float=1.                  # Margin of the hinge
+    margin:float=1.5                 # Margin of the hinge; of use between `lam`-1 and `lam`
     k:int=10                         # Hardest negatives of a cell; the first is dropped, the others are averaged
     reduction:str='pair'             # 'pair': a hinge for each matched pair (poster); 'mean': one for each image (public code)
     momentum:tuple=(0.99,1.)         # Weight kept from the teacher, first and last
@@ -86,10 +86,10 @@ def clove_recipe(
 
 # %% ../nbs/41_clove.ipynb #5e7c4f2f
 class MatchedViews(NamedTuple):
-    "All pairs of one size of student views with the teacher's: P pairs of views, B photographs, N and M cells"
-    context:Tensor  # Contextualised embeddings of the student, (P, B, N, D), unit norm
-    local:Tensor    # Local embeddings of the teacher, (P, B, M, D), unit norm, no gradient
-    match:Tensor    # Which cells show the same place, (P, B, N, M) bool
+    "Pairs of student views of one size and teacher views; leading axes broadcast, B photographs, N and M cells"
+    context:Tensor  # Contextualised embeddings of the student, (..., B, N, D), unit norm
+    local:Tensor    # Local embeddings of the teacher, (..., B, M, D), unit norm, no gradient
+    match:Tensor    # Which cells show the same place, (..., B, N, M) bool
 
 class CLoVE(nn.Module):
     "Student with projector and attention, teacher with projector; views in, pairs of views out (CLoVE)"
@@ -117,20 +117,22 @@ class CLoVE(nn.Module):
         for k,m in self.teacher.items(): ema_update(m, self.student[k], momentum, buffers=False)
 
     def _embed(self, net, images):
-        "Local embeddings of views (V, B, 3, s, s), (V*B, N, D)"
-        return net.projector(net.encoder.feature_map(images.flatten(0, 1))).flatten(2).mT
+        "Local embeddings of views (V, B, 3, s, s), (V, B, N, D)"
+        return net.projector(net.encoder.feature_map(images.flatten(0, 1))).flatten(2).mT.unflatten(0, images.shape[:2])
+
+    def _match(self, v1, v2):
+        grids = [self.student.encoder.grid(*v.images.shape[-2:]) for v in (v1, v2)]
+        return match_cells(v1.boxes, grids[0], v2.boxes, grids[1], self.config.threshold, check=not v1.boxes.is_cuda)
 
     def forward(self, views)->list:
-        glob = [torch.cat([getattr(views[k], a) for k in ('global1', 'global2')]) for a in ('images', 'boxes')]
-        grids = self.student.encoder.grid
-        B, (s, g) = glob[0].shape[1], (glob[0].shape[-1], grids(*glob[0].shape[-2:]))
-        with torch.no_grad(): Ft = unit(self._embed(self.teacher, glob[0])).unflatten(0, (-1, B))
-        out, local = [], views.get('local')
-        pairs = view_pairs(len(Ft), 0 if local is None else len(local.images), device=Ft.device)
-        for (images, boxes),p in zip([glob] + ([] if local is None else [(local.images, local.boxes)]), pairs):
-            C, (i, j) = self.student.context(self._embed(self.student, images)).unflatten(0, (-1, B)), p.unbind(1)
-            out.append(MatchedViews(C[i], Ft[j], match_cells(boxes[i], grids(*images.shape[-2:]), glob[1][j], g, self.config.threshold)))
-        return out
+        glob, local = View(*(torch.cat([getattr(views[k], a) for k in ('global1', 'global2')]) for a in ('images', 'boxes'))), views.get('local')
+        with torch.no_grad(): Ft = unit(self._embed(self.teacher, glob.images))                        # (2, B, M, D)
+        context = lambda v: self.student.context(self._embed(self.student, v.images))
+        s, t = view_pairs(2).glob.to(Ft.device).unbind(1)
+        pairs = [MatchedViews(context(glob)[s], Ft[t], self._match(*(View(glob.images[i], glob.boxes[i]) for i in (s, t))))]
+        if local is not None:   # every local view with every global one: (2, V, B, ...)
+            pairs.append(MatchedViews(context(local)[None], Ft[:,None], self._match(View(local.images, local.boxes[None]), View(glob.images, glob.boxes[:,None]))))
+        return pairs
 
 # %% ../nbs/41_clove.ipynb #88d60a79
 class CLoVELoss(nn.Module):

@@ -8,6 +8,7 @@ __all__ = ['sincos_positions', 'resample_positions', 'DenseEncoder', 'dense_enco
 # %% ../nbs/30_encoders.ipynb #0cd5ee59
 import difflib
 import math
+from contextlib import contextmanager
 from functools import partial
 
 import timm
@@ -136,7 +137,21 @@ def _offset_pos_embed(net, x):
     table = resample_positions(net.pos_embed, net.patch_embed.grid_size, x.shape[1:3], net.pos_offset, antialias=False)
     return net.pos_drop(x.flatten(1, 2) + table)
 
-# %% ../nbs/30_encoders.ipynb #f0930e1a
+# %% ../nbs/30_encoders.ipynb #35c8e01a
+@contextmanager
+def _made_again(f, x):
+    "Inside the `with`, `f(x)`; what autograd would keep of it there is made again from `x` in the backward pass"
+    y, x = f(x), x.detach()
+    at, n = y.data_ptr(), y.numel()
+    def pack(t): return t.shape if t.data_ptr()==at and t.numel()==n and t.is_contiguous() else t
+    def unpack(kept): return f(x).view(kept) if isinstance(kept, torch.Size) else kept
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack): yield y
+
+def _lean_mlp(mlp, x):
+    "Stands in for the `forward` of timm's `Mlp`, which keeps its activation"
+    with _made_again(mlp.act, mlp.fc1(x)) as a: return mlp.drop2(mlp.fc2(mlp.norm(mlp.drop1(a))))
+
+# %% ../nbs/30_encoders.ipynb #12995dd3
 def dense_encoder(
     arch:str,                  # Any timm name: `vit_small_patch16_224`, `resnet50`, `convnext_tiny`, ...
     img_size=None,             # Image size the positions are made for, int or (height, width); None takes timm's
@@ -168,4 +183,6 @@ def dense_encoder(
             table = pos_scale*sincos_positions(net.embed_dim, net.patch_embed.grid_size)
             net.pos_embed = nn.Parameter(table[None].to(net.pos_embed), requires_grad=False)
         if pos_offset: net.pos_offset, net._pos_embed = pos_offset, partial(_offset_pos_embed, net)
+    for m in net.modules():
+        if type(m) is timm.layers.Mlp: m.forward = partial(_lean_mlp, m)
     return DenseEncoder(net, arch, kwargs, img_size)

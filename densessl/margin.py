@@ -156,4 +156,4 @@ def clove_objective(
     n = some.sum()
     total = loss.sum()/n.clamp_min(1) if reduction=='pair' else loss.mean()
     pos, neg, _, active = (monitors*some).sum(-1)/n.clamp_min(1)
-    return total, CloveParts(pos, neg, pos-neg, monitors[2].mean(), active, 1-n/some.numel())
+    return total, CloveParts(pos, neg, pos-neg, monitors[2].mean(), active, 1-some.to(pos.dtype).mean())

@@ -73,14 +73,16 @@ BAD = {                                          # name -> command line, words i
     'none can be read':    (['garbage', *TINY], ['garbage', 'can be read']),
     'unknown network':     (['photos', *tiny(arch='vit_tinny_patch16_224')], ['vit_tinny_patch16_224', 'did you mean', 'vit_tiny_patch16_224']),
     'patch':               (['photos', *tiny(img_size=44)], ['patches of 8', '44']),
-    'prototypes':          (['photos', *TINY, '--n_prototypes', '5000'], ['n_prototypes', '5000']),
+    'prototypes':          (['photos', *TINY, '--settings', 'n_prototypes=5000'], ['n_prototypes', '5000']),
     'batch of one':        (['photos', *tiny(bs=1)], ['bs', '1']),
     'batch too large':     (['photos', *tiny(bs=100)], ['100', 'images']),
     'folder with files':   (['photos', *TINY, '--out', 'full'], ['full', '--overwrite']),
     'out is a file':       (['photos', *TINY, '--out', 'notes/a.txt'], ['notes/a.txt', 'folder']),
     'preset':              (['photos', *tiny(preset='papr')], ['papr', 'paper']),
     'method':              (['photos', *TINY, '--method', 'dino'], ['dino', 'flsl']),
-    'temperature':         (['photos', *TINY, '--beta_sa', '-1'], ['beta_sa', '-1']),
+    'setting':             (['photos', *TINY, '--settings', 'beta=1'], ['beta', 'FLSLConfig']),
+    'one cell':            (['photos', *tiny(arch='test_resnet', model_kwargs=''), '--method', 'clove'], ['test_resnet', '32', 'one cell']),
+    'temperature':         (['photos', *TINY, '--settings', 'beta_sa=-1'], ['beta_sa', '-1']),
     'arguments for timm':  (['photos', *tiny(model_kwargs='patch_size')], ['patch_size', 'name=value']),
     'timm refuses':        (['photos', *tiny(model_kwargs='patch_sise=8')], ['patch_sise']),
     'no epochs':           (['photos', *tiny(epochs=-1)], ['epochs', '-1']),
@@ -120,29 +122,38 @@ def test_bad_input_as_a_process(home, case):
     assert tree(home)==before
 
 
-def test_a_folder_of_photographs(home):
-    r = run(home, SCRIPT, ['photos', *TINY, '--out', 'run'])
+RUNS = {                                         # method -> its flags, a column of its history, shape of its features
+    'flsl':  ([], 'perplexity', (1,16,24)),
+    'clove': (['--method', 'clove', '--arch', 'test_resnet', '--model_kwargs', 'output_stride=8', '--settings', 'local_size=16,n_local=2,hidden_dim=32,out_dim=16'], 'gap', (1,96,4,4)),
+}
+
+@pytest.mark.parametrize('method', RUNS)
+def test_a_folder_of_photographs(home, method):
+    flags, column, shape = RUNS[method]
+    flags = dict(zip(flags[::2], flags[1::2]))
+    r = run(home, SCRIPT, ['photos', *(o for kv in (dict(zip(TINY[::2], TINY[1::2]))|flags).items() for o in kv), '--out', f'run_{method}'])
     assert r.returncode==0, r.stderr
     assert all(l.startswith('note: ') for l in r.stderr.splitlines()), r.stderr
-    out = home/'run'
-    assert {p.name for p in out.iterdir()} == {'backbone.safetensors', 'settings.json', 'history.csv', 'scores.json', 'picture.png'}
+    out = home/f'run_{method}'
+    assert {p.name for p in out.iterdir()} == {'backbone.safetensors', 'settings.json', 'history.csv', 'scores.json', 'picture.png', 'similarity.png'}
     for f in out.iterdir(): assert f.name in r.stdout
     assert '24 photographs, 3 steps' in r.stdout
     assert 'could not be read' in r.stdout and '07.jpg' in r.stdout
-    assert 'random start' in r.stdout and 'flsl, 1 epoch' in r.stdout
+    assert 'random start' in r.stdout and f'{method}, 1 epoch' in r.stdout
 
     s = json.loads((out/'settings.json').read_text())
-    assert (s['folder'], s['method'], s['preset'], s['bs'], s['epochs']) == ('photos', 'flsl', 'scenes', 8, 1)
-    assert s['model_kwargs']==dict(patch_size=8, embed_dim=24, depth=1, num_heads=3) and s['config']['img_size']==32
+    assert (s['folder'], s['method'], s['preset'], s['bs'], s['epochs']) == ('photos', method, 'scenes', 8, 1)
+    assert s['config']['img_size']==32
     scores = json.loads((out/'scores.json').read_text())
     assert len(scores)>=2
     with open(out/'history.csv', newline='') as f: rows = list(csv.DictReader(f))
-    assert rows[-1]['step']=='3' and all(np.isfinite(float(rows[0][k])) for k in ('inter', 'perplexity', 'rank'))
-    with Image.open(out/'picture.png') as im: assert min(im.size)>100
+    assert rows[-1]['step']=='3' and all(np.isfinite(float(rows[0][k])) for k in (column, 'loss', 'rank'))
+    for p in ('picture.png', 'similarity.png'):
+        with Image.open(out/p) as im: assert min(im.size)>100
 
     with safe_open(out/'backbone.safetensors', 'pt') as f:
         meta, state = json.loads(f.metadata()['densessl']), {k: f.get_tensor(k) for k in f.keys()}
     net = timm.create_model(meta['arch'], **meta['model_kwargs'])
     net.load_state_dict(state)
     z = net.eval().forward_features(torch.zeros(1, 3, 32, 32))
-    assert z.shape==(1, 16, 24) and z.isfinite().all()
+    assert z.shape==shape and z.isfinite().all()

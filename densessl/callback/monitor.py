@@ -72,12 +72,12 @@ def prototype_state(
 
 # %% ../../nbs/53_callback.monitor.ipynb #c9f5314e
 def diagnose_matches(
-    m:dict,  # Numbers of one epoch: gap, matched (share of cells), active (share of hinges), rank
+    m:dict,  # Numbers of one epoch: epoch, gap, matched (share of cells), active (share of hinges), rank
 )->list:     # Sentences; empty if all is well
     "Says in words what the monitored numbers mean, and which setting to turn"
     said = []
     if m['rank']<2: said.append(f"The local embeddings vary along {m['rank']:.1f} directions: they have collapsed. Lower the learning rate or raise lam.")
-    elif m['gap']<=0: said.append(f"The gap between matched and other cells is {m['gap']:.2f}: a cell's match is no nearer than a stranger, the cells of a view are alike. Train longer or raise the learning rate.")
+    elif m['gap']<=0 and m['epoch']>0: said.append(f"The gap between matched and other cells is {m['gap']:.2f}: a match is no nearer than the hardest strangers, as it would be by chance. Train longer, raise the learning rate or try another margin.")
     if m['matched']<.05: said.append(f"Only {100*m['matched']:.1f} % of the cells have a match: raise threshold, global_scale or local_scale.")
     if m['active']==0: said.append("No hinge acts: every pair is farther apart than the margin, and nothing is left to learn. Raise margin.")
     return said
