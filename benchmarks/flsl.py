@@ -39,9 +39,10 @@ def our_step(bf16, views):
     opt = optimiser(model)
     def step():
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=bf16): loss = loss_func(model(views))
-        opt.zero_grad(); loss.backward()
+        loss.backward()
         clip_per_parameter_(model.student.parameters(), 3.)
         opt.step(); model.update_teacher(.996)
+        opt.zero_grad()                           # here, as fastai does: no gradient waits through the next forward pass
     return step, model, opt
 
 def plain_step(bf16, views):

@@ -100,6 +100,7 @@ class DenseEncoder(nn.Module):
     def tokens(self, x:Tensor)->Tensor:
         "Features of images (B, 3, height, width) as tokens, (B, N, D), rows of the grid one after the other"
         self.grid(*x.shape[-2:])
+        if self.layout=='maps': x = x.contiguous(memory_format=torch.channels_last)
         z = self.net.forward_features(x)
         if self.layout=='tokens': return z[:, self.n_prefix:]
         return z.flatten(2).mT if self.layout=='maps' else z.flatten(1, 2)

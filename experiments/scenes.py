@@ -11,7 +11,7 @@ import torch, torch.nn.functional as F
 from fastai.torch_core import set_seed
 
 from densessl import __version__
-from densessl.cli import parse_kwargs, scenes_and_judge
+from densessl.cli import change_settings, parse_kwargs, scenes_and_judge
 from densessl.clove import CLoVELoss
 from densessl.encoders import dense_encoder
 from densessl.evaluation import patch_labels
@@ -20,11 +20,12 @@ from densessl.synthetic import CLASSES, draw_scenes
 
 P = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 P.add_argument('method', choices=methods); P.add_argument('--out', required=True); P.add_argument('--only', nargs='*')
-P.add_argument('--epochs', type=int, default=32); P.add_argument('--threads', type=int, default=1); P.add_argument('--settings', default='', help='changes to the preset, for all runs')
+P.add_argument('--epochs', type=int, help='default: those of the main job'); P.add_argument('--threads', type=int, default=1); P.add_argument('--settings', default='', help='changes to the preset, for all runs')
 a = P.parse_args()
 torch.set_num_threads(a.threads)
 method = methods[a.method]
-base = replace(method.presets['scenes'], **parse_kwargs(a.settings, 'settings'))
+a.epochs = a.epochs or method.scene_epochs
+base = change_settings(method.presets['scenes'], parse_kwargs(a.settings, 'settings'))
 cnn, vit = methods['clove'], methods['flsl']
 
 class ByChance(CLoVELoss):
@@ -43,7 +44,7 @@ RUNS = {f'preset, seed {s}': run(seed=s) for s in (0, 1, 2)} | dict(
            'cosine attention, seed 0': run(replace(base, cosine=True)),
            'public code\'s loss, seed 0': run(replace(base, reduction='mean', margin=100.)),
            'margin 0.5, seed 0': run(replace(base, margin=.5)),
-           'margin 2.5, seed 0': run(replace(base, margin=2.5)),
+           'margin 3, seed 0': run(replace(base, margin=3.)),
            'on a ViT, seed 0': run(net=vit)})[a.method]()
 
 def small(scores): return [{k: v for k,v in asdict(s).items() if k in ('probe', 'value', 'per_class', 'protocol')} for s in scores]

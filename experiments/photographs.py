@@ -1,6 +1,6 @@
-"""FLSL on a folder of photographs, scored on labelled folders against its own random start: writes a JSON with settings, history and scores.
+"""A method on a folder of photographs, scored on labelled folders against its own random start: writes a JSON with settings, history and scores.
 
-    python experiments/flsl_photographs.py PHOTOS --camvid DIR --coco DIR --epochs 30 --out result.json
+    python experiments/photographs.py flsl PHOTOS --camvid DIR --coco DIR --epochs 30 --out result.json
 """
 import argparse, copy, json, time
 from dataclasses import asdict, replace
@@ -10,18 +10,17 @@ import fastai, timm, torch
 from fastai.torch_core import set_seed
 
 from densessl import __version__
+from densessl.cli import change_settings, parse_kwargs
 from densessl.data import image_dls
 from densessl.evaluation import correspondence_score, dense_scores, scores_table, segmentation_folder
-from densessl.flsl import flsl_presets, flsl_recipe
-from densessl.learner import dense_picture, flsl_learner
+from densessl.learner import dense_picture, methods, similarity_picture
 from densessl.transfer import export_backbone
 
 P = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-P.add_argument('photos'); P.add_argument('--camvid'); P.add_argument('--coco'); P.add_argument('--out', default='result.json')
-P.add_argument('--epochs', type=int, default=30); P.add_argument('--bs', type=int, default=32); P.add_argument('--seed', type=int, default=0)
-P.add_argument('--beta_sa', type=float, default=10.); P.add_argument('--beta_ca', type=float, default=20.); P.add_argument('--pos_scale', type=float, default=.25)
-P.add_argument('--n_prototypes', type=int); P.add_argument('--lr', type=float, default=8e-3); P.add_argument('--depth', type=int, default=6); P.add_argument('--dim', type=int, default=192)
-P.add_argument('--threads', type=int, default=2); P.add_argument('--bf16', action='store_true'); P.add_argument('--efficientnet', action='store_true', help='score the supervised network instead')
+P.add_argument('method', choices=methods); P.add_argument('photos'); P.add_argument('--camvid'); P.add_argument('--coco'); P.add_argument('--out', default='result.json')
+P.add_argument('--epochs', type=int, default=30); P.add_argument('--bs', type=int, default=32); P.add_argument('--seed', type=int, default=0); P.add_argument('--threads', type=int, default=2)
+P.add_argument('--settings', default='', help='changes to the small settings below, as beta_sa=5,beta_ca=10'); P.add_argument('--arch'); P.add_argument('--model_kwargs')
+P.add_argument('--bf16', action='store_true'); P.add_argument('--efficientnet', action='store_true', help='score the supervised network instead')
 P.add_argument('--no_before', action='store_true', help='leave out the scores of the random start, which depend on the seed alone')
 a = P.parse_args()
 torch.set_num_threads(a.threads)
@@ -60,26 +59,32 @@ if a.efficientnet:
     Path(a.out).write_text(json.dumps(dict(scores=scores), indent=1))
     raise SystemExit
 
+SMALL = dict(   # network, its arguments for timm, changes to the paper's settings
+    flsl=('vit_tiny_patch16_224', 'patch_size=8,embed_dim=192,depth=4,num_heads=6', dict(img_size=96, local_size=48, beta_sa=10., beta_ca=20., pos_scale=.25, lr=8e-3, drop_path_rate=0.,
+        momentum=(.99,1.), hidden_dim=512, bottleneck_dim=128, temp_t=(.04,.04), wd=(.04,.04), freeze_epochs=0)),
+    clove=('test_resnet', 'output_stride=8', dict(img_size=96, local_size=48, n_local=4, hidden_dim=512, out_dim=128, optimizer='adamw', lr=8e-3, warmup=.1, wd=.04)))
+
 set_seed(a.seed)
-config = replace(flsl_presets['paper'], img_size=96, local_size=48, beta_sa=a.beta_sa, beta_ca=a.beta_ca, n_prototypes=a.n_prototypes, pos_scale=a.pos_scale, lr=a.lr, drop_path_rate=0., momentum=(.99,1.),
-                 hidden_dim=512, bottleneck_dim=128, temp_t=(.04,.04), wd=(.04,.04), freeze_epochs=0)
-dls = image_dls(a.photos, flsl_recipe(config), bs=a.bs, num_workers=0, valid_pct=.032, seed=a.seed, canvas=128)
-learn = flsl_learner(dls, 'vit_tiny_patch16_224', config, model_kwargs=dict(patch_size=8, embed_dim=a.dim, depth=a.depth, num_heads=a.dim//32), bf16=a.bf16)
+method, (arch, model_kwargs, small) = methods[a.method], SMALL[a.method]
+config = change_settings(replace(method.presets['paper'], **small), parse_kwargs(a.settings, 'settings'))
+dls = image_dls(a.photos, method.recipe(config), bs=a.bs, num_workers=0, valid_pct=.032, seed=a.seed, canvas=128)
+learn = method.learner(dls, a.arch or arch, config, model_kwargs=parse_kwargs(a.model_kwargs or model_kwargs), bf16=a.bf16)
 kept = [dls.valid.dataset[i] for i in range(len(dls.valid.dataset))]
 photos, hw = torch.stack([k[0] for k in kept]), torch.stack([k[1] for k in kept])
 def all_scores(enc, label):
     return judge(enc, label) | {'photographs kept apart': [asdict(correspondence_score(enc, photos, hw, 96, label=label))]}
-start = copy.deepcopy(learn.model.teacher['encoder'])
+start = copy.deepcopy(learn.model.product)
 before = {} if a.no_before else all_scores(start, 'random start'); show('random start', before)
 began = time.time()
 learn.fit(a.epochs)
 minutes = (time.time()-began)/60
-enc = learn.model.teacher['encoder']
-after = all_scores(enc, f'FLSL, {a.epochs} epochs'); show('FLSL', after)
+enc = learn.model.product
+after = all_scores(enc, f'{a.method}, {a.epochs} epochs'); show(a.method, after)
 out = Path(a.out)
 export_backbone(learn, out.with_suffix('.safetensors'), overwrite=True)
 shown = torch.nn.functional.interpolate(photos[:6], size=(96,96), mode='bicubic', antialias=True)
-dense_picture(shown, dict(before=start, after=enc), a.beta_sa, dls.recipe).savefig(out.with_suffix('.png'))
+dense_picture(shown, dict(before=start, after=enc), learn.model.mask_beta, dls.recipe).savefig(out.with_suffix('.png'))
+similarity_picture(shown, dict(before=start, after=enc), dls.recipe).savefig(out.with_name(out.stem+'_similarity.png'))
 out.write_text(json.dumps(dict(args={k: v for k,v in vars(a).items() if k not in ('photos', 'camvid', 'coco', 'out')}, config=asdict(learn.model.config), photographs=len(dls.train.dataset), steps=len(learn.recorder.losses),
     minutes=round(minutes, 1), versions=dict(densessl=__version__, torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__),
     before=before, after=after, history=learn.collapse_monitor.history[::5]), indent=1))
