@@ -4,7 +4,7 @@
     python benchmarks/clove.py loss              the loss alone at batch 32: seconds and operator calls, forward and backward
     python benchmarks/clove.py views FOLDER      images a second from JPEG files to the tensors of a step, in the process itself and with one worker
 Runs are interleaved, medians and ratios are printed, peak memory comes from a process of its own for each variant
-(`python benchmarks/clove.py peak step ours False` prints that of one variant: ours or plain, bf16 or not).
+(`python benchmarks/clove.py peak step ours False` prints that of one variant: ours or plain, True for bf16).
 """
 import argparse, os, platform, statistics, subprocess, sys, time
 
@@ -55,7 +55,7 @@ def one_pair(C, F_t, M, c):
     S = C@F_t.mT
     top = S.masked_fill(M, -float('inf')).topk(c.k, -1).indices[...,1:]
     neg = torch.stack([F_t[b][top[b]].mean(1) for b in range(len(F_t))])
-    neg = F.cosine_similarity(C, neg, dim=-1)
+    neg = (C*F.normalize(neg, dim=-1)).sum(-1)
     hinge = (c.margin + neg[...,None] - c.lam*S).relu()*M
     return (hinge.sum((1,2))/M.sum((1,2)).clamp_min(1)).sum(), M.any(2).any(1).sum()
 
@@ -144,7 +144,7 @@ def loss_alone(bs, how):
     loss_func = CLoVELoss(CLoVEConfig(reduction='pair' if how=='plain' else how))
     def f():
         Cg.grad = Cl.grad = None
-        groups = [MatchedViews(Cg[s], T[t], match_cells(bg[s], 7, bg[t], 7)), MatchedViews(Cl[None], T[:,None], match_cells(bl[None], 3, bg[:,None], 7))]
+        groups = [MatchedViews(Cg[s], T[t], match_cells(bg[s], (7,7), bg[t], (7,7))), MatchedViews(Cl[None], T[:,None], match_cells(bl[None], (3,3), bg[:,None], (7,7)))]
         (plain_loss if how=='plain' else loss_func)(groups).backward()
     return f
 
@@ -187,6 +187,7 @@ def main():
     torch.set_num_threads(a.threads)
     if a.what=='peak':
         if a.args[0]=='step': f, *_ = STEPS[a.args[1]](a.args[2]=='True', the_views()); base = 0.
+        elif a.args[0]=='views': f, base = lambda: time_folder(a.args[1], 0, 3), rss()
         else: f, base = loss_alone(32, a.args[1]), rss()
         for _ in range(3): f()
         return print(rss()-base)
@@ -209,5 +210,6 @@ def main():
         for workers in (0, 1):
             rate = time_folder(a.args[0], workers, a.repeats)
             print(f'{workers} workers: {rate:.0f} images a second, {1e3/rate:.1f} ms an image')
+        print(f'extra memory {peak(["views", a.args[0]]):.0f} MiB')
 
 if __name__=='__main__': main()

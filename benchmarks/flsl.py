@@ -36,6 +36,8 @@ def optimiser(model):
 def our_step(bf16, views):
     torch.manual_seed(0)
     model, loss_func = FLSL(dense_encoder('vit_small_patch16_224', drop_path_rate=.1), CONFIG).train(), FLSLLoss(CONFIG)
+    for m in model.modules():
+        if bf16 and getattr(m, 'fused_attn', False): m.fused_attn = False   # as the learner's AutocastBF16 does on a CPU
     opt = optimiser(model)
     def step():
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=bf16): loss = loss_func(model(views))

@@ -85,6 +85,7 @@ class DenseEncoder(nn.Module):
         if shape is None or len(shape) not in (3,4) or self.embed_dim not in (shape[1], shape[-1]):
             raise InputError(f'{arch} gives neither tokens nor feature maps (its features have shape {shape}): choose a ViT or a CNN')
         self.layout = 'tokens' if len(shape)==3 else 'maps' if shape[1]==self.embed_dim and getattr(net, 'output_fmt', 'NCHW')!='NHWC' else 'NHWC'
+        if self.layout=='maps': net.to(memory_format=torch.channels_last)
         n = shape[1]-self.n_prefix if self.layout=='tokens' else math.prod(shape[-2:] if self.layout=='maps' else shape[1:3])
         self.stride = round(math.sqrt(h*w/n))
         if n!=(-(-h//self.stride))*(-(-w//self.stride)):
@@ -100,7 +101,6 @@ class DenseEncoder(nn.Module):
     def tokens(self, x:Tensor)->Tensor:
         "Features of images (B, 3, height, width) as tokens, (B, N, D), rows of the grid one after the other"
         self.grid(*x.shape[-2:])
-        if self.layout=='maps': x = x.contiguous(memory_format=torch.channels_last)
         z = self.net.forward_features(x)
         if self.layout=='tokens': return z[:, self.n_prefix:]
         return z.flatten(2).mT if self.layout=='maps' else z.flatten(1, 2)

@@ -61,7 +61,14 @@ class Schedules(Callback):
 # %% ../nbs/54_learner.ipynb #308c9499
 class AutocastBF16(Callback):
     "Forward pass and loss under bfloat16 autocast, on any device"
-    order,context = 10,None   # where fastai has its mixed precision
+    order,context,plain = 10,None,()   # where fastai has its mixed precision
+    def before_fit(self):
+        "Plain attention on a CPU"
+        self.plain = [m for m in self.learn.model.modules() if getattr(m, 'fused_attn', False)] if self.dls.device.type=='cpu' else []
+        for m in self.plain: m.fused_attn = False
+    def after_fit(self):
+        "Fused attention again"
+        for m in self.plain: m.fused_attn = True
     def before_batch(self):
         "Enter autocast"
         self.context = torch.autocast(self.dls.device.type, dtype=torch.bfloat16)

@@ -35,7 +35,7 @@ def cell_centres(
     H, W = _hw(grid)
     start, end = _four(boxes).unsqueeze(-2).split(2, -1)
     v, u = (torch.arange(.5, n, device=start.device, dtype=start.dtype)/n for n in (H, W))
-    t = torch.stack([u.repeat(H), v.repeat_interleave(W)], -1)
+    t = torch.cartesian_prod(v, u).flip(-1)
     return start*t.flip(0) + end*t
 
 # %% ../nbs/13_matching.ipynb #afd57818
@@ -54,7 +54,8 @@ def cell_diagonal(
     "Length of the diagonal of one cell (CLoVE, public code)"
     H, W = _hw(grid)
     boxes = _four(boxes)
-    size = boxes[...,2:]-boxes[...,:2]
+    start, end = boxes.split(2, -1)
+    size = end-start
     if hw is not None: size = size*_stretch(hw, boxes)
     w, h = size.unbind(-1)
     return torch.hypot(w/W, h/H)
@@ -69,7 +70,7 @@ def _check_values(boxes, hw):
     if not (lo>=-1e-4 and hi<=1+1e-4):
         bad = lo if not lo>=-1e-4 else hi
         raise InputError(f'boxes must lie within the photograph, from 0 to 1, got {bad:g}: divide pixels by width and height, and cut no views from outside')
-    if not (boxes[...,:2]!=boxes[...,2:]).all(): raise InputError('a box has no width or no height (x1 = x2 or y1 = y2): its view shows nothing')
+    if not torch.ne(*boxes.split(2, -1)).all(): raise InputError('a box has no width or no height (x1 = x2 or y1 = y2): its view shows nothing')
     if hw is not None and not (torch.as_tensor(hw)>0).all(): raise InputError(f'height and width must be > 0, got {torch.as_tensor(hw).tolist()}')
 
 @fp32
@@ -91,8 +92,7 @@ def cell_distances(
     if unit=='square': hw = None
     p, q = cell_centres(boxes1, grid1), cell_centres(boxes2, grid2)
     if hw is not None: p, q = (o*_stretch(hw, o).unsqueeze(-2) for o in (p, q))
-    dx, dy = (a.unsqueeze(-1)-b.unsqueeze(-2) for a,b in zip(p.unbind(-1), q.unbind(-1)))
-    d = torch.hypot(dx, dy)
+    d = torch.cdist(p, q, compute_mode='donot_use_mm_for_euclid_dist')   # not by way of products, which would lose the small distances
     if unit!='cell': return d
     return d / torch.maximum(cell_diagonal(boxes1, grid1, hw), cell_diagonal(boxes2, grid2, hw))[...,None,None]
 

@@ -40,8 +40,7 @@ RUNS = {f'preset, seed {s}': run(seed=s) for s in (0, 1, 2)} | dict(
           'pos_scale 1, seed 0': run(replace(base, pos_scale=1.)),
           'gamma 1, seed 0': run(replace(base, gamma=1.)),
           'on a CNN, seed 0': run(net=cnn)},
-    clove=lambda: {f'matches by chance, seed {s}': run(seed=s, loss=ByChance) for s in (0, 1, 2)} | {
-           'cosine attention, seed 0': run(replace(base, cosine=True)),
+    clove=lambda: {f'matches by chance, seed {s}': run(seed=s, loss=ByChance) for s in (0, 1, 2)} | {f'cosine attention, seed {s}': run(replace(base, cosine=True), s) for s in (0, 1, 2)} | {
            'public code\'s loss, seed 0': run(replace(base, reduction='mean', margin=100.)),
            'margin 0.5, seed 0': run(replace(base, margin=.5)),
            'margin 3, seed 0': run(replace(base, margin=3.)),
