@@ -6,11 +6,11 @@
 Runs are interleaved, medians and ratios are printed, peak memory comes from a process of its own for each variant
 (`python benchmarks/clove.py peak step ours False` prints that of one variant: ours or plain, True for bf16).
 """
-import argparse, os, platform, statistics, subprocess, sys, time
+import argparse, statistics, time
 
 import torch, torch.nn.functional as F
-import timm
 
+from common import machine, median_times, peak, rss
 from densessl.augment import make_views
 from densessl.clove import CLoVE, CLoVEConfig, CLoVELoss, MatchedViews, clove_recipe
 from densessl.encoders import dense_encoder
@@ -19,15 +19,6 @@ from densessl.matching import match_cells
 from densessl.optim import Lars, split_decay
 
 CONFIG = CLoVEConfig()
-
-def median_times(variants, repeats):
-    "Median seconds of each variant, all of them in turn, after one warm-up each"
-    times = {k: [] for k in variants}
-    for r in range(repeats+1):
-        for k,f in variants.items():
-            began = time.perf_counter(); f()
-            if r: times[k].append(time.perf_counter()-began)
-    return {k: statistics.median(v) for k,v in times.items()}
 
 def the_photos(bs=4):
     torch.manual_seed(0)
@@ -157,15 +148,6 @@ def count_calls(f):
     outer = [e for e in ops if not (e.cpu_parent and name(e.cpu_parent))]
     return len(outer), len(ops)
 
-def peak(args):
-    "Peak memory of one variant in a fresh process, MiB"
-    out = subprocess.run([sys.executable, __file__, 'peak', *map(str, args)], capture_output=True, text=True, check=True)
-    return float(out.stdout.split()[-1])
-
-def rss():
-    "Peak resident memory of this process, MiB; ru_maxrss would be that of the parent, were it larger"
-    with open('/proc/self/status') as f: return next(int(l.split()[1])/1024 for l in f if l.startswith('VmHWM'))
-
 def time_folder(folder, workers, repeats, bs=16):
     "Images a second of the loader: median over the batches after the first one"
     from densessl.data import image_dls
@@ -191,7 +173,7 @@ def main():
         else: f, base = loss_alone(32, a.args[1]), rss()
         for _ in range(3): f()
         return print(rss()-base)
-    print(f'{platform.processor() or platform.machine()}, {a.threads} threads, torch {torch.__version__}, timm {timm.__version__}, OMP_WAIT_POLICY={os.environ.get("OMP_WAIT_POLICY", "unset")}')
+    print(machine(a.threads))
     bf16 = [False, True] if a.bf16 else [False]
     if a.what=='step':
         views = the_views()

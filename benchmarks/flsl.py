@@ -5,11 +5,11 @@
     python benchmarks/flsl.py views FOLDER       images a second from JPEG files to the tensors of a step, one process
 Runs are interleaved, medians and ratios are printed, peak memory comes from a process of its own for each variant.
 """
-import argparse, os, platform, statistics, subprocess, sys, time
+import argparse, statistics, time
 
 import torch, torch.nn.functional as F
-import timm
 
+from common import machine, median_times, peak, rss
 from densessl.attention import query_index, query_mask
 from densessl.augment import make_views
 from densessl.encoders import dense_encoder
@@ -19,15 +19,6 @@ from densessl.modes import prototype_loss
 from densessl.optim import clip_per_parameter_, split_decay
 
 CONFIG = FLSLConfig(n_prototypes=4096)
-
-def median_times(variants, repeats):
-    "Median seconds of each variant, all of them in turn, after one warm-up each"
-    times = {k: [] for k in variants}
-    for r in range(repeats+1):
-        for k,f in variants.items():
-            began = time.perf_counter(); f()
-            if r: times[k].append(time.perf_counter()-began)
-    return {k: statistics.median(v) for k,v in times.items()}
 
 def optimiser(model):
     bare, decayed = split_decay(model.student)
@@ -129,15 +120,6 @@ def head_and_loss(n, K, plain):
         student.zero_grad(); (-(q*p.log()).sum(-1).mean() + 5*(mean*mean.log()).sum()).backward()
     return plainly if plain else ours
 
-def peak(args):
-    "Peak memory of one variant in a fresh process, MiB above that of the imports and the data"
-    out = subprocess.run([sys.executable, __file__, 'peak', *map(str, args)], capture_output=True, text=True, check=True)
-    return float(out.stdout.split()[-1])
-
-def rss():
-    "Peak resident memory of this process, MiB; ru_maxrss would be that of the parent, were it larger"
-    with open('/proc/self/status') as f: return next(int(l.split()[1])/1024 for l in f if l.startswith('VmHWM'))
-
 def main():
     P = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     P.add_argument('what', choices=['step', 'loss', 'views', 'peak']); P.add_argument('args', nargs='*')
@@ -150,7 +132,7 @@ def main():
         else: step, base = head_and_loss(int(a.args[1]), int(a.args[2]), a.args[3]=='plain'), rss()
         for _ in range(3): step()
         return print(rss()-base)
-    print(f'{platform.processor() or platform.machine()}, {a.threads} threads, torch {torch.__version__}, timm {timm.__version__}, OMP_WAIT_POLICY={os.environ.get("OMP_WAIT_POLICY", "unset")}')
+    print(machine(a.threads))
     if a.what=='step':
         views = the_views()[1]
         variants = {f'{k} {"bf16" if b else "fp32"}': f(b, views)[0] for k,f in STEPS.items() for b in ([False, True] if a.bf16 else [False])}
