@@ -40,11 +40,10 @@ RUNS = {f'preset, seed {s}': run(seed=s) for s in (0, 1, 2)} | dict(
           'pos_scale 1, seed 0': run(replace(base, pos_scale=1.)),
           'gamma 1, seed 0': run(replace(base, gamma=1.)),
           'on a CNN, seed 0': run(net=cnn)},
-    clove=lambda: {f'matches by chance, seed {s}': run(seed=s, loss=ByChance) for s in (0, 1, 2)} | {f'cosine attention, seed {s}': run(replace(base, cosine=True), s) for s in (0, 1, 2)} | {
-           'public code\'s loss, seed 0': run(replace(base, reduction='mean', margin=100.)),
-           'margin 0.5, seed 0': run(replace(base, margin=.5)),
-           'margin 3, seed 0': run(replace(base, margin=3.)),
-           'on a ViT, seed 0': run(net=vit)})[a.method]()
+    clove=lambda: {f'{name}, seed {s}': run(replace(base, cosine=False, **changes), s, loss) for s in (0, 1, 2) for name,changes,loss in (
+               ('output only', {}, None), ('output only, matches by chance', {}, ByChance), ("output only, public code's loss", dict(reduction='mean', margin=100.), None))} | {
+           'output only, margin 0.5, seed 0': run(replace(base, cosine=False, margin=.5)),
+           'output only, on a ViT, seed 0': run(replace(base, cosine=False), net=vit)})[a.method]()
 
 def small(scores): return [{k: v for k,v in asdict(s).items() if k in ('probe', 'value', 'per_class', 'protocol')} for s in scores]
 
@@ -82,4 +81,4 @@ for name,(config, seed, loss, net) in RUNS.items():
     with learn.no_bar(), learn.no_logging(): learn.fit(a.epochs)
     add(name, dict(before=small(judge(start, 'before')), after=small(judge(learn.model.product, 'after')), minutes=round((time.time()-began)/60, 2),
                    config=asdict(learn.model.config), history=[h for h in learn.collapse_monitor.history if h['step']%32==0]))
-if 'supervised' not in res['runs'] and not a.only: add('supervised', dict(after=supervised(scenes_and_judge(method.recipe(base), 32, 0)[1])))
+if 'supervised' not in res['runs'] and (not a.only or 'supervised' in a.only): add('supervised', dict(after=supervised(scenes_and_judge(method.recipe(base), 32, 0)[1])))
