@@ -39,7 +39,7 @@ class CLoVEConfig:
     hidden_dim:int=4096              # Width of the projector
     out_dim:int=256                  # Features that are compared
     num_heads:int=8                  # Heads of the attention
-    cosine:bool=True                 # Cosine attention; False: only the output is normalised, as in the public code
+    cosine:bool=False                # Cosine attention; False: only the output is normalised, as in the public code
     attn_temp:float=0.2              # Temperature of cosine attention
     threshold:float=0.7              # Cells match when nearer than this, in diagonals of the larger cell
     lam:float=2.                     # Weight of the positive similarity
@@ -68,7 +68,7 @@ class CLoVEConfig:
 clove_presets = dict(
     paper = CLoVEConfig(),
     paper_400 = CLoVEConfig(warmup=5/400),
-    official = CLoVEConfig(cosine=False, margin=100., reduction='mean', augment=Augment(solarize_p=0., blur_at=0)),
+    official = CLoVEConfig(margin=100., reduction='mean', augment=Augment(solarize_p=0., blur_at=0)),
     scenes = CLoVEConfig(img_size=64, local_size=32, n_local=4, global_scale=(0.3,1.), hidden_dim=256, out_dim=64, num_heads=4, optimizer='adamw', lr=16e-3, warmup=.1, wd=1e-4,
                          augment=Augment(brightness=0.5, contrast=0.4, saturation=0.4, hue=0.05, gray_p=0.1, solarize_p=0.), solarize_p=(0.,0.,0.), momentum=(0.98,1.)),
 )

@@ -40,10 +40,10 @@ RUNS = {f'preset, seed {s}': run(seed=s) for s in (0, 1, 2)} | dict(
           'pos_scale 1, seed 0': run(replace(base, pos_scale=1.)),
           'gamma 1, seed 0': run(replace(base, gamma=1.)),
           'on a CNN, seed 0': run(net=cnn)},
-    clove=lambda: {f'{name}, seed {s}': run(replace(base, cosine=False, **changes), s, loss) for s in (0, 1, 2) for name,changes,loss in (
-               ('output only', {}, None), ('output only, matches by chance', {}, ByChance), ("output only, public code's loss", dict(reduction='mean', margin=100.), None))} | {
-           'output only, margin 0.5, seed 0': run(replace(base, cosine=False, margin=.5)),
-           'output only, on a ViT, seed 0': run(replace(base, cosine=False), net=vit)})[a.method]()
+    clove=lambda: {f'{name}, seed {s}': run(replace(base, **changes), s, loss) for s in (0, 1, 2) for name,changes,loss in (
+               ('matches by chance', {}, ByChance), ('cosine attention', dict(cosine=True), None), ("public code's loss", dict(reduction='mean', margin=100.), None))} | {
+           'margin 0.5, seed 0': run(replace(base, margin=.5)),
+           'on a ViT, seed 0': run(net=vit)})[a.method]()
 
 def small(scores): return [{k: v for k,v in asdict(s).items() if k in ('probe', 'value', 'per_class', 'protocol')} for s in scores]
 
