@@ -25,6 +25,7 @@ from .heads import *
 from .ema import *
 from .flsl import *
 from .clove import *
+from .dino import *
 from .schedules import *
 from .optim import *
 from .callback.teacher import *
@@ -32,3 +33,5 @@ from .callback.monitor import *
 from .learner import *
 from .evaluation import *
 from .transfer import *
+from .video import *
+from .figures import *

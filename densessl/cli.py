@@ -157,14 +157,14 @@ _folder = script.Param(_help, str, opt=False, nargs='?') if hasattr(script, 'Par
 @call_parse
 def densessl_pretrain(
     folder:_folder=None,
-    method:str='flsl',      # flsl (for a ViT) or clove (for a CNN)
+    method:str='flsl',      # flsl (for a ViT), clove (for a CNN) or dino (the baseline)
     preset:str=None,        # Settings to start from: paper, official, scenes; clove also paper_400
     arch:str=None,          # timm name; for photographs vit_small_patch16_224 (flsl) or resnet50 (clove)
     model_kwargs:str='',    # Arguments for timm, as patch_size=8,depth=3
     settings:str='',        # Settings of the method, as beta_sa=5,beta_ca=10
     img_size:int=None,      # Side of the large views in pixels
     bs:int=None,            # Photographs in a batch; 64, scenes 32
-    epochs:int=None,        # Epochs; 100, scenes 32 (flsl) or 16 (clove)
+    epochs:int=None,        # Epochs; 100, scenes 32, with clove 16
     lr:float=None,          # Learning rate for a batch of 256
     seed:int=0,             # Random seed
     workers:int=None,       # Processes that decode images

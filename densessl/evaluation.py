@@ -206,7 +206,7 @@ def extract(
 class Score:
     "One number, how it came about, and its parts"
     model:str           # Label of the model, one row of the table
-    probe:str           # 'nearest neighbour', 'linear' or 'correspondence', one column
+    probe:str           # 'nearest neighbour', 'linear', 'correspondence', 'DAVIS J&F', ...: one column
     value:float         # mIoU, or the share of right patches, in [0,1]
     per_class:tuple     # IoU of each class; NaN where a class occurs neither in masks nor in predictions
     protocol:str        # Everything that the number depends on beside the model and its features
@@ -428,7 +428,7 @@ def scores_table(
     def cell(r, c):
         v = torch.tensor([100*s.value for s in scores if (s.model, s.features)==r and (s.probe, s.protocol)==c], dtype=torch.float64)
         return '' if not len(v) else f'{v.mean():.1f}' + (f' +- {v.std():.1f} ({len(v)})' if len(v)>1 else '')
-    head = ['%' if any(p=='correspondence' for p,_ in cols) else 'mIoU, %', *[f'{p} [{i+1}]' if many else p for i,(p,_) in enumerate(cols)]]
+    head = ['%' if any(p not in ('nearest neighbour', 'linear') for p,_ in cols) else 'mIoU, %', *[f'{p} [{i+1}]' if many else p for i,(p,_) in enumerate(cols)]]
     body = [[r[0] if names.count(r[0])==1 else f'{r[0]} ({r[1]})', *[cell(r,c) for c in cols]] for r in rows]
     w = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
     line = lambda row: '| ' + ' | '.join([row[0].ljust(w[0]), *[o.rjust(n) for o,n in zip(row[1:], w[1:])]]) + ' |'

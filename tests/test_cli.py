@@ -79,7 +79,7 @@ BAD = {                                          # name -> command line, words i
     'folder with files':   (['photos', *TINY, '--out', 'full'], ['full', '--overwrite']),
     'out is a file':       (['photos', *TINY, '--out', 'notes/a.txt'], ['notes/a.txt', 'folder']),
     'preset':              (['photos', *tiny(preset='papr')], ['papr', 'paper']),
-    'method':              (['photos', *TINY, '--method', 'dino'], ['dino', 'flsl']),
+    'method':              (['photos', *TINY, '--method', 'byol'], ['byol', 'flsl']),
     'setting':             (['photos', *TINY, '--settings', 'beta=1'], ['beta', 'FLSLConfig']),
     'one cell':            (['photos', *tiny(arch='test_resnet', model_kwargs=''), '--method', 'clove'], ['test_resnet', '32', 'one cell']),
     'temperature':         (['photos', *TINY, '--settings', 'beta_sa=-1'], ['beta_sa', '-1']),

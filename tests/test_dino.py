@@ -1,0 +1,74 @@
+"DINO's loss against forms written otherwise, its centre in several processes, and the module under fastai"
+import pytest, torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from dataclasses import replace
+from timm.loss import SoftTargetCrossEntropy
+from torch.testing import assert_close
+
+from densessl.augment import make_views
+from densessl.dino import DINO, DINOLoss, centre_update, dino_loss, dino_presets, dino_recipe
+from densessl.encoders import dense_encoder
+from densessl.synthetic import draw_scenes
+
+tiny = replace(dino_presets['scenes'], img_size=32, local_size=16, n_local=2, hidden_dim=32, bottleneck_dim=16, n_prototypes=32)
+
+def new(*s, seed=0): return torch.randn(*s, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def model():
+    torch.manual_seed(0)
+    return DINO(dense_encoder('vit_tiny_patch16_224', patch_size=8, img_size=32, embed_dim=24, depth=1, num_heads=3), tiny)
+
+@pytest.mark.parametrize('V,G', [(2,1), (2,2), (5,2), (4,3)])
+def test_loss_and_gradient_equal_loops(V, G):
+    s, t, c = new(V,4,7), new(G,4,7,seed=1), new(7,seed=2)
+    grads = []
+    for form in ('ours', 'timm', 'torch'):
+        x, terms = s.clone().requires_grad_(), []
+        if form=='ours': loss = dino_loss(x, t, c, .3, .2).loss
+        else:
+            for v in range(V):
+                for g in range(G):
+                    if g==v: continue
+                    target = torch.exp((t[g]-c)/.2); target = target/target.sum(1, keepdim=True)
+                    terms.append(SoftTargetCrossEntropy()(x[v]/.3, target) if form=='timm' else F.cross_entropy(x[v]/.3, target))
+            loss = sum(terms)/len(terms)
+        grads.append((loss.detach(), *torch.autograd.grad(loss, x)))
+    for other in grads[1:]: assert_close(grads[0], other)
+
+def test_centre_follows_and_is_restored():
+    m, views = model().train(), make_views(dino_recipe(tiny), draw_scenes(3, 48, seed=0)[0])
+    for _ in range(3): m(views)
+    assert_close(m.centre, (1-.9**3)*m.eval()(views).teacher_logits.mean((0,1)), rtol=1e-4, atol=1e-6)
+    other = model()
+    other.load_state_dict(m.state_dict())
+    assert_close(other.centre, m.centre)
+
+def test_half_precision():
+    m, views = model().train(), make_views(dino_recipe(tiny), draw_scenes(3, 48, seed=0)[0])
+    f = DINOLoss(tiny)
+    with torch.autocast('cpu', dtype=torch.bfloat16): loss = f(m(views))
+    loss.backward()
+    assert loss.dtype==m.centre.dtype==torch.float32
+    assert all(torch.isfinite(p.grad).all() for p in m.student.parameters() if p.grad is not None)
+
+def rank(i, world, init, out):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=init, rank=i, world_size=world)
+    s, t, c = new(4,6,9), new(2,6,9,seed=1), new(9,seed=2)
+    x = s.chunk(world, 1)[i].clone().requires_grad_()
+    terms = dino_loss(x, t.chunk(world, 1)[i], c)
+    terms.loss.backward()
+    torch.save((terms.loss.detach(), x.grad/world, centre_update(c, t.chunk(world, 1)[i])), f'{out}/{i}.pt')
+    dist.barrier(); dist.destroy_process_group()
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason='needs gloo')
+def test_processes_equal_one(tmp_path, world=2):
+    mp.spawn(rank, args=(world, f'file://{tmp_path}/init', str(tmp_path)), nprocs=world)
+    s, t, c = new(4,6,9).requires_grad_(), new(2,6,9,seed=1), new(9,seed=2)
+    loss = dino_loss(s, t, c).loss
+    loss.backward()
+    got = [torch.load(tmp_path/f'{i}.pt') for i in range(world)]
+    assert_close(sum(g[0] for g in got)/world, loss.detach())
+    assert_close(torch.cat([g[1] for g in got], 1), s.grad)
+    for g in got: assert_close(g[2], centre_update(c, t))

@@ -1,0 +1,102 @@
+"densessl_show and the pictures, beyond what the page shows"
+import os, subprocess, sys
+
+import pytest, torch
+from PIL import Image
+
+from densessl.core import InputError
+from densessl.encoders import dense_encoder
+from densessl.figures import attention_maps, layer_tokens, mode_segments, show_ass, show_backbone, show_probing, tsne_layers
+from densessl.synthetic import CLASSES, draw_scenes
+from densessl.transfer import export_backbone
+
+photos, masks = draw_scenes(3, 64, seed=5)
+
+def vit(seed=0, **kw):
+    torch.manual_seed(seed)
+    return dense_encoder('vit_tiny_patch16_224', **(dict(img_size=64, patch_size=8, embed_dim=24, depth=2, num_heads=2) | kw))
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    d = tmp_path_factory.mktemp('show')
+    for i,p in enumerate(photos): Image.fromarray(p.permute(1,2,0).numpy()).save(d/f'photo{i}.png')
+    export_backbone(vit(), d/'a.safetensors')
+    export_backbone(vit(1), d/'b.safetensors')
+    torch.manual_seed(0)
+    export_backbone(dense_encoder('test_resnet', img_size=64), d/'cnn.safetensors')
+    (d/'broken.png').write_bytes(b'no image')
+    return d
+
+def names(home, n): return [str(home/f'photo{i}.png') for i in range(n)]
+
+def test_page_of_two_backbones(home):
+    path, notes = show_backbone(str(home/'a.safetensors'), names(home, 3), other=str(home/'b.safetensors'), out=home/'two.html')
+    text = path.read_text()
+    assert text.count('<img')==1+3+3+1 and notes==[] and str(home) not in text
+
+def test_what_cannot_be_drawn_is_said(home):
+    path, notes = show_backbone(str(home/'cnn.safetensors'), names(home, 1), out=home/'cnn.html')
+    assert [n.split(':')[0] for n in notes]==['no probing', 'no retrieval'] and 'attention maps need a ViT' in notes[0]
+    assert path.read_text().count('<img')==2
+
+def test_png_and_overwrite(home):
+    out = home/'one.png'
+    show_backbone(str(home/'a.safetensors'), names(home, 1), picture='probing', out=out)
+    assert Image.open(out).size[0]>300
+    with pytest.raises(InputError, match='--overwrite'): show_backbone(str(home/'a.safetensors'), names(home, 1), out=out)
+    show_backbone(str(home/'a.safetensors'), names(home, 1), out=out, overwrite=True)
+
+@pytest.mark.parametrize('kw, says', [
+    (dict(images=['broken.png']), 'an image cannot be read'), (dict(images=['none.png']), 'an image cannot be read'), (dict(backbone='none.safetensors'), 'there is no file'),
+    (dict(picture='probing', out='x.png', images=['photo0.png', 'photo1.png']), 'do not fit one PNG'), (dict(picture='probing', layer=5), 'there is no layer 5'),
+    (dict(size=60), 'which do not divide'), (dict(picture='retrieval'), 'give two or more')])
+def test_bad_input_is_one_sentence_and_writes_nothing(home, kw, says, monkeypatch):
+    monkeypatch.chdir(home)
+    before = set(os.listdir(home))
+    with pytest.raises(InputError, match=says): show_backbone(**(dict(backbone='a.safetensors', images=['photo0.png'], out='bad.html') | kw))
+    assert set(os.listdir(home))==before
+
+def test_as_a_process(home):
+    (home/'show.py').write_text('from densessl.figures import densessl_show\ndensessl_show()\n')
+    run = lambda *a: subprocess.run([sys.executable, 'show.py', *a], cwd=home, capture_output=True, text=True)
+    r = run('a.safetensors', 'photo0.png', 'photo1.png', '--other', 'b.safetensors', '--picture', 'retrieval', '--out', 'process.html')
+    assert r.returncode==0 and 'written to process.html' in r.stdout, r.stderr
+    assert (home/'process.html').read_text().count('<img')==1
+    r = run('none.safetensors', 'photo0.png')
+    assert r.returncode==1 and r.stderr.strip().splitlines()[-1].startswith('densessl_show: there is no file') and 'Traceback' not in r.stderr
+
+def test_nothing_of_the_encoder_changes():
+    e = vit().train()
+    e.net.norm.eval()
+    state, mode = {k: v.clone() for k,v in e.state_dict().items()}, [m.training for m in e.modules()]
+    fused = [b.attn.fused_attn for b in e.net.blocks]
+    show_ass(e, photos), show_probing(e, photos[0]), tsne_layers(e, photos, masks, CLASSES, n_tokens=40, perplexity=5)
+    assert all(torch.equal(v, state[k]) for k,v in e.state_dict().items()) and mode==[m.training for m in e.modules()]
+    assert fused==[b.attn.fused_attn for b in e.net.blocks] and not any(b.attn.attn_drop._forward_hooks for b in e.net.blocks)
+    with pytest.raises(InputError): attention_maps(e, torch.zeros(1, 3, 60, 64))
+    assert fused==[b.attn.fused_attn for b in e.net.blocks]
+
+def test_tsne_is_seeded():
+    xy = [tsne_layers(vit(), photos, masks, CLASSES, layers=[-1], n_tokens=40, perplexity=5).axes[0].collections[0].get_offsets().tolist() for _ in range(2)]
+    assert xy[0]==xy[1]
+
+def test_images_that_are_not_square():
+    e, x = vit(), torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    assert layer_tokens(e, x)[0].grid==(4,8) and attention_maps(e, x).shape==(2, 2, 32, 32)
+    show_probing(dict(a=e), photos[0,:,:32], (1.,1.))
+
+def test_segments_of_each_image_are_its_own():
+    z = torch.randn(3, 12, 4, generator=torch.Generator().manual_seed(0))
+    labels, n = mode_segments(z, 10.)
+    for b in range(3):
+        one = mode_segments(z[b], 10.)
+        assert torch.equal(labels[b], one[0]) and n[b]==one[1]
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_gpu_gives_the_same_pictures():
+    e, x = vit(), torch.randn(2, 3, 64, 64)
+    A, t = attention_maps(e, x), layer_tokens(e, x)
+    e = e.cuda()
+    torch.testing.assert_close(attention_maps(e, x).cpu(), A, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer_tokens(e, x)[0].tokens.cpu(), t[0].tokens, rtol=1e-3, atol=1e-3)
+    show_ass(e, photos), show_probing(e, photos[0]), tsne_layers(e, photos, masks, CLASSES, n_tokens=40, perplexity=5)
