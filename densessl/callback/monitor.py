@@ -72,12 +72,12 @@ def prototype_state(
 
 # %% ../../nbs/53_callback.monitor.ipynb #c9f5314e
 def diagnose_matches(
-    m:dict,  # Numbers of one epoch: epoch, contrast, matched (share of cells), active (share of hinges), rank
+    m:dict,  # Numbers of one epoch: progress (share of training), contrast, matched (share of cells), active (share of hinges), rank
 )->list:     # Sentences; empty if all is well
     "Says in words what the monitored numbers mean, and which setting to turn"
     said = []
     if m['rank']<2: said.append(f"The local embeddings vary along {m['rank']:.1f} directions: they have collapsed. Lower the learning rate or raise lam.")
-    elif m['contrast']<.05 and m['epoch']>0: said.append(f"The contrast between matched and other cells is {m['contrast']:.2f}: a match is no nearer than any other cell, as it would be by chance. Train longer, raise the learning rate or try another margin.")
+    elif m['contrast']<.05 and m['progress']>1/3: said.append(f"The contrast between matched and other cells is {m['contrast']:.2f}: a match is no nearer than any other cell, as it would be by chance. Train longer, raise the learning rate or try another margin.")
     if m['matched']<.05: said.append(f"Only {100*m['matched']:.1f} % of the cells have a match: raise threshold, global_scale or local_scale.")
     if m['active']==0: said.append("No hinge acts: every pair is farther apart than the margin, and nothing is left to learn. Raise margin.")
     return said
@@ -114,7 +114,7 @@ class CollapseMonitor(Callback):
         "Measure what the model has just put out"
         if not torch.isfinite(self.learn.loss.detach()).all(): return
         if (self.train_iter-1)%self.every==0 or self.iter+1==self.n_iter:
-            self.history.append(dict(step=self.train_iter, epoch=self.epoch, loss=self.learn.loss.item()) | self.measure(self.learn))
+            self.history.append(dict(step=self.train_iter, epoch=self.epoch, progress=float(self.pct_train), loss=self.learn.loss.item()) | self.measure(self.learn))
 
     def after_train(self):
         "Say what the mean of the epoch means, each sentence once"
