@@ -35,3 +35,6 @@ from .evaluation import *
 from .transfer import *
 from .video import *
 from .figures import *
+
+# %% ../nbs/80_all.ipynb #6804bf04
+__all__ = [o for o in globals() if not o.startswith('_') and o!='fastai']
