@@ -8,7 +8,6 @@ __all__ = ['sincos_positions', 'resample_positions', 'DenseEncoder', 'dense_enco
 # %% ../nbs/30_encoders.ipynb #0cd5ee59
 import difflib
 import math
-from contextlib import contextmanager
 from functools import partial
 
 import timm
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from .core import InputError
+from .core import InputError, recomputed
 
 # %% ../nbs/30_encoders.ipynb #a302672e
 def sincos_positions(
@@ -139,18 +138,9 @@ def _offset_pos_embed(net, x):
     return net.pos_drop(x.flatten(1, 2) + table)
 
 # %% ../nbs/30_encoders.ipynb #35c8e01a
-@contextmanager
-def _made_again(f, x):
-    "Inside the `with`, `f(x)`; what autograd would keep of it there is made again from `x` in the backward pass"
-    y, x = f(x), x.detach()
-    at, n = y.data_ptr(), y.numel()
-    def pack(t): return t.shape if t.data_ptr()==at and t.numel()==n and t.is_contiguous() else t
-    def unpack(kept): return f(x).view(kept) if isinstance(kept, torch.Size) else kept
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack): yield y
-
 def _lean_mlp(mlp, x):
     "Stands in for the `forward` of timm's `Mlp`, which keeps its activation"
-    with _made_again(mlp.act, mlp.fc1(x)) as a: return mlp.drop2(mlp.fc2(mlp.norm(mlp.drop1(a))))
+    with recomputed(mlp.act, mlp.fc1(x)) as a: return mlp.drop2(mlp.fc2(mlp.norm(mlp.drop1(a))))
 
 # %% ../nbs/30_encoders.ipynb #12995dd3
 def dense_encoder(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from .core import InputError, fp32
+from .core import InputError, fp32, recomputed
 
 # %% ../nbs/31_heads.ipynb #b7292680
 @fp32
@@ -55,7 +55,10 @@ class PrototypeHead(nn.Module):
 
     def embed(self, x:Tensor)->Tensor:
         "Modes (..., dim) as points on the unit sphere, (..., bottleneck_dim)"
-        return fp32(F.normalize)(self.mlp(x), dim=-1)
+        x = self.mlp[0](x)
+        for act,linear in zip(self.mlp[1::2], self.mlp[2::2]):
+            with recomputed(act, x) as a: x = linear(a)
+        return fp32(F.normalize)(x, dim=-1)
 
     def forward(self, x): return cosine_logits(self.embed(x), self.prototypes, self.prototype_norm)
 
