@@ -13,7 +13,7 @@ warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')   
 warnings.filterwarnings('ignore', message='Your generator is empty')           # fastai, about the absent validation set
 
 # %% ../nbs/70_cli.ipynb #aa98342a
-import copy, csv, json, os, re, sys, time
+import ast, copy, csv, json, os, re, sys, time
 from typing import Annotated
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -49,16 +49,17 @@ def run_folder(
 
 # %% ../nbs/70_cli.ipynb #a0b911d6
 def parse_kwargs(
-    s:str,                     # 'name=value,name=value'; values are JSON, or else text
+    s:str,                     # 'name=value,name=value'; values as JSON or Python has them, or else text
     option:str='model_kwargs', # The option it was given to
 )->dict:
     "Named values from one word of the command line"
     res = {}
-    for part in filter(None, re.split(r',(?![^\[]*\])', s or '')):
+    for part in filter(None, re.split(r',(?![^\[(]*[\])])', s or '')):
         k, eq, v = part.partition('=')
         if not eq or not k.strip().isidentifier(): raise InputError(f'{part!r} in --{option} is not name=value: write for example patch_size=8,depth=3')
-        try: res[k.strip()] = json.loads(v)
-        except ValueError: res[k.strip()] = v.strip()
+        v = v.strip()
+        try: res[k.strip()] = dict(true=True, false=False, null=None)[v] if v in ('true', 'false', 'null') else ast.literal_eval(v)
+        except (ValueError, SyntaxError): res[k.strip()] = v
     return res
 
 # %% ../nbs/70_cli.ipynb #898ce989

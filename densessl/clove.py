@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import InputError
+from .core import InputError, check_ramp
 from .attention import unit
 from .context import NMHSA
 from .margin import clove_objective, view_pairs
@@ -59,7 +59,7 @@ class CLoVEConfig:
             if not getattr(self, k)>0: raise InputError(f'{k} must be > 0, got {getattr(self, k)}')
         if not 0<=self.lam<math.inf: raise InputError(f'lam must be >= 0 and finite, got {self.lam}')
         if self.reduction not in ('pair', 'mean'): raise InputError(f"reduction must be 'pair' or 'mean', got {self.reduction!r}")
-        if len(self.momentum)!=2 or not all(0<=m<=1 for m in self.momentum): raise InputError(f'momentum needs two numbers in [0, 1], first and last, got {self.momentum}')
+        check_ramp('momentum', self.momentum, hi=1)
         if self.optimizer not in ('lars', 'adamw'): raise InputError(f"optimizer must be 'lars' or 'adamw', got {self.optimizer!r}")
         if self.n_local<0: raise InputError(f'n_local must be 0 or more, got {self.n_local}')
         if not math.isfinite(self.margin): raise InputError(f'margin must be a finite number, got {self.margin}')

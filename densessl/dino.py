@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, fp32
+from .core import InputError, fp32, check_ramp
 from .softmask import mode_spread
 from .modes import mean_over_ranks
 from .views import Augment, CropSpec, Recipe
@@ -104,6 +104,7 @@ class DINOConfig:
     def __post_init__(self):
         for k in ('temp_s', 'lr', 'clip'):
             if not getattr(self, k)>0: raise InputError(f'{k} must be > 0, got {getattr(self, k)}')
+        for k,lo,hi in (('momentum', 0., 1.), ('wd', 0., math.inf), ('temp_t', 0., math.inf)): check_ramp(k, getattr(self, k), lo, hi)
         if not 0<min(self.temp_t)<=max(self.temp_t)<self.temp_s: raise InputError(f'temp_t must lie between 0 and temp_s = {self.temp_s}, got {self.temp_t}: a teacher that is not sharper than the student collapses to the uniform distribution')
         if not 0<=self.centre_momentum<1: raise InputError(f'centre_momentum must be in [0, 1), got {self.centre_momentum}: a centre that never moves does not prevent collapse')
         if self.n_local<0: raise InputError(f'n_local must be 0 or more, got {self.n_local}')

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import InputError
+from .core import InputError, check_ramp
 from .attention import mean_shift, query_index, query_mask, unit
 from .modes import flsl_objective
 from .views import Augment, CropSpec, Recipe
@@ -62,6 +62,9 @@ class FLSLConfig:
     def __post_init__(self):
         for k in ('beta_sa', 'beta_ca', 'temp_s', 'lr', 'clip'):
             if not getattr(self, k)>0: raise InputError(f'{k} must be > 0, got {getattr(self, k)}')
+        check_ramp('momentum', self.momentum, hi=1)
+        check_ramp('wd', self.wd)
+        check_ramp('temp_t', self.temp_t, lo=1e-4)
         for k in ('upsilon', 'eta', 'gamma'):
             if not math.isfinite(getattr(self, k)): raise InputError(f'{k} must be a finite number, got {getattr(self, k)}')
         if self.n_prototypes is not None and self.n_prototypes<2: raise InputError(f'n_prototypes must be at least 2, got {self.n_prototypes}: with one prototype every token has the same cluster')
