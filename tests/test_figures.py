@@ -32,12 +32,12 @@ def names(home, n): return [str(home/f'photo{i}.png') for i in range(n)]
 def test_page_of_two_backbones(home):
     path, notes = show_backbone(str(home/'a.safetensors'), names(home, 3), other=str(home/'b.safetensors'), out=home/'two.html')
     text = path.read_text()
-    assert text.count('<img')==1+3+3+1 and notes==[] and str(home) not in text
+    assert text.count('<img')==1+3+3+1+3+1 and notes==[] and str(home) not in text
 
 def test_what_cannot_be_drawn_is_said(home):
     path, notes = show_backbone(str(home/'cnn.safetensors'), names(home, 1), out=home/'cnn.html')
     assert [n.split(':')[0] for n in notes]==['no probing', 'no retrieval'] and 'attention maps need a ViT' in notes[0]
-    assert path.read_text().count('<img')==2
+    assert path.read_text().count('<img')==4
 
 def test_png_and_overwrite(home):
     out = home/'one.png'
