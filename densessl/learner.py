@@ -20,7 +20,7 @@ from torch import nn
 from .core import InputError
 from .attention import attention_weights, unit
 from .augment import make_views
-from .callback.monitor import CollapseMonitor, LossPart, diagnose_matches, match_state, token_rank
+from .callback.monitor import CollapseMonitor, LossPart, diagnose_matches, match_state, pack_rows, token_rank, unpack_rows
 from .callback.teacher import TeacherEMA
 from .encoders import DenseEncoder, dense_encoder
 from .flsl import FLSL, FLSLLoss, choose_prototypes, count_queries, flsl_presets, flsl_recipe
@@ -58,6 +58,13 @@ class Schedules(Callback):
     def after_fit(self):
         "Give back the learning rate, for the next fit"
         self.opt.set_hyper('lr', self.base)
+
+    def state_dict(self):
+        "What was set so far, for a checkpoint; the schedules themselves have no state"
+        return dict(history=pack_rows(self.history))
+    def load_state_dict(self, state):
+        "Take it up again"
+        self.history = unpack_rows(state['history'])
 
 # %% ../nbs/54_learner.ipynb #308c9499
 class AutocastBF16(Callback):
@@ -99,7 +106,7 @@ def _settings(config, presets, recipe, dls):
     if isinstance(config, str):
         if config not in presets: raise InputError(f'there is no preset {config!r}: use one of {", ".join(presets)}')
         config = presets[config]
-    missing = {c.name: c.size for c in recipe(config).crops}.items() - {c.name: c.size for c in dls.recipe.crops}.items()
+    missing = sorted({c.name: c.size for c in recipe(config).crops}.items() - {c.name: c.size for c in dls.recipe.crops}.items())
     if missing: raise InputError(f'the data lacks the views {dict(missing)} (name: size) of the settings: make the DataLoaders with {recipe.__name__}(config)')
     return config
 

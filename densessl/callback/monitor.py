@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['token_rank', 'prototype_use', 'diagnose_prototypes', 'prototype_state', 'diagnose_matches', 'match_contrast',
-           'match_state', 'CollapseMonitor', 'LossPart']
+           'match_state', 'pack_rows', 'unpack_rows', 'CollapseMonitor', 'LossPart']
 
 # %% ../../nbs/53_callback.monitor.ipynb #3cacc6b1
 import math, warnings
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -101,6 +102,26 @@ def match_state(
         contrast=match_contrast(C, F, M), rank=token_rank(F.flatten(0, 1)[:4096]), context_rank=token_rank(C.flatten(0, 1)[:4096]))
 
 # %% ../../nbs/53_callback.monitor.ipynb #22ae7456
+def _column(values):
+    "Floats or whole numbers as a tensor, anything else as it is"
+    kinds = {type(v) for v in values}
+    return torch.tensor(values, dtype={float: torch.float64, int: torch.int64}[kinds.pop()]) if kinds in ({float}, {int}) else values
+
+def pack_rows(
+    rows:list,  # Dictionaries
+)->list:        # Blocks: name -> column, a tensor or a list
+    "A history as columns, for a checkpoint"
+    blocks = [list(b) for _,b in groupby(rows, key=tuple)]
+    return [{k: _column([r[k] for r in b]) for k in b[0]} for b in blocks]
+
+def unpack_rows(
+    blocks:list,  # From `pack_rows`
+)->list:          # The rows, bit for bit
+    "The history again"
+    columns = [{k: c.tolist() if isinstance(c, Tensor) else c for k,c in b.items()} for b in blocks]
+    return [dict(zip(b, values)) for b in columns for values in zip(*b.values())]
+
+# %% ../../nbs/53_callback.monitor.ipynb #eb2782d2
 class CollapseMonitor(Callback):
     "Records the state of the dense tokens every `every` steps and warns in words at the end of an epoch"
     order,run_valid = 65,False   # after the teacher's update, so that it only looks; validation has no views
@@ -123,6 +144,13 @@ class CollapseMonitor(Callback):
         for s in self.diagnose({k: sum(r[k] for r in rows)/len(rows) for k in rows[0]}):
             if s[:12] not in self._said: warnings.warn(f'epoch {self.epoch}: {s}')
             self._said.add(s[:12])
+
+    def state_dict(self):
+        "The history and what was said, for a checkpoint"
+        return dict(history=pack_rows(self.history), said=sorted(self._said))
+    def load_state_dict(self, state):
+        "Take both up again"
+        self.history, self._said = unpack_rows(state['history']), set(state['said'])
 
     def plot(self, names=('loss','rank'), figsize=(8,1.8)):
         "One small curve for each name"

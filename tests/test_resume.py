@@ -1,0 +1,386 @@
+"A run that is killed and goes on is the run that was never killed, to the last bit"
+import errno, gc, multiprocessing as mp, os, random, shutil, signal, sys, time, warnings
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import numpy as np, pytest, torch
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.training import GradientAccumulation
+from PIL import Image
+
+from densessl.callback import checkpoint
+from densessl.callback.checkpoint import (RunStopped, SaveRun, gather_state, newest_checkpoint, plain, read_checkpoint, read_header, restore_state, run_checkpoints,
+                                          write_checkpoint)
+from densessl.core import InputError
+from densessl.data import image_dls, scene_dls
+from densessl.learner import methods
+
+pytestmark = pytest.mark.skipif(sys.platform!='linux', reason='forks')
+SMALL = dict(
+    flsl = (dict(hidden_dim=32, bottleneck_dim=16, n_prototypes=16, drop_path_rate=.2, freeze_epochs=1, wd=(.04,.4)), 'vit_tiny_patch16_224', dict(patch_size=8, embed_dim=24, depth=2, num_heads=3)),
+    clove = (dict(hidden_dim=32, out_dim=16, num_heads=2, n_local=2, optimizer='lars', lr=1.), 'test_resnet', dict(output_stride=8)),
+    dino = (dict(hidden_dim=32, bottleneck_dim=16, n_prototypes=16, n_local=2), 'vit_tiny_patch16_224', dict(patch_size=8, embed_dim=24, depth=2, num_heads=3)))
+EPOCHS, STEPS = 2, 6      # of an epoch
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "Thirty photographs, one of them no photograph; six are kept apart, the others are six batches"
+    d = tmp_path_factory.mktemp('photos')
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        (d/str(i%3)).mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((40+i, 40), Image.Resampling.BICUBIC).save(d/str(i%3)/f'{i:02}.jpg')
+    (d/'1'/'07.jpg').write_text('no photograph')
+    return d
+
+
+def make(method, photos=None, workers=0, accumulate=False, seed=0, bs=4):
+    "A small learner; another seed gives other weights and other generators"
+    m, (change, arch, kwargs) = methods[method], SMALL[method]
+    config = replace(m.presets['scenes'], img_size=32, local_size=16, **change)
+    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+    dls = (scene_dls(4*STEPS, m.recipe(config), bs=bs, seed=0, num_workers=workers) if photos is None else
+           image_dls(photos, m.recipe(config), bs=4, seed=0, num_workers=workers, valid_pct=.21))
+    learn = m.learner(dls, arch, config, model_kwargs=kwargs, monitor_every=2, cbs=[GradientAccumulation(12)] if accumulate else [])
+    learn.remove_cb(learn.progress)
+    return learn
+
+
+def fit(learn, *cbs):
+    "Fit without a word; the code the fit leaves with"
+    with learn.no_logging(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: learn.fit(EPOCHS, cbs=list(cbs))
+        except RunStopped as e: return e.code
+    return 0
+
+
+def everything(learn):
+    "All that a run leaves: tensors, and the rest as text"
+    r, opt = learn.recorder, learn.opt.state_dict()
+    bad = learn.dls.bad_files
+    return (dict(**learn.model.state_dict(), **{f'optimiser.{i}.{k}': torch.as_tensor(v) for i,s in opt['state'].items() for k,v in s.items()}, losses=torch.stack([*r.losses]), draws=torch.rand(4)),
+            {k: repr(v) for k,v in dict(groups=opt['param_groups'], lrs=r.lrs, iters=list(r.iters), values=[list(v) for v in r.values], schedules=learn.schedules.history, monitor=learn.collapse_monitor.history,
+                                        order=learn.dls.train.rng.getstate(), python=random.getstate(), numpy=np.random.get_state(), pct=learn.pct_train, bad=list(bad), seen=getattr(bad, 'seen', 0)).items()})
+
+
+def assert_same(got, want):
+    assert got[0].keys()==want[0].keys()
+    names = [k for k in want[0] if not torch.equal(got[0][k], want[0][k])] + [k for k in want[1] if got[1][k]!=want[1][k]]
+    assert not names, names[:10]
+
+
+class At(Callback):
+    "Do something when so many steps are done"
+    run_valid = False
+    def __init__(self, step, f): self.at, self.f = step, f
+    def after_batch(self):
+        if self.train_iter==self.at: self.f()
+
+
+class Crash(Exception): pass
+def crash(): raise Crash('a crash')
+def term(): signal.raise_signal(signal.SIGTERM)
+
+
+STRAIGHT = {}
+def straight(method, photos, **kwargs):
+    "What the run without a stop leaves"
+    key = (method, photos, *kwargs.items())
+    if key not in STRAIGHT:
+        learn = make(method, photos, **kwargs)
+        fit(learn)
+        STRAIGHT[key] = everything(learn)
+    return STRAIGHT[key]
+
+
+@pytest.mark.parametrize('method', methods)
+@pytest.mark.parametrize('step', (2, STEPS-1, STEPS, STEPS+1, 2*STEPS))   # step 2 is the middle of an accumulation
+def test_stop_and_resume(method, step, photos, tmp_path):
+    "Told to stop inside an epoch, at its last batch and after the first of the next; with accumulation, a validation set, two workers before and none after"
+    want = straight(method, photos, accumulate=True)
+    assert fit(make(method, photos, workers=2, accumulate=True), SaveRun(tmp_path/'run'), At(step, term))==143
+    path, header, state = newest_checkpoint(tmp_path/'run')
+    assert header['epoch']*STEPS+header['batch']==step and bool(state['grads'])==(step%3!=0)
+    learn = make(method, photos, accumulate=True, seed=1)
+    assert fit(learn, SaveRun(tmp_path/'run', resume=True))==0
+    assert_same(everything(learn), want)
+
+
+@pytest.mark.parametrize('method', methods)
+def test_crash_and_resume_twice(method, tmp_path):
+    "An error in the middle of a step, two times; the checkpoints are older than the crash"
+    want = straight(method, None)
+    for step in (4, 8):
+        with pytest.raises(Crash): fit(make(method, seed=step-4), SaveRun(tmp_path/'run', every=3, resume=step==8), At(step, crash))
+    learn = make(method, workers=2, seed=1)
+    fit(learn, SaveRun(tmp_path/'run', every=3, resume=True))
+    assert_same(everything(learn), want)
+    assert [p.name for p in run_checkpoints(tmp_path/'run')]==['step-00000012.run', 'step-00000009.run']
+
+
+def test_the_same_learner_goes_on(tmp_path):
+    "After Ctrl-C the learner at hand can go on, and an error leaves nothing behind that would disturb the next fit"
+    learn = make('flsl')
+    assert fit(learn, SaveRun(tmp_path/'run'), At(4, partial(signal.raise_signal, signal.SIGINT)))==130
+    assert signal.getsignal(signal.SIGTERM)==signal.SIG_DFL and signal.getsignal(signal.SIGINT)==signal.default_int_handler
+    with pytest.raises(Crash): fit(learn, SaveRun(tmp_path/'run', resume=True), At(5, crash))
+    with pytest.raises(KeyboardInterrupt): signal.raise_signal(signal.SIGINT)       # no fit is running: not noted, obeyed
+    fit(learn, SaveRun(tmp_path/'run', resume=True))
+    assert_same(everything(learn), straight('flsl', None))
+    assert len(learn.recorder.losses)==EPOCHS*STEPS and not {'_with_events', 'one_batch'} & vars(learn).keys()
+
+
+def in_child(f, *args):
+    "Start `f` in a process of its own, in a group of its own"
+    def g():
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        torch.set_num_threads(1)
+        f(*args)
+    p = mp.get_context('fork').Process(target=g)
+    p.start()
+    return p
+
+
+def train(method, photos, folder, workers, cbs=(), resume=False, every=1):
+    sys.exit(fit(make(method, photos, workers=workers, accumulate=True, seed=os.getpid() if resume else 0), SaveRun(folder, every=every, resume=resume), *cbs))
+
+
+def children(pid):
+    "Processes of the group of `pid` that still run"
+    alive = []
+    for d in os.listdir('/proc'):
+        if d.isdigit():
+            try: stat = open(f'/proc/{d}/stat').read().rpartition(')')[2].split()
+            except OSError: continue
+            if int(stat[3])==pid and stat[0]!='Z': alive.append(int(d))
+    return alive
+
+
+def gone(pid, seconds=20):
+    until = time.time()+seconds
+    while children(pid) and time.time()<until: time.sleep(.1)
+    return not children(pid)
+
+
+@pytest.mark.parametrize('method,workers', (('flsl', 2), ('clove', 0), ('dino', 2)))
+def test_kill_9(method, workers, photos, tmp_path):
+    "Killed three times at random moments, then left to end"
+    rng = random.Random(method)
+    for i in range(3):
+        n = len(run_checkpoints(tmp_path/'run'))
+        p = in_child(train, method, photos, tmp_path/'run', workers, (), i>0)
+        before = newest_step(tmp_path/'run')
+        while p.is_alive() and newest_step(tmp_path/'run') in (None, before): time.sleep(.002)
+        time.sleep(rng.random()*.15)
+        os.kill(p.pid, signal.SIGKILL)
+        p.join()
+    assert gone(p.pid)                         # workers notice that their parent is gone
+    learn = make(method, photos, accumulate=True, seed=3)
+    fit(learn, SaveRun(tmp_path/'run', resume=True))
+    assert_same(everything(learn), straight(method, photos, accumulate=True))
+    assert not list((tmp_path/'run').glob('*.part'))
+
+
+def newest_step(folder): return next((p.name for p in run_checkpoints(folder)), None)
+
+
+@pytest.mark.parametrize('where', ('write', 'fsync', 'replace', 'unlink'))
+def test_kill_9_inside_a_write(where, photos, tmp_path):
+    "The process dies in the middle of a checkpoint: in its bytes, before they are on the disk, before the rename, before the old one is removed"
+    def dying(*args):
+        def die(real, n):
+            def f(*a, **k):
+                n[0] -= 1
+                if not n[0]: os.kill(os.getpid(), signal.SIGKILL)
+                return real(*a, **k)
+            return f
+        if where=='write': checkpoint._Hashed.write = die(checkpoint._Hashed.write, [900])
+        elif where=='unlink': checkpoint.Path.unlink = die(checkpoint.Path.unlink, [3])
+        else: setattr(os, where, die(getattr(os, where), [9]))
+        train(*args)
+    p = in_child(dying, 'flsl', photos, tmp_path/'run', 0)
+    p.join()
+    assert p.exitcode==-signal.SIGKILL
+    names = sorted(q.name for q in (tmp_path/'run').iterdir())
+    assert any(n.endswith('.part') for n in names)==(where in ('write', 'fsync', 'replace'))
+    for q in run_checkpoints(tmp_path/'run'): read_checkpoint(q)             # whole, every one
+    learn = make('flsl', photos, accumulate=True, seed=3)
+    fit(learn, SaveRun(tmp_path/'run', resume=True))
+    assert_same(everything(learn), straight('flsl', photos, accumulate=True))
+
+
+@pytest.mark.parametrize('slow', (0, 1))
+def test_signal_to_the_whole_group(slow, photos, tmp_path):
+    "A cluster tells all processes of a job, workers too, even those that are about to start: the state is saved, the exit code says why, and nobody is left"
+    def unprepared(*args):
+        real = checkpoint._shielded
+        def late(wif): time.sleep(slow); real(wif)
+        checkpoint._shielded = late
+        train(*args)
+    p = in_child(unprepared, 'flsl', photos, tmp_path/'run', 2, (), False, 10**6)
+    while newest_step(tmp_path/'run') is None: time.sleep(.002)
+    while len(children(p.pid))<3: time.sleep(.002)
+    os.killpg(p.pid, signal.SIGTERM)
+    p.join()
+    assert p.exitcode==128+signal.SIGTERM
+    assert gone(p.pid)
+    header = read_header(run_checkpoints(tmp_path/'run')[0])
+    assert header['step']>0
+    learn = make('flsl', photos, accumulate=True, seed=3)
+    fit(learn, SaveRun(tmp_path/'run', resume=True))
+    assert_same(everything(learn), straight('flsl', photos, accumulate=True))
+
+
+def test_second_signal_interrupts_at_once(photos, tmp_path):
+    "A step that never ends cannot be finished"
+    def never(): time.sleep(60)
+    p = in_child(train, 'flsl', photos, tmp_path/'run', 0, [At(2, never)], False, 10**6)
+    while newest_step(tmp_path/'run') is None: time.sleep(.01)
+    time.sleep(1)
+    os.kill(p.pid, signal.SIGTERM)
+    time.sleep(.5)
+    assert p.is_alive()
+    os.kill(p.pid, signal.SIGTERM)
+    p.join(20)
+    assert p.exitcode==-signal.SIGTERM
+
+
+def test_nothing_is_left_behind(photos, tmp_path):
+    "No file handles, no processes, no attributes"
+    learn = make('flsl', photos, workers=2)
+    def handles():
+        gc.collect()
+        return sorted(os.readlink(f'/proc/self/fd/{d}') for d in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{d}'))
+    fit(learn, SaveRun(tmp_path/'run', every=2), At(3, term))
+    before = handles()
+    for step in (5, 8): fit(learn, SaveRun(tmp_path/'run', every=2, resume=True), At(step, term))
+    after = handles()
+    assert len(after)<=len(before), (before, after)
+    assert not mp.active_children() and signal.pthread_sigmask(signal.SIG_BLOCK, [])==set()
+    assert not {'get_idxs', 'sample'} & vars(learn.dls.train).keys() and getattr(learn.dls.train.wif, 'func', None) is None
+
+
+def test_the_folder_of_photographs_may_move_but_not_change(photos, tmp_path):
+    fit(make('flsl', photos), SaveRun(tmp_path/'run'), At(3, term))
+    moved = tmp_path/'elsewhere'
+    shutil.copytree(photos, moved)
+    learn = make('flsl', moved, seed=1)
+    fit(learn, SaveRun(tmp_path/'run', resume=True))
+    got, want = everything(learn), straight('flsl', photos)
+    for e in (got, want): e[1].pop('bad', None)
+    assert_same(got, want)
+    shutil.copy(moved/'0'/'00.jpg', moved/'0'/'000.jpg')
+    before = {p: p.read_bytes() for p in (tmp_path/'run').iterdir()}
+    with pytest.raises(InputError, match='data.hash'): fit(make('flsl', moved), SaveRun(tmp_path/'run', resume=True))
+    assert before=={p: p.read_bytes() for p in (tmp_path/'run').iterdir()}
+
+
+def test_another_method_or_kind_of_run_is_refused(tmp_path):
+    fit(make('flsl'), SaveRun(tmp_path/'run'), At(3, term))
+    before = {p: p.read_bytes() for p in (tmp_path/'run').iterdir()}
+    with pytest.raises(InputError, match='^.*is a run of FLSL, but this learner trains CLoVE'): fit(make('clove'), SaveRun(tmp_path/'run', resume=True))
+    with pytest.raises(InputError, match=r'accumulation was \[\], now \[12\]'): fit(make('flsl', accumulate=True), SaveRun(tmp_path/'run', resume=True))
+    with pytest.raises(InputError, match='holds checkpoints already'): fit(make('flsl'), SaveRun(tmp_path/'run'))
+    assert before=={p: p.read_bytes() for p in (tmp_path/'run').iterdir()}
+    for p in run_checkpoints(tmp_path/'run'): p.write_bytes(b'\0'*100)
+    with pytest.raises(InputError, match='no checkpoint that can be read'): fit(make('flsl'), SaveRun(tmp_path/'run', resume=True))
+    assert all(p.read_bytes()==b'\0'*100 for p in run_checkpoints(tmp_path/'run'))
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_at_once(tmp_path, monkeypatch):
+    def full(*args): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(torch, 'save', full)
+    learn = make('flsl')
+    with pytest.raises(InputError, match='No space left'): fit(learn, SaveRun(tmp_path/'run'))
+    assert not list((tmp_path/'run').iterdir()) and learn.train_iter==0
+
+
+def test_gradient_scaler_and_recorder_survive(tmp_path):
+    "fastai has a scaler on a GPU only; one of the CPU stands in"
+    learn = make('flsl')
+    learn.create_opt()
+    learn('before_fit')
+    learn.scaler = torch.amp.GradScaler('cpu', init_scale=64., growth_interval=2)
+    learn.scaler.scale(torch.ones(()))
+    learn.scaler._growth_tracker.fill_(1)
+    write_checkpoint(tmp_path/'a.run', {}, gather_state(learn))
+    other = make('flsl', seed=1)
+    other.create_opt()
+    other('before_fit')
+    other.scaler = torch.amp.GradScaler('cpu', init_scale=2.)
+    restore_state(read_checkpoint(tmp_path/'a.run')[1], other)
+    assert other.scaler.state_dict()==learn.scaler.state_dict() and other.scaler.get_scale()==64.
+
+
+def test_file_names_of_any_bytes(tmp_path):
+    "Names that are not UTF-8 are written and read as they are"
+    name = os.fsdecode(b'caf\xe9\n.jpg')
+    write_checkpoint(tmp_path/'a.run', {}, dict(names=[tmp_path/name], reasons={name: 'damaged'}))
+    assert read_checkpoint(tmp_path/'a.run')[1]==dict(names=[str(tmp_path/name)], reasons={name: 'damaged'})
+
+
+def many(rank, world, port, folder, out, step, resume, bs):
+    "One process of several"
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    from densessl.distributed import ManyProcesses
+    import fastai.distributed
+    learn = make('flsl', seed=int(resume), bs=bs)
+    learn.add_cb(ManyProcesses())
+    cbs = [SaveRun(folder, minutes=None, resume=resume)] if folder else []
+    if step and rank==world-1: cbs.append(At(step, term))          # one process is told, all stop
+    with learn.distrib_ctx(cpu=True) if world>1 else nullcontext(): code = fit(learn, *cbs)
+    tensors, rest = everything(learn)
+    torch.save((tensors, {k: rest[k] for k in ('order', 'schedules', 'python', 'pct', 'lrs')}), f'{out}-{rank}')
+    sys.exit(code)
+
+
+def together(world, tmp_path, folder=None, step=None, resume=False, name='out'):
+    "Exit codes and results of several processes"
+    with __import__('socket').socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    ps = [in_child(many, r, world, port, folder, tmp_path/name, step, resume, 4//world) for r in range(world)]
+    for p in ps: p.join(120)
+    return [p.exitcode for p in ps], [torch.load(tmp_path/f'{name}-{r}', weights_only=True) for r in range(world)]
+
+
+@pytest.mark.skipif(__import__('importlib').util.find_spec('accelerate') is None, reason='needs accelerate')
+def test_two_processes(tmp_path):
+    "A signal to one process stops both; two go on exactly, one goes on with what is the same for any number"
+    codes, want = together(2, tmp_path)
+    assert codes==[0, 0]
+    codes, _ = together(2, tmp_path, tmp_path/'run', step=8)
+    assert codes==[143, 143]
+    assert [p.name for p in run_checkpoints(tmp_path/'run')]==['step-00000008.run', 'step-00000000.run']
+    shutil.copytree(tmp_path/'run', tmp_path/'copy')
+    codes, got = together(2, tmp_path, tmp_path/'run', resume=True)
+    assert codes==[0, 0]
+    for a,b in zip(got, want): assert_same(a, b)
+    codes, (alone,) = together(1, tmp_path, tmp_path/'copy', resume=True)
+    assert codes==[0] and alone[1]['lrs']==want[0][1]['lrs']
+
+
+def test_shards(photos, tmp_path):
+    "Photographs in tar files, shared out among two workers: exact with as many workers, and said aloud with others"
+    from densessl.shards import shard_dls, write_shards
+    write_shards(photos, tmp_path/'tars', per_shard=10)
+    m, (change, arch, kwargs) = methods['flsl'], SMALL['flsl']
+    config = replace(m.presets['scenes'], img_size=32, local_size=16, **change)
+    def shards(workers=2, seed=0):
+        torch.manual_seed(seed)
+        learn = m.learner(shard_dls(tmp_path/'tars', m.recipe(config), bs=4, seed=0, num_workers=workers, shuffle=8), arch, config, model_kwargs=kwargs, monitor_every=2)
+        learn.remove_cb(learn.progress)
+        return learn
+    learn = shards()
+    fit(learn)
+    want = everything(learn)[0]
+    for k in ('run', 'copy'): assert fit(shards(), SaveRun(tmp_path/k), At(3, term))==143
+    learn = shards(seed=1)
+    fit(learn, SaveRun(tmp_path/'run', resume=True))
+    got = everything(learn)[0]
+    assert not [k for k in want if not torch.equal(got[k], want[k])]
+    with learn.no_logging(), pytest.warns(UserWarning, match='workers was 2, now 1'): shards(0).fit(EPOCHS, cbs=SaveRun(tmp_path/'copy', resume=True))
