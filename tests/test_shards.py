@@ -1,0 +1,515 @@
+"Tar shards: the same photographs as from the folder, each once however the work is shared, from any point on; and lists with holes"
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from densessl import shards as S
+from densessl.core import InputError
+from densessl.data import MakeViews, find_images, image_dls, load_canvas
+from densessl.shards import ShardLoader, count_images, is_shards, read_shard, shard_dls, shard_list, write_shards
+from densessl.synthetic import draw_scenes
+from densessl.views import CropSpec, Recipe
+
+RECIPE = Recipe((CropSpec('teacher', 32, (.8, 1.)), CropSpec('local', 16, (.05, .4), within='teacher', count=2)))
+N, PER = 43, 6
+
+
+def digest(x): return hashlib.md5(x.contiguous().numpy().tobytes()).hexdigest()[:8]
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    d = tmp_path_factory.mktemp('photos')
+    for i, x in enumerate(draw_scenes(N, 48)[0]): Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()).crop((0, 0, 48-i % 5, 40)).save(d/f'{i:02}.jpg')
+    return d
+
+
+@pytest.fixture(scope='module')
+def tars(photos, tmp_path_factory):
+    "Eight shards of six photographs, the last of one"
+    out = tmp_path_factory.mktemp('tars')/'out'
+    write_shards(photos, out, per_shard=PER, workers=0)
+    return out
+
+
+@pytest.fixture
+def own(tars, tmp_path):
+    "A copy to spoil"
+    shutil.copytree(tars, tmp_path/'tars')
+    return tmp_path/'tars'
+
+
+def loader(where, rank=0, ranks=1, workers=0, bs=2, shuffle=8, **kw):
+    dl = shard_dls(where, RECIPE, bs=bs, num_workers=0, device='cpu', shuffle=shuffle, **kw).train.for_rank(rank, ranks)
+    dl.fake_l.num_workers, dl.keep = workers, dl.after_batch
+    return dl
+
+
+def batches(dl):
+    "The epoch as lists of digests, with real processes if the loader has workers"
+    bad, dl.after_batch = dl.keep.bad_files, lambda b: (bad.add(b[2]), [digest(x) for x in b[0]])[1]
+    return list(dl)
+
+
+def flat(o): return [x for b in o for x in b]
+
+
+def in_turn(dl, W, k=0):
+    "The same as `batches` from batch `k` on, the workers one after the other in this process, their batches in the order of a loader"
+    dl.now, dl.fake_l.num_workers = (None, k), W
+    dl.randomize(); ids, got = dl.get_idxs(), {}
+    for j in range(W):
+        dl.num_workers, dl.offs = W, j
+        mine = list(dl.sample())
+        got |= dict(zip(mine, ([digest(x) for x in b[0]] for b in dl.create_batches(iter(mine))), strict=True))
+    dl.now, dl.num_workers, dl.offs, dl.fake_l.num_workers = None, 1, 0, 0
+    return [got[i] for i in ids]
+
+
+@pytest.fixture(scope='module')
+def want(photos): return sorted(digest(load_canvas(f, 32)[0]) for f in find_images(photos))
+
+
+# ---- the same photographs, each once
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_same_pixels_as_the_folder(photos, tars, want, workers):
+    dls = shard_dls(tars, RECIPE, bs=4, num_workers=workers, device='cpu', drop_last=False, shuffle=8)
+    dls.train.keep = dls.train.after_batch
+    got = batches(dls.train)
+    assert sorted(flat(got)) == want and len(got) == len(dls.train) == 11 and {len(b) for b in got} == {3, 4}
+    folder = image_dls(photos, RECIPE, bs=4, num_workers=0, device='cpu').train_ds
+    items = [dls.train_ds[i] for i in range(N)]
+    assert sorted(digest(x) for x, *_ in items) == sorted(digest(folder[i][0]) for i in range(N))
+    assert {(digest(x), tuple(hw.tolist())) for x, hw, _ in items} == {(digest(folder[i][0]), tuple(folder[i][1].tolist())) for i in range(N)}
+    assert digest(dls.train_ds[40][0]) == digest(items[40][0]) and digest(dls.train_ds[3][0]) == digest(items[3][0])      # not in a row
+    with pytest.raises(IndexError): dls.train_ds[N]
+
+
+def test_views_are_those_of_the_folder(photos, tars):
+    "The recipe sees the same canvas, so with torch's seed the views are equal too"
+    a, b = image_dls(photos, RECIPE, bs=2, num_workers=0, device='cpu'), shard_dls(tars, RECIPE, bs=2, num_workers=0, device='cpu')
+    assert b.recipe is RECIPE and b.bad_files == [] and len(b.train) == len(a.train) == 21 and b.bs == 2 and len(b.valid) == 0
+    by = {digest(a.train_ds[i][0]): a.train_ds[i] for i in range(N)}
+    item = b.train_ds[5]
+    out = []
+    for o in (item, by[digest(item[0])]):
+        torch.manual_seed(0); out.append(a.train.after_batch((o[0][None], o[1][None], [''])))
+    assert all(torch.equal(out[0][0][k].images, out[1][0][k].images) and torch.equal(out[0][0][k].boxes, out[1][0][k].boxes) for k in out[0][0])
+
+
+@pytest.mark.parametrize('ranks,workers,bs', [(1, 1, 2), (1, 3, 2), (2, 2, 3), (3, 1, 2), (3, 4, 2), (5, 2, 4), (7, 3, 2), (20, 1, 2)])
+@pytest.mark.parametrize('drop', [True, False])
+def test_each_once_over_ranks_and_workers(tars, want, ranks, workers, bs, drop):
+    "Also where ranks do not divide the shards, or outnumber them"
+    got = [in_turn(loader(tars, r, ranks, bs=bs, drop_last=drop), workers) for r in range(ranks)]
+    seen = flat(flat(got))
+    assert len(set(seen)) == len(seen) and set(seen) <= set(want)
+    assert len({len(o) for o in got}) == 1 and len(got[0]) == len(loader(tars, 0, ranks, bs=bs, drop_last=drop))
+    if drop: assert len(seen) == N//ranks//bs*ranks*bs and {len(b) for o in got for b in o} == {bs}
+    else: assert sorted(seen) == want and max(len(b) for o in got for b in o) <= bs
+    assert got == [in_turn(loader(tars, r, ranks, bs=bs, drop_last=drop), workers) for r in range(ranks)]       # seeded
+
+
+@pytest.mark.parametrize('workers', [1, 3])
+def test_processes_do_what_was_simulated(tars, workers):
+    a, b = loader(tars, 1, 2, workers), loader(tars, 1, 2)
+    assert [batches(a), batches(a)] == [in_turn(b, workers), in_turn(b, workers)]
+
+
+def test_orders(tars):
+    a = loader(tars)
+    first, second = batches(a), batches(a)
+    assert first != second and sorted(flat(first)) != flat(first) and flat(first) != [digest(a.dataset[i][0]) for i in range(42)]
+    assert batches(loader(tars)) == first and batches(loader(tars, seed=1)) != first
+    plain = loader(tars, shuffle=0)
+    assert flat(batches(plain)) == [digest(plain.dataset[i][0]) for i in range(42)]       # as in the tar files
+
+
+def test_shuffled_within_and_between_shards(tars):
+    "A block holds its photographs in another order than the shard; the shards come in another order each epoch"
+    dl = loader(tars, shuffle=PER)
+    place = {digest(dl.dataset[i][0]): i for i in range(N)}
+    epochs = [[place[x] for x in flat(batches(dl))] for _ in range(4)]
+    assert len({tuple(dict.fromkeys(i//PER for i in e)) for e in epochs}) == 4
+    assert all(any(e[k:k+PER] != sorted(e[k:k+PER]) for k in range(0, 36, PER)) for e in epochs)
+
+
+def test_rank_of_the_launcher(tars, monkeypatch):
+    monkeypatch.setenv('RANK', '1'); monkeypatch.setenv('WORLD_SIZE', '3')
+    dls = shard_dls(tars, RECIPE, bs=2, num_workers=0, device='cpu', shuffle=8)
+    dls.train.keep = dls.train.after_batch
+    assert len(dls.train) == 7 and batches(dls.train) == batches(loader(tars, 1, 3))
+    with pytest.raises(InputError, match='gives each process its own images'): dls.train.get_idxs()     # as a wrapper that splits once more would
+    with pytest.raises(InputError, match='bs is 20 on each of 3 ranks but there are only 43 images'): shard_dls(tars, RECIPE, bs=20, num_workers=0, device='cpu')
+
+
+def test_validation_images_are_apart(tars, want):
+    dls = shard_dls(tars, RECIPE, bs=2, num_workers=0, device='cpu', valid_pct=.3, drop_last=False)
+    assert (len(dls.train_ds), len(dls.valid_ds)) == (31, 12)
+    for dl in dls.loaders: dl.keep = dl.after_batch
+    train, valid = flat(batches(dls.train)), [flat(batches(dls.valid)) for _ in range(2)]
+    assert sorted(train+valid[0]) == want and valid[0] == valid[1]
+
+
+def test_learner_trains_on_shards(tars, tmp_path):
+    "The same learner, views to look at, plain `fit`"
+    from densessl.flsl import FLSLConfig, flsl_recipe
+    from densessl.learner import flsl_learner
+    c = FLSLConfig(img_size=32, n_prototypes=16)
+    dls = shard_dls(tars, flsl_recipe(c), bs=4, num_workers=1, device='cpu', valid_pct=.2)
+    learn = flsl_learner(dls, 'vit_tiny_patch16_224', c, model_kwargs=dict(patch_size=8, embed_dim=24, depth=1, num_heads=3), path=tmp_path)
+    with learn.no_logging(): learn.fit(2)
+    assert len(learn.recorder.losses) == 2*len(dls.train) == 16
+    assert learn.show_views(2) is not None
+
+
+# ---- going on
+
+@pytest.mark.parametrize('ranks,workers', [(1, 1), (1, 3), (2, 2)])
+def test_resume_at_every_batch(tars, ranks, workers):
+    "From a fresh loader and the saved state: the rest of the epoch and the next one are the same"
+    for r in range(ranks):
+        a = loader(tars, r, ranks)
+        full = [in_turn(a, workers), in_turn(a, workers)]
+        for k in range(len(full[0])+1):
+            assert in_turn(loader(tars, r, ranks), workers, k) == full[0][k:]
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_state_in_the_middle(tars, workers):
+    dl = loader(tars, workers=workers)
+    full = [batches(dl) for _ in range(3)]
+    for stop in (1, 8, 21):
+        dl = loader(tars, workers=workers); batches(dl)
+        it = iter(dl)
+        for _ in range(stop): next(it)
+        state = torch.load(io.BytesIO(stored(dl.state_dict())), weights_only=True)
+        new = loader(tars, workers=workers)
+        assert new.load_state_dict(state) and batches(new) == full[1][stop:] and batches(new) == full[2]
+        del it
+    state = dl.state_dict()                                # between epochs
+    new = loader(tars, workers=workers); assert new.load_state_dict(state) and batches(new) == full[2]
+
+
+def stored(o):
+    f = io.BytesIO(); torch.save(o, f)
+    return f.getvalue()
+
+
+def test_state_for_other_processes(tars):
+    "With other numbers of processes as many images are passed over; what is left is seen once"
+    dl = loader(tars, 0, 2); it = iter(dl)
+    for _ in range(6): next(it)                            # 6 x 2 x 2 = 24 images
+    state = dl.state_dict(); del it
+    new = loader(tars, 0, 3)
+    assert new.load_state_dict(state) is False and len(batches(new)) == 7-4 and len(batches(new)) == 7
+    with pytest.raises(InputError, match='belongs to 43 images but these shards hold 35'): loader(tars, valid_pct=.2).load_state_dict(dl.state_dict())
+
+
+def test_resume_reads_only_what_it_needs(tars, monkeypatch):
+    "To the shard: of eight shards, one or two are opened for the last block"
+    opened, real = [], S.open_url
+    monkeypatch.setattr(S, 'open_url', lambda u: opened.append(Path(u).name) or real(u))
+    dl = loader(tars, shuffle=6)
+    opened.clear(); in_turn(dl, 1)
+    assert len(opened) in (7, 8) and len(set(opened)) == len(opened)          # each once
+    opened.clear(); in_turn(loader(tars, shuffle=6), 1, 18)
+    assert len([o for o in opened if o.endswith('.tar')]) <= 3 + 1               # with the one that is looked at to begin with
+
+
+def test_checkpoint_callback_protocol(tars):
+    "`rest_of_epoch` of the checkpoints, which sets the generator and asks for a start"
+    rest = pytest.importorskip('densessl.callback.checkpoint').rest_of_epoch
+    for workers in (0, 2):
+        dl = loader(tars, workers=workers)
+        batches(dl); state = dl.rng.getstate(); full = batches(dl)
+        new = loader(tars, workers=workers); new.rng.setstate(state); new.after_batch = lambda b: [digest(x) for x in b[0]]
+        called = []
+        assert list(rest(new, 5, lambda: called.append(1))) == full[5:] and called
+        assert new.rng.getstate() == dl.rng.getstate()
+
+
+def test_state_is_left_by_a_look(tars):
+    dl = loader(tars); first = batches(loader(tars))
+    dl.one_batch(); dl.one_batch()
+    assert batches(dl) == first
+
+
+# ---- what is in tar files
+
+def tar_of(path, members, mode='w', fmt=tarfile.PAX_FORMAT):
+    with tarfile.open(path, mode, format=fmt) as t:
+        for name, b in members:
+            m = tarfile.TarInfo(name); m.size = len(b); t.addfile(m, io.BytesIO(b))
+
+
+@pytest.mark.parametrize('ending,mode', [('tar', 'w'), ('tar.gz', 'w:gz'), ('tgz', 'w:gz')])
+def test_tar_files_of_others(photos, tmp_path, ending, mode):
+    "Labels, captions, folders, links, hidden and foreign files are passed over, names may be anything; counts from headers or from a plain list"
+    raw = [f.read_bytes() for f in find_images(photos)[:6]]
+    for k in range(2):
+        mine = raw[3*k:3*k+3]
+        tar_of(tmp_path/f'{k:05}.{ending}', [('a/0001.jpg', mine[0]), ('a/0001.json', b'{}'), ('a/0001.txt', b'a scene'), ('._0002.jpg', b'mac'), ('a/b c\n.é.JPG', mine[1]),
+                                             ('\udcff.jpeg', mine[2]), ('0003.cls', b'7')], mode)
+    found = shard_list(tmp_path)
+    assert [o.n for o in found] == [3, 3] and [b for o in found for _, b in read_shard(o.url)] == raw and is_shards(tmp_path)
+    sizes = tmp_path/'sizes.json'; sizes.write_text(json.dumps({f'{k:05}.{ending}': 3 for k in range(2)}))
+    assert [o.n for o in shard_list([f'pipe:cat {o.url}' for o in found], index=sizes)] == [3, 3]
+    assert [o.url for o in shard_list(sizes)] == [o.url for o in found]
+    if mode == 'w': assert [b for o in found for _, b in read_shard(f'pipe:cat {o.url}')] == raw
+    dl = loader(tmp_path, bs=3); assert len(flat(batches(dl))) == 6 and dl.keep.bad_files == []
+
+
+def test_webdataset_reads_ours(tars):
+    "An independent reader"
+    from webdataset import WebDataset
+    urls = str(tars/'shard-{000000..000007}.tar')
+    theirs = [(o['__key__'], o['jpg']) for o in WebDataset(urls, shardshuffle=False)]
+    assert theirs == [(n.removesuffix('.jpg'), b) for o in shard_list(urls) for n, b in read_shard(o.url)] and len(theirs) == N
+
+
+def test_pipes(tars, want):
+    "Shards through commands; no command is left behind"
+    urls = f'pipe:cat {tars}/shard-{{000000..000007}}.tar'
+    dls = shard_dls(urls, RECIPE, bs=4, num_workers=2, device='cpu', index=tars/'index.json', drop_last=False)
+    dls.train.keep = dls.train.after_batch
+    assert sorted(flat(batches(dls.train))) == want and dls.bad_files == []
+    assert sorted(flat(in_turn(loader(f'pipe:cat {tars}/index.json', drop_last=False), 3))) == want          # the list too
+    began = time.monotonic()
+    for _ in read_shard(f'pipe:cat {tars}/shard-000000.tar; sleep 60', 0, 2): pass
+    assert time.monotonic()-began < 30                                                                       # stopped, not waited for
+
+
+# ---- holes
+
+def refused(match, *args, **kw):
+    with pytest.raises(InputError, match=match) as e: shard_list(*args, **kw)
+    assert '\n' not in str(e.value) and len(str(e.value)) < 400
+
+
+def test_lists_with_holes(own):
+    urls = [o.url for o in shard_list(own)]
+    refused("has a hole, 'shard-000003.tar' is missing and 1 more", [o for i, o in enumerate(urls) if i not in (3, 5)])
+    assert len(shard_list([o for i, o in enumerate(urls) if i != 3], holes=True)) == 7
+    refused('is listed twice', [*urls, urls[2]])
+    refused("shard-000008.tar' does not exist", str(own/'shard-{000006..000009}.tar'), holes=True)
+    refused('the list of shards is empty', [])
+    refused('how many images .* is not known: pass index', [f'pipe:cat {o}' for o in urls])
+    refused("does not name 'other-1.tar'", ['pipe:cat other-1.tar'], index=own/'index.json')
+    refused('cannot be used as a list of shards', urls, index=own/'shard-000000.tar')
+    refused('cannot be used as a list of shards .no such file', own/'nothing.json')
+    refused('cannot be used as a list of shards', 'pipe:exit 3 # index.json')
+    (own/'shard-000008.tar').write_bytes((own/'shard-000000.tar').read_bytes())
+    refused("holds 'shard-000008.tar', which its index.json does not list", own); (own/'shard-000008.tar').unlink()
+    (own/'shard-000004.tar').unlink()
+    refused("shard-000004.tar' does not exist", own)
+    (own/'index.json').unlink()
+    refused("has a hole, 'shard-000004.tar' is missing", own)
+    (own/'index.json.part').touch()
+    refused('was not finished by densessl_shard', own)
+    for f in own.iterdir(): f.unlink()
+    refused('holds no shards', own)
+
+
+def test_truncated_and_changed_before_the_start(own):
+    f = own/'shard-000002.tar'; whole = f.read_bytes()
+    for cut in (len(whole)-100, len(whole)//2, 700, 0):
+        f.write_bytes(whole[:cut])
+        refused(f"shard-000002.tar' has {cut} bytes but its list says {len(whole)}", own)
+    (own/'index.json').unlink()
+    with tarfile.open(f, 'w') as t: pass
+    assert count_images(f) == 0
+    ends = [m.offset for m in members(whole)]
+    for cut in (len(whole)//2, ends[2], ends[3]+100, 3, 0):                        # also exactly between two members
+        f.write_bytes(whole[:cut])
+        refused("shard-000002.tar' is cut short or damaged", own)
+    f.write_bytes(b'this is a letter\n'*100)
+    refused("shard-000002.tar' is cut short or damaged", own)
+
+
+def members(raw):
+    with tarfile.open(fileobj=io.BytesIO(raw)) as t: return t.getmembers()
+
+
+def spoil(own, k, b):
+    "Change a shard behind the back of a list that was checked already"
+    (own/f'shard-{k:06}.tar').write_bytes(b)
+
+
+@pytest.mark.parametrize('pipe', [False, True])
+@pytest.mark.parametrize('workers', [1, 3])
+def test_shards_that_break_while_training(own, want, workers, pipe):
+    "Cut off, gone, not a tar file: noted once with what was lost, in whole batches, two epochs long; and the same again after an interruption"
+    where = f'pipe:cat 2>/dev/null {own}/shard-{{000000..000007}}.tar' if pipe else own
+    dl = loader(where, index=own/'index.json', max_bad=1.)
+    names = [o.url for o, *_ in dl.dataset.pieces]
+    half = (own/'shard-000001.tar').read_bytes()
+    spoil(own, 1, half[:members(half)[3].offset_data+30]); spoil(own, 4, b'no tar'); (own/'shard-000006.tar').unlink()
+    bad = dl.keep.bad_files
+    real, full = dl.after_batch, []
+    for _ in range(2):
+        dl.now = (None, 0)
+        full.append(noted(dl, workers, bad))
+    assert set(bad.reasons) == {names[1], names[4], names[6]} and bad.lost == 3+6+6, bad.report()
+    assert 'ends after 3 of 6 images' in bad.reasons[names[1]] and all('ends after 0 of 6' in bad.reasons[names[k]] for k in (4, 6))
+    assert all(len(b) == 2 for b in full[0]) and len(full[0]) == 21 and set(flat(full[0])) <= set(want) and len(set(flat(full[0]))) >= 43-15-2
+    for k in range(0, 21, 4): assert in_turn(unchecked(dl, own), workers, k) == full[0][k:]
+
+
+def noted(dl, W, bad):
+    "`in_turn`, the notes collected"
+    dl.fake_l.num_workers = W; dl.randomize(); ids, got = dl.get_idxs(), {}
+    for j in range(W):
+        dl.num_workers, dl.offs = W, j
+        mine = list(dl.sample())
+        for i, b in zip(mine, dl.create_batches(iter(mine)), strict=True): got[i] = [digest(x) for x in b[0]]; bad.add(b[2])
+    dl.now, dl.num_workers, dl.offs, dl.fake_l.num_workers = None, 1, 0, 0
+    return [got[i] for i in ids]
+
+
+def unchecked(dl, own):
+    "A fresh loader on shards that would no longer pass the check"
+    new = ShardLoader(dl.dataset, dl.bs, dl.block, dl.drop_last, after_batch=MakeViews(RECIPE)).for_rank(0, 1)
+    new.rng = random.Random(0)
+    return new
+
+
+def test_more_images_than_listed(own):
+    d = json.loads((own/'index.json').read_text())
+    d['shardlist'][2] |= dict(nsamples=4, filesize=None); d['shardlist'][3] |= dict(nsamples=8, filesize=None)
+    (own/'index.json').write_text(json.dumps(d))
+    dl = loader(own, drop_last=False, max_bad=1.)
+    assert dl.n == N and len(flat(batches(dl))) == N
+    assert sorted(v for v in dl.keep.bad_files.reasons.values()) == ['ends after 6 of 8 images', 'holds more images than the 4 of its list']
+
+
+def test_bad_photographs_inside(own):
+    "A text named .jpg in a shard gives place to another and is named with its shard"
+    for k in (0, 3): tar_of(own/f'shard-{k:06}.tar', [('x.jpg', b'oops'), *[(f'{i}.jpg', (own/'b.jpg').read_bytes()) for i in range(5) if (own/'b.jpg').exists() or not SCENE.save(own/'b.jpg')]])
+    (own/'b.jpg').unlink(); (own/'index.json').unlink()
+    dls = shard_dls(own, RECIPE, bs=2, num_workers=2, device='cpu', shuffle=8, drop_last=False)
+    for _ in range(2): assert all(torch.isfinite(v['local'].images).all() for v, _ in dls.train)
+    assert sorted(dls.bad_files) == [f'{own}/shard-{k:06}.tar/x.jpg' for k in (0, 3)] and set(dls.bad_files.reasons.values()) == {'not an image'}
+    with pytest.raises(InputError, match='more than max_bad=0 allows'): batches(loader(own, max_bad=0.))
+
+
+SCENE = Image.new('RGB', (20, 10), (9, 99, 199))
+
+
+def test_nothing_readable(tmp_path):
+    for k in range(2): tar_of(tmp_path/f'{k}.tar', [(f'{i}.jpg', b'x') for i in range(3)])
+    with pytest.raises(InputError, match='none of the first images can be read, the first is .*0.tar/0.jpg. .not an image.'): shard_dls(tmp_path, RECIPE, bs=2, num_workers=0, device='cpu')
+
+
+def test_arguments(tars):
+    for match, kw in (('bs must be', dict(bs=1)), ('bs is 64 but there are only 43', dict(bs=64)), ('valid_pct must lie', dict(valid_pct=1.)), ('canvas must be', dict(canvas=0)),
+                      ('shuffle must be', dict(shuffle=-1)), ('max_bad is a share', dict(max_bad=2.))):
+        with pytest.raises(InputError, match=match): shard_dls(tars, RECIPE, **(dict(bs=2, num_workers=0, device='cpu') | kw))
+    assert is_shards(tars) and is_shards('pipe:cat x') and is_shards([1]) and is_shards('a/{0..3}.tar') and is_shards(tars/'index.json') and not is_shards(tars.parent) and not is_shards('nowhere')
+
+
+# ---- writing
+
+def jpeg(path):
+    with Image.open(path) as im: return im.size, im.quantization[0]
+
+
+def test_resizing(tmp_path):
+    "The shorter side at most `size`, upright, JPEG of the quality asked for; what is small stays as it is, byte for byte"
+    src = tmp_path/'src'; src.mkdir()
+    big = Image.fromarray(draw_scenes(1, 256)[0][0].permute(1, 2, 0).contiguous().numpy()).crop((0, 0, 256, 160))
+    exif = Image.Exif(); exif[0x0112] = 6
+    big.transpose(Image.Transpose.ROTATE_90).save(src/'turned.jpg', exif=exif, quality=95); big.save(src/'big.png'); big.save(src/'big.tif')
+    big.resize((80, 50)).save(src/'small.PNG'); Image.new('RGB', (3000, 64)).save(src/'long.bmp'); Image.new('L', (1, 1)).save(src/'dot.gif'); (src/'bad.jpg').write_text('oops')
+    d = write_shards(src, tmp_path/'out', size=64, quality=80, workers=0)
+    got = list(read_shard(tmp_path/'out'/'shard-000000.tar'))
+    kinds = sorted((n.rpartition('.')[2], Image.open(io.BytesIO(b)).size) for n, b in got)
+    assert kinds == [('bmp', (3000, 64)), ('gif', (1, 1)), ('jpg', (102, 64)), ('jpg', (102, 64)), ('jpg', (102, 64)), ('png', (80, 50))]
+    assert (d['images'], [Path(f).name for f, _ in d['left_out']], d['left_out'][0][1]) == (6, ['bad.jpg'], 'not an image')
+    for n, b in got:
+        if n.endswith('jpg'):
+            ref = io.BytesIO(); SCENE.save(ref, 'JPEG', quality=80)
+            assert jpeg(io.BytesIO(b)) == ((102, 64), jpeg(ref)[1])
+            assert (load_canvas(io.BytesIO(b), 32)[0].float()-load_canvas(src/'big.png', 32)[0]).abs().mean() < 8        # the same picture, upright
+        else: assert b in [f.read_bytes() for f in src.iterdir()]
+
+
+def test_same_shards_whatever_the_workers(photos, tmp_path, tars):
+    for w in (0, 2): write_shards(photos, tmp_path/f'{w}', per_shard=10, workers=w, seed=3)
+    for f in (tmp_path/'0').iterdir(): assert f.read_bytes() == (tmp_path/'2'/f.name).read_bytes()
+    order = [b for o in shard_list(tmp_path/'0') for _, b in read_shard(o.url)]
+    assert [o.n for o in shard_list(tmp_path/'0')] == [10, 10, 10, 10, 3] and order != [f.read_bytes() for f in find_images(photos)] and order != [b for o in shard_list(tars) for _, b in read_shard(o.url)]
+
+
+def test_nothing_is_overwritten_and_nothing_half_done(photos, tmp_path, monkeypatch):
+    (tmp_path/'full').mkdir(); (tmp_path/'full'/'precious.txt').write_text('keep'); (tmp_path/'file').write_text('keep')
+    for o in ('full', 'file'):
+        with pytest.raises(InputError, match=f"{o}' exists already and is not an empty folder"): write_shards(photos, tmp_path/o, workers=0)
+    (tmp_path/'none').mkdir(); (tmp_path/'none'/'a.jpg').write_text('x')
+    with pytest.raises(InputError, match='none of the 1 images .* can be read, the first is .*a.jpg. .not an image'): write_shards(tmp_path/'none', tmp_path/'out0', workers=0)
+    assert not (tmp_path/'out0').exists()
+    for match, kw in (('size must be a whole number from 1, got 0', dict(size=0)), ('quality must be a whole number from 1 to 95, got 99', dict(quality=99)), ('per_shard', dict(per_shard=0)), ('workers', dict(workers=-1))):
+        with pytest.raises(InputError, match=match): write_shards(photos, tmp_path/'out0', **(dict(workers=0) | kw))
+    calls, real = [], os.fsync
+    for error, raised, match in ((OSError(28, 'No space left on device'), InputError, 'cannot write to .*out.*: no space left on device'), (KeyboardInterrupt(), KeyboardInterrupt, None)):
+        def full(fd, error=error):
+            calls.append(fd)
+            if len(calls) % 3 == 0: raise error
+            real(fd)
+        monkeypatch.setattr(os, 'fsync', full)
+        out = tmp_path/f'out{raised.__name__}'
+        with pytest.raises(raised, match=match): write_shards(photos, out, per_shard=10, workers=0)
+        assert sorted(f.name for f in out.iterdir()) == ['index.json.part', 'shard-000000.tar', 'shard-000001.tar']
+        refused('was not finished by densessl_shard: write it again', out)
+        assert is_shards(out)
+
+
+SCRIPT = 'import sys\nfrom densessl.shards import densessl_shard\nsys.exit(densessl_shard())\n'
+
+
+def run(*args):
+    env = os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore::FutureWarning')
+    home = Path(args[1]).parent
+    (home/'script.py').write_text(SCRIPT)
+    return subprocess.run([sys.executable, home/'script.py', *map(str, args)], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_command(photos, tmp_path):
+    src = tmp_path/'some photos'; shutil.copytree(photos, src)
+    with open(os.path.join(os.fsencode(src), b'bad \xff\n.jpg'), 'wb') as f: f.write(b'oops')
+    r = run(src, tmp_path/'out', '--size', 32, '--per_shard', 20, '--workers', 1)
+    assert r.returncode == 0 and r.stderr == '', r.stderr
+    lines = r.stdout.splitlines()
+    assert lines[0].startswith(f'{N} photographs in 3 shards, ') and lines[1].startswith('1 files could not be read and were left out') and lines[2].endswith('bad \\udcff\\n.jpg: not an image') and len(lines) == 3
+    assert [o.n for o in shard_list(tmp_path/'out')] == [20, 20, 3] and len(batches(loader(tmp_path/'out'))) == 21
+
+
+def test_command_with_bad_input(photos, tmp_path, capsys):
+    "One sentence as the exit of the process, nothing written (called from Python, the command is a function)"
+    (tmp_path/'full').mkdir(); (tmp_path/'full/a').touch()
+    for args, words in ((dict(folder='nowhere', out=tmp_path/'o'), ("'nowhere'", 'does not exist')), (dict(folder=photos, out=tmp_path/'full'), (str(tmp_path/'full'), 'not an empty folder')),
+                        (dict(folder=photos, out=tmp_path/'o', size=0), ('size', '0')), (dict(folder=photos, out=tmp_path/'full/a/b'), ('cannot write to', 'not a directory'))):
+        with pytest.raises(SystemExit) as e: S.densessl_shard(**args, workers=0)
+        assert e.value.code.startswith('densessl_shard: ') and '\n' not in e.value.code and all(w in e.value.code for w in words), e.value.code
+    assert not (tmp_path/'o').exists() and capsys.readouterr() == ('', '')
+
+
+def test_no_file_stays_open(tars):
+    dl = loader(f'pipe:cat {tars}/shard-{{000000..000007}}.tar', index=tars/'index.json'); in_turn(dl, 2)
+    before = len(os.listdir('/proc/self/fd'))
+    for _ in range(3): in_turn(dl, 2); dl.one_batch(); dl.dataset[3]
+    import gc; gc.collect()
+    assert len(os.listdir('/proc/self/fd')) <= before+1         # the one that `dataset` reads on from
