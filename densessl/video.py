@@ -20,7 +20,8 @@ from torch import Tensor
 
 from . import __version__
 from .core import InputError, fp32
-from .evaluation import Score, as_feature_map, extract, _read
+from .evaluation import Score, as_feature_map, extract, _bar, _common
+from .labelled import _read
 
 # %% ../nbs/62_video.ipynb #a3df16c7
 def _square(target, keys, labels, y0, x0, side, r, k, temp):
@@ -256,6 +257,9 @@ def davis_sequences(
                 for kind,ends in (('JPEGImages', ('.jpg', '.jpeg', '.png')), ('Annotations', ('.png',))))
         if not x: raise InputError(f'{n}: no frame in {root/"JPEGImages"/resolution/n}')
         if gone := [s for s in x if s not in m]: raise InputError(f'{n}: {len(gone)} of {len(x)} frames have no mask, as {gone[0]}: a score needs one for every frame')
+        if gone := [s for s in m if s not in x]: raise InputError(f'{n}: {len(gone)} of {len(m)} masks have no frame, as {gone[0]}: a video with a gap cannot be followed')
+        at = [int(s) for s in x if s.isdigit()]
+        if len(at)==len(x) and (gap := sorted({*range(at[0], at[-1])}-{*at})): raise InputError(f'{n}: {len(gap)} of the frames {at[0]} to {at[-1]} are missing, as {gap[0]}: a video with a gap cannot be followed')
         out.append(DavisSequence(n, tuple(x.values()), tuple(m[s] for s in x)))
     return out
 
@@ -283,15 +287,17 @@ def propagate_video(
     k:int=5,
     temp:float=.1,
     batch_size:int=8,   # Frames a forward pass
-    **kwargs,           # Arguments of `extract`
+    progress:bool=None, # Progress bar; default in a terminal or notebook, from ten batches on
+    **kwargs,           # Arguments of `feature_batches`
 ):                      # Masks, uint8 (T,H,W), of the size of the video's; shape (D,H,W) of the features
     "Masks of all frames from the first one"
     size = _input_size(video.frames.shape[-2:], size, multiple or _multiple(model))
     shape = []
     def maps():
-        for x in video.frames.split(batch_size):
+        parts = video.frames.split(batch_size)
+        for x in _bar(parts, len(parts), progress, video.name):
             if x.shape[-2:]!=size: x = F.interpolate(x.float(), size=size, mode='bicubic', antialias=True).round().clamp(0,255).byte()
-            z = F.normalize(extract(model, x, batch_size, **kwargs), dim=1)
+            z = F.normalize(extract(model, x, batch_size, progress=False, **kwargs), dim=1)
             shape[:] = z.shape[1:]
             yield from z
     labels = propagate_labels(maps(), video.masks[0], n_last, radius, k, temp)
@@ -315,7 +321,7 @@ def davis_score(
     label:str='model',     # Name of the model in tables
     data:str=None,         # Name of the data in the protocol; default that of the folder and the split
     batch_size:int=8,      # Frames a forward pass
-    **kwargs,              # Arguments of `extract`
+    **kwargs,              # `progress`, and arguments of `feature_batches`
 )->list:                   # Scores J&F, J and F; their `per_class` are the objects, `classes` their names
     "Carry the first masks of DAVIS through its videos and score them; holds one video at a time"
     _check_settings(n_last, radius, k, temp)
@@ -336,7 +342,7 @@ def davis_score(
     data = data or ('videos' if isinstance(root, (list,tuple)) else f'{Path(root).resolve().name}-{_split_file(root, split, year).parent.name}-{split}')
     if names is not None: data += f'[{", ".join(s.name for s in seqs)}]'
     protocol = ' | '.join([f'{data} ({len(seqs)} sequences, {len(J)} objects, {frames} frames)', f'image {few(sizes)}', 'probe=label propagation',
-        *(f'{a}={b}' for a,b in dict(n_last=n_last, radius=radius, k=k, temp=temp, tolerance=tolerance, amp=bool(kwargs.get('amp'))).items()), f'densessl {__version__}'])
+        *(f'{a}={b}' for a,b in dict(n_last=n_last, radius=radius, k=k, temp=temp, tolerance=tolerance, **_common(kwargs)).items()), f'densessl {__version__}'])
     layer = kwargs.get('layer')
     described = f"{'last' if layer is None else f'layer {layer}'} {few(grids)}"
     both = [(j+f)/2 for j,f in zip(J, C)]

@@ -11,10 +11,10 @@ import torch, torch.nn.functional as F
 from fastai.torch_core import set_seed
 
 from densessl import __version__
-from densessl.cli import change_settings, parse_kwargs, scenes_and_judge
+from densessl.cli import change_settings, parse_kwargs, scene_data
 from densessl.clove import CLoVELoss
 from densessl.encoders import dense_encoder
-from densessl.evaluation import patch_labels
+from densessl.evaluation import dense_scores, patch_labels
 from densessl.learner import methods
 from densessl.synthetic import CLASSES, draw_scenes
 
@@ -45,6 +45,10 @@ RUNS = {f'preset, seed {s}': run(seed=s) for s in (0, 1, 2)} | dict(
            'margin 0.5, seed 0': run(replace(base, margin=.5)),
            'on a ViT, seed 0': run(net=vit)})[a.method]()
 
+def scenes_and_judge(recipe, bs, seed):
+    dls, (train, test), _ = scene_data(recipe, bs, seed)
+    return dls, lambda enc, name: dense_scores(enc, train, test, label=name)
+
 def small(scores): return [{k: v for k,v in asdict(s).items() if k in ('probe', 'value', 'per_class', 'protocol')} for s in scores]
 
 def supervised(judge, seed=0):
@@ -73,7 +77,7 @@ def add(name, r):
 for name,(config, seed, loss, net) in RUNS.items():
     if name in res['runs'] or (a.only and name not in a.only): continue
     set_seed(seed)
-    dls, judge, _ = scenes_and_judge(method.recipe(config), 32, seed)
+    dls, judge = scenes_and_judge(method.recipe(config), 32, seed)
     learn = method.learner(dls, net.scene_arch, config, model_kwargs=parse_kwargs(net.scene_kwargs), monitor_every=32)
     if loss: learn.loss_func = loss(config)
     start = copy.deepcopy(learn.model.product)

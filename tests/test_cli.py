@@ -87,6 +87,9 @@ BAD = {                                          # name -> command line, words i
     'timm refuses':        (['photos', *tiny(model_kwargs='patch_sise=8')], ['patch_sise']),
     'no epochs':           (['photos', *tiny(epochs=-1)], ['epochs', '-1']),
     'labels':              (['photos', *TINY, '--labelled', 'notes'], ['notes']),
+    'baseline':            (['photos', *TINY, '--baseline', 'resnet5'], ['resnet5', 'did you mean']),
+    'resume nothing':      (['photos', *TINY, '--resume'], ['--out']),
+    'resume a stranger':   (['photos', *TINY, '--resume', '--out', 'full'], ['full', 'settings.json']),
 }
 
 
@@ -135,11 +138,12 @@ def test_a_folder_of_photographs(home, method):
     assert r.returncode==0, r.stderr
     assert all(l.startswith('note: ') for l in r.stderr.splitlines()), r.stderr
     out = home/f'run_{method}'
-    assert {p.name for p in out.iterdir()} == {'backbone.safetensors', 'settings.json', 'history.csv', 'scores.json', 'picture.png', 'similarity.png'}
+    assert {p.name for p in out.iterdir()} == {'backbone.safetensors', 'start.safetensors', 'best.safetensors', 'best.txt', 'settings.json', 'history.csv', 'scores.json', 'scores_by_epoch.json',
+                                                'picture.png', 'similarity.png', 'curves.png'}
     for f in out.iterdir(): assert f.name in r.stdout
     assert '24 photographs, 3 steps' in r.stdout
     assert 'could not be read' in r.stdout and '07.jpg' in r.stdout
-    assert 'random start' in r.stdout and f'{method}, 1 epoch' in r.stdout
+    assert r.stdout.index('before training: ') < r.stdout.index('epoch 1: ') < r.stdout.index('| random start') < r.stdout.index(f'{method}, 1 epoch') < r.stdout.index('points against random start')
 
     s = json.loads((out/'settings.json').read_text())
     assert (s['folder'], s['method'], s['preset'], s['bs'], s['epochs']) == ('photos', method, 'scenes', 8, 1)
@@ -157,3 +161,30 @@ def test_a_folder_of_photographs(home, method):
     net.load_state_dict(state)
     z = net.eval().forward_features(torch.zeros(1, 3, 32, 32))
     assert z.shape==shape and z.isfinite().all()
+
+
+STOPPED = """import os, signal
+from densessl.callback.teacher import TeacherEMA
+from densessl.cli import densessl_pretrain
+update = TeacherEMA.after_step
+def after_step(self):
+    update(self)
+    if self.train_iter==1: os.kill(os.getpid(), signal.SIGTERM)   # as a cluster does
+TeacherEMA.after_step = after_step
+densessl_pretrain()
+"""
+
+def test_stopped_and_gone_on_with(home):
+    straight = run(home, SCRIPT, ['photos', *TINY, '--out', 'straight'])
+    assert straight.returncode==0, straight.stderr
+    r = run(home, STOPPED, ['photos', *TINY, '--out', 'stopped'])
+    assert r.returncode==128+15 and 'SIGTERM' in r.stderr and 'Traceback' not in r.stderr, r.stderr
+    assert not (home/'stopped'/'backbone.safetensors').exists()
+    r = run(home, SCRIPT, ['--resume', '--out', 'stopped', '--lr', '0.5'])
+    assert r.returncode==1 and 'lr was None, now 0.5' in r.stderr, r.stderr
+    r = run(home, SCRIPT, ['--resume', '--out', 'stopped'])
+    assert r.returncode==0 and 'going on with' in r.stdout, r.stderr
+    for name in ('backbone.safetensors', 'best.safetensors', 'history.csv', 'scores.json', 'scores_by_epoch.json'):
+        assert (home/'stopped'/name).read_bytes()==(home/'straight'/name).read_bytes(), name
+    r = run(home, SCRIPT, ['--resume', '--out', 'stopped'])
+    assert r.returncode==1 and 'complete' in r.stderr

@@ -284,3 +284,19 @@ def test_gpu_gives_the_same():
     assert (up[0]==up[1].cpu()).float().mean()>.999
     a, b = random_masks(4,60,80,0), random_masks(4,60,80,1)
     assert_close(contour_accuracy(a.cuda(), b.cuda()).cpu(), contour_accuracy(a, b))
+
+def test_progress_of_videos(capsys):
+    a = davis_score(colours, [drifting()], multiple=4, batch_size=2)
+    assert capsys.readouterr().out==''
+    assert davis_score(colours, [drifting()], multiple=4, batch_size=2, progress=True)==a and '[3/3' in capsys.readouterr().out
+
+@pytest.mark.parametrize('folder,said', (('JPEGImages', 'drifting: 1 of 6 masks have no frame, as 00003: a video with a gap'), ('Annotations', 'drifting: 1 of 6 frames have no mask, as 00003'), ('both', 'drifting: 1 of the frames 0 to 5 are missing, as 3')))
+def test_missing_frames(tmp_path, folder, said):
+    save(tmp_path, drifting())
+    for kind in (('JPEGImages', 'Annotations') if folder=='both' else (folder,)): (tmp_path/kind/'480p/drifting/00003.png').unlink()
+    with pytest.raises(InputError, match=said): davis_score(colours, tmp_path, multiple=4)
+
+def test_a_video_of_one_frame(tmp_path):
+    v = drifting()
+    save(tmp_path, Video(v.frames[:1], v.masks[:1], 'one'))
+    with pytest.raises(InputError, match='one has fewer than 3 frames, so none between the first and the last'): davis_score(colours, tmp_path, multiple=4)

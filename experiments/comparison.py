@@ -1,0 +1,72 @@
+"""FLSL, DINO and the random start on the same photographs: the same ViT, steps and seeds. Every second epoch a backbone is kept, and all are scored afterwards.
+
+    python experiments/comparison.py train flsl PHOTOS RUNS --seed 0
+    python experiments/comparison.py score RUNS PHOTOS --camvid DIR --out nbs/experiments/results/comparison.json
+"""
+import argparse, json, time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from fastai.callback.core import Callback
+from fastai.torch_core import set_seed
+
+from densessl.callback.score import kept_photographs
+from densessl.cli import change_settings, parse_kwargs
+from densessl.data import image_dls
+from densessl.evaluation import dense_scores
+from densessl.gauges import label_free_gauges
+from densessl.labelled import segmentation_folder
+from densessl.learner import methods
+from densessl.transfer import export_backbone, load_backbone
+
+COMMON = dict(img_size=64, local_size=32, n_local=2, hidden_dim=512, bottleneck_dim=128, pos_scale=.25, lr=8e-3, drop_path_rate=0., momentum=(.99,1.), temp_t=(.04,.04), wd=(.04,.04), freeze_epochs=0)
+SMALL = dict(flsl=COMMON | dict(beta_sa=10., beta_ca=20., n_prototypes=512), dino=COMMON | dict(n_prototypes=1024))   # changes to the paper's settings
+VIT = dict(patch_size=8, embed_dim=128, depth=4, num_heads=4)
+
+def loaders(photos, recipe, seed): return image_dls(photos, recipe, bs=32, num_workers=0, valid_pct=.032, seed=seed, canvas=96)
+
+def train(a):
+    "One run"
+    m, out = methods[a.method], Path(a.runs)/f'{a.name or a.method}_{a.seed}'
+    set_seed(a.seed)
+    config = change_settings(replace(m.presets['paper'], **SMALL[a.method]), parse_kwargs(a.settings, 'settings'))
+    dls = loaders(a.photos, m.recipe(config), a.seed)
+    learn = m.learner(dls, 'vit_tiny_patch16_224', config, model_kwargs=VIT)
+    class Keep(Callback):
+        order = 90   # after the teacher's update
+        def after_epoch(self):
+            if (self.epoch+1)%2==0: export_backbone(learn, out/f'e{self.epoch+1:02d}.safetensors')
+    export_backbone(learn, out/'e00.safetensors')
+    began = time.time()
+    with learn.no_bar(), learn.no_logging(): learn.fit(a.epochs, cbs=Keep())
+    (out/'history.json').write_text(json.dumps(dict(config=asdict(learn.model.config), seed=a.seed, photographs=len(dls.train.dataset), steps=len(learn.recorder.losses),
+        minutes=(time.time()-began)/60, history=learn.collapse_monitor.history)))
+
+def score(a):
+    "All backbones of all runs; each is added to the file as soon as it is scored"
+    out = Path(a.out)
+    res = json.loads(out.read_text()) if out.exists() else {}
+    train, test = (segmentation_folder(a.camvid, s, size=(176,240), n_classes=11, ignore_index=11)[::2] for s in ('train', 'test'))
+    for d in sorted(p.parent for p in Path(a.runs).glob('*/history.json')):
+        h = json.loads((d/'history.json').read_text())
+        seed = int(d.name.split('_')[-1])
+        photos, hw, _ = kept_photographs(loaders(a.photos, methods['dino'].recipe(methods['dino'].presets['scenes']), seed))
+        r = res.setdefault(d.name, dict(config=h['config'], steps=h['steps'], history=h['history'][::8], scores={}))
+        for f in sorted(d.glob('e*.safetensors')):
+            if f.stem in r['scores']: continue
+            enc, label = load_backbone(f), f'{d.name}/{f.stem}'
+            s = dense_scores(enc, train, test, memory=20000, label=label) + label_free_gauges(enc, photos, hw, 64, label=label, data=f'photographs kept apart, seed {seed}')
+            r['scores'][f.stem] = [dict(probe=o.probe, value=o.value, protocol=o.protocol) for o in s]
+            out.write_text(json.dumps(res))
+            print(label, {o.probe: round(100*o.value, 1) for o in s}, flush=True)
+
+P = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+S = P.add_subparsers(required=True)
+t = S.add_parser('train'); t.set_defaults(f=train); t.add_argument('method', choices=SMALL); t.add_argument('photos'); t.add_argument('runs')
+t.add_argument('--seed', type=int, default=0); t.add_argument('--epochs', type=int, default=16); t.add_argument('--settings', default=''); t.add_argument('--name')
+s = S.add_parser('score'); s.set_defaults(f=score); s.add_argument('runs'); s.add_argument('photos'); s.add_argument('--camvid', required=True); s.add_argument('--out', default='comparison.json')
+for p in (t, s): p.add_argument('--threads', type=int, default=1)
+a = P.parse_args()
+torch.set_num_threads(a.threads)
+a.f(a)
