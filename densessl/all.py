@@ -20,6 +20,7 @@ from .margin import *
 from .views import *
 from .augment import *
 from .data import *
+from .shards import *
 from .encoders import *
 from .heads import *
 from .ema import *
@@ -31,10 +32,17 @@ from .optim import *
 from .callback.teacher import *
 from .callback.monitor import *
 from .learner import *
+from .callback.checkpoint import *
+from .callback.guard import *
+from .distributed import *
+from .labelled import *
 from .evaluation import *
 from .transfer import *
 from .video import *
 from .figures import *
+from .gauges import *
+from .callback.score import *
+from .report import *
 
 # %% ../nbs/80_all.ipynb #6804bf04
 __all__ = [o for o in globals() if not o.startswith('_') and o!='fastai']

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, check_ramp
+from .core import InputError, check_ramp, fp32
 from .attention import mean_shift, query_index, query_mask, unit
-from .modes import flsl_objective
+from .modes import ObjectiveParts, mode_loss, prototype_objective
 from .views import Augment, CropSpec, Recipe
 from .encoders import DenseEncoder, dense_encoder
 from .heads import PrototypeHead
@@ -111,13 +111,25 @@ def choose_prototypes(
 # %% ../nbs/40_flsl.ipynb #d58f40d9
 class FLSLOutput(NamedTuple):
     "What one step hands to the objective; queries of all student views, photograph by photograph"
-    z:Tensor               # Query tokens, (N', D)
-    mode:Tensor            # Their modes in their own view, (N', D)
-    student_logits:Tensor  # Prototype logits of the modes, (N', K)
-    teacher_logits:Tensor  # Prototype logits of the positives, (N', K), no gradient
+    z:Tensor       # Query tokens, (N', D)
+    mode:Tensor    # Their modes in their own view, (N', D)
+    u:Tensor       # Embeddings of the modes by the student's head, (N', bottleneck_dim), unit norm
+    mu:Tensor      # Prototypes of the student, (K, bottleneck_dim), unit norm
+    u_pos:Tensor   # Embeddings of the positives by the teacher's head, as `u`, no gradient
+    mu_pos:Tensor  # Prototypes of the teacher, as `mu`, no gradient
+
+    @property
+    def student_logits(self):
+        "Prototype logits of the modes, (N', K), multiplied on demand"
+        return fp32(torch.matmul)(self.u, self.mu.mT)
+
+    @property
+    def teacher_logits(self):
+        "Prototype logits of the positives, (N', K), multiplied on demand, no gradient"
+        return fp32(torch.matmul)(self.u_pos, self.mu_pos.mT)
 
 class FLSL(nn.Module):
-    "Student and teacher with their heads; views in, tokens, modes and logits out (FLSL)"
+    "Student and teacher with their heads; views in, tokens, modes and their embeddings out (FLSL)"
     def __init__(self,
         encoder:DenseEncoder,            # Becomes the student; the teacher starts as its copy
         config:FLSLConfig=FLSLConfig(),  # Settings, with the number of prototypes
@@ -171,9 +183,10 @@ class FLSL(nn.Module):
                 out.append(t.unflatten(0, x.shape[:2]).transpose(0, 1).flatten(1, 2))  # (B, V*Q, D)
         z, mode = torch.cat(zs, 1), torch.cat(modes, 1)
         scale = z.shape[-1]**.5 if c.normalize else 1.
-        with torch.no_grad(): teacher_logits = self.teacher.head(mean_shift(z, Zt, c.beta_ca).flatten(0, 1)*scale)
+        s, t = self.student.head, self.teacher.head
+        with torch.no_grad(): u_pos, mu_pos = t.embed(mean_shift(z, Zt, c.beta_ca).flatten(0, 1)*scale), t.scaled_prototypes()
         z, mode = z.flatten(0, 1), mode.flatten(0, 1)
-        return FLSLOutput(z, mode, self.student.head(mode*scale), teacher_logits)
+        return FLSLOutput(z, mode, s.embed(mode*scale), s.scaled_prototypes(), u_pos, mu_pos)
 
 # %% ../nbs/40_flsl.ipynb #f41a5048
 class FLSLLoss(nn.Module):
@@ -184,5 +197,7 @@ class FLSLLoss(nn.Module):
         self.parts = None
 
     def forward(self, out:FLSLOutput, *targets)->Tensor:
-        total, self.parts = flsl_objective(*out, upsilon=self.upsilon, eta=self.eta, gamma=self.gamma, temp_s=self.temp_s, temp_t=self.temp_t)
-        return total
+        intra = mode_loss(out.z, out.mode)
+        second, (inter, volume) = prototype_objective(out.u, out.mu, out.u_pos, out.mu_pos, self.eta, self.gamma, self.temp_s, self.temp_t)
+        self.parts = ObjectiveParts(intra.detach(), inter, volume)
+        return self.upsilon*intra + second

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .core import InputError, fp32
+from .modes import mean_over_ranks
 
 # %% ../nbs/15_margin.ipynb #57182143
 def negative_weights(
@@ -154,6 +155,6 @@ def clove_objective(
     monitors = torch.stack([m.detach() for m in monitors])  # positive, negative, matched, active
     some = monitors[2]>0
     n = some.sum()
-    total = loss.sum()/n.clamp_min(1) if reduction=='pair' else loss.mean()
+    total = loss.sum()/mean_over_ranks(n.to(loss.dtype)).clamp_min(1e-6) if reduction=='pair' else loss.mean()   # n may differ between processes
     pos, neg, _, active = (monitors*some).sum(-1)/n.clamp_min(1)
     return total, CloveParts(pos, neg, pos-neg, monitors[2].mean(), active, 1-some.to(pos.dtype).mean())

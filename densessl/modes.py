@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PrototypeLoss', 'ObjectiveParts', 'mode_loss', 'volume_kl', 'kmeans_objective', 'mean_over_ranks', 'prototype_loss',
-           'flsl_objective']
+           'prototype_objective', 'flsl_objective']
 
 # %% ../nbs/12_modes.ipynb #4a414e29
 import math
@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .attention import unit
 from .core import InputError, fp32
@@ -84,43 +83,14 @@ def mean_over_ranks(
     many = dist.is_available() and dist.is_initialized() and dist.get_world_size()>1
     return _MeanOverRanks.apply(x) if many else x
 
-# %% ../nbs/12_modes.ipynb #6f79957a
-_block_elements = dict(cpu=2**19, cuda=2**23)  # numbers in one block of rows: fits the cache, or is work enough for a GPU
-
-@fp32
-def _scaled(logits, temp): return logits / temp
-
-class _PrototypeLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, s, t, temp_s, temp_t, prior):
-        N,K = s.shape
-        rows = max(1, _block_elements.get(s.device.type, 2**23) // K)
-        ce, p_bar = 0., 0.
-        for sb,tb in zip(s.split(rows), t.split(rows)):
-            log_p, q = _scaled(sb, temp_s).log_softmax(-1), _scaled(tb, temp_t).softmax(-1)
-            ce = ce - q.mul_(log_p).sum()
-            p_bar = p_bar + log_p.exp_().sum(0)
-        p_bar = mean_over_ranks(p_bar/N)
-        c = _safe_log(p_bar) - _log_prior(prior, K)
-        ctx.save_for_backward(s, t, c)
-        ctx.temp_s, ctx.temp_t, ctx.rows = temp_s, temp_t, rows
-        return ce/N, (p_bar*c).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g_ce, g_kl):
-        s, t, c = ctx.saved_tensors
-        a, b = g_ce/(ctx.temp_s*len(s)), c*(g_kl/(ctx.temp_s*len(s)))
-        grad = torch.empty_like(s)
-        for sb,tb,gb in zip(*(x.split(ctx.rows) for x in (s,t,grad))):
-            p, q = _scaled(sb, ctx.temp_s).softmax(-1), _scaled(tb, ctx.temp_t).softmax(-1)
-            w = a - (p*b).sum(-1, keepdim=True)
-            gb.copy_((w+b).mul_(p).addcmul_(q, a, value=-1))
-        return grad, None, None, None, None
-
-# %% ../nbs/12_modes.ipynb #35f2457d
+# %% ../nbs/12_modes.ipynb #7fac8f6f
 PrototypeLoss = namedtuple('PrototypeLoss', 'ce kl')
 
+def _check_temps(**temps):
+    for name,temp in temps.items():
+        if not temp>0: raise InputError(f'{name} must be > 0, got {temp}: it divides the logits')
+
+@fp32
 def prototype_loss(
     student_logits:Tensor,  # Prototype logits of the modes, (..., K)
     teacher_logits:Tensor,  # Prototype logits of their positives, (..., K); no gradient flows to them
@@ -131,10 +101,68 @@ def prototype_loss(
     "Cross-entropy of student and teacher assignments, and volume term of the student's mean over all processes (FLSL, second level)"
     if student_logits.shape!=teacher_logits.shape or student_logits.dim()<2 or not student_logits.numel():
         raise InputError(f'student and teacher logits need the same shape (queries, prototypes), got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}')
-    for name,temp in (('temp_s',temp_s), ('temp_t',temp_t)):
-        if not temp>0: raise InputError(f'{name} must be > 0, got {temp}: it divides the logits')
-    s, t = (x.flatten(0,-2) for x in (student_logits, teacher_logits.detach()))
-    return PrototypeLoss(*_PrototypeLoss.apply(s, t, temp_s, temp_t, prior))
+    _check_temps(temp_s=temp_s, temp_t=temp_t)
+    log_p, q = (student_logits/temp_s).log_softmax(-1), (teacher_logits.detach()/temp_t).softmax(-1)
+    p_bar = mean_over_ranks(log_p.exp().flatten(0,-2).mean(0))
+    c = _safe_log(p_bar) - _log_prior(prior, len(p_bar))
+    return PrototypeLoss(-(q*log_p).sum(-1).mean(), (p_bar*c).sum())
+
+# %% ../nbs/12_modes.ipynb #eb50a877
+_block_elements = dict(cpu=2**19, cuda=2**23)  # numbers in one block of rows: fits the cache, or is work enough for a GPU
+
+class _PrototypeObjective(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, mu, u_pos, mu_pos, eta, gamma, prior, learn):
+        N, K = len(u), len(mu)
+        rows = max(1, _block_elements.get(u.device.type, 2**23) // K)
+        log_p, p_bar = u.new_empty(N, K), 0.
+        for ub,lb in zip(u.split(rows), log_p.split(rows)):
+            torch.log_softmax(ub@mu.mT, -1, out=lb)
+            p_bar = p_bar + lb.exp().sum(0)
+        p_bar = mean_over_ranks(p_bar/N)
+        c = _safe_log(p_bar) - _log_prior(prior, K)
+        a, b = eta/N, c*(gamma/N)
+        ce, du, dmu = 0., torch.empty_like(u), torch.zeros_like(mu)
+        for ub,upb,lb,dub in zip(*(x.split(rows) for x in (u, u_pos, log_p, du))):
+            q = (upb@mu_pos.mT).softmax(-1)
+            ce = ce - torch.dot(q.flatten(), lb.flatten())
+            if not learn: continue
+            p = lb.exp_()
+            w = a - p@b
+            G = p.mul_(b + w[:,None]).sub_(q, alpha=a)
+            torch.mm(G, mu, out=dub)
+            dmu.addmm_(G.mT, ub)
+        ce, kl = ce/N, (p_bar*c).sum()
+        ctx.save_for_backward(du, dmu)
+        ctx.mark_non_differentiable(ce, kl)
+        return eta*ce + gamma*kl, ce, kl
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        if torch.is_grad_enabled(): raise InputError('prototype_objective has no second derivative: take prototype_loss of the logits, or leave out create_graph=True')
+        du, dmu = ctx.saved_tensors
+        return g*du, g*dmu, None, None, None, None, None, None
+
+# %% ../nbs/12_modes.ipynb #58ec6db4
+@fp32
+def prototype_objective(
+    u:Tensor,            # Embeddings of the modes, (..., D); of unit norm after FLSL's head
+    mu:Tensor,           # Prototypes of the student, (K, D); of unit norm unless their lengths are learned
+    u_pos:Tensor,        # Embeddings of the positives by the teacher, (..., D); no gradient flows to them
+    mu_pos:Tensor,       # Prototypes of the teacher, (K, D); no gradient flows to them
+    eta:float=1.,        # Weight of the cross-entropy (FLSL public code)
+    gamma:float=5.,      # Weight of the volume term, > `eta` (FLSL public code)
+    temp_s:float=0.1,    # Student temperature, > 0, divides
+    temp_t:float=0.04,   # Teacher temperature, > 0, divides
+    prior:Tensor=None,   # Share that each prototype should have, (K,), > 0; default uniform
+)->tuple:                # eta*ce + gamma*kl, once differentiable with respect to `u` and `mu`, and its `PrototypeLoss` (no gradient)
+    "`prototype_loss` of the logits `u@mu.T` and `u_pos@mu_pos.T` with its two weights, without keeping them (FLSL, second level)"
+    if u.shape!=u_pos.shape or mu.shape!=mu_pos.shape or u.dim()<2 or mu.dim()!=2 or u.shape[-1]!=mu.shape[-1] or not u.numel():
+        raise InputError(f'embeddings (queries, features) and prototypes (prototypes, features) need the same shapes in student and teacher, got {", ".join(str(tuple(x.shape)) for x in (u, mu, u_pos, mu_pos))}')
+    _check_temps(temp_s=temp_s, temp_t=temp_t)
+    learn = torch.is_grad_enabled() and (u.requires_grad or mu.requires_grad)
+    total, *parts = _PrototypeObjective.apply(u.flatten(0,-2), mu/temp_s, u_pos.detach().flatten(0,-2), mu_pos.detach()/temp_t, eta, gamma, prior, learn)
+    return total, PrototypeLoss(*parts)
 
 # %% ../nbs/12_modes.ipynb #206a1873
 ObjectiveParts = namedtuple('ObjectiveParts', 'intra inter volume')

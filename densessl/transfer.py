@@ -18,21 +18,62 @@ from . import __version__
 from .core import InputError
 from .encoders import DenseEncoder
 
-# %% ../nbs/61_transfer.ipynb #02c7b918
+# %% ../nbs/61_transfer.ipynb #d4c36cf0
+_LOADS = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_strict', 'checkpoint_path', 'checkpoint_strict', 'cache_dir', 'cfg', 'scriptable', 'exportable', 'no_jit')   # arguments of timm that are no part of a network
+
+def _first(names, n=4):
+    "The first few names and how many more there are"
+    names = list(names)
+    return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
+
+def _read(path):
+    "Header and tensors of a safetensors file, or one sentence"
+    with open(path, 'rb') as f: head = f.read(16)
+    pickled = head[:4]==b'PK\x03\x04' or head[:1]==b'\x80' or b'ustar' in head
+    if pickled: raise InputError(f'{str(path)!r} is a pickle, as torch.save writes them: reading it could run code that it holds, so it was not opened; give a safetensors file that export_backbone wrote')
+    try:
+        with safe_open(path, 'pt') as f: return f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        size, n = path.stat().st_size, int.from_bytes(head[:8], 'little')
+        why = 'it is empty' if not size else 'it is cut off or damaged' if head[8:9]==b'{' and n<2**27 else 'it is something else'
+        raise InputError(f'{str(path)!r} is not a safetensors file, {why} ({e}): give a file that export_backbone wrote, or copy it again') from None
+
+def _header(path, meta):
+    "arch, model_kwargs and img_size, checked"
+    if 'densessl' not in meta: raise InputError(f'{str(path)!r} was not written by densessl: load it with timm.create_model(arch, checkpoint_path=...)')
+    try: m = json.loads(meta['densessl'])
+    except ValueError: m = None
+    def bad(what): return InputError(f'the header of {str(path)!r} is damaged or not ours, {what}: write the file again with export_backbone')
+    if not isinstance(m, dict): raise bad('it is no JSON object')
+    if lost := [k for k in ('arch', 'model_kwargs', 'img_size') if k not in m]: raise bad(f'it lacks {_first(lost)}')
+    arch, kwargs, size = m['arch'], m['model_kwargs'], m['img_size']
+    if not isinstance(arch, str) or not isinstance(kwargs, dict): raise bad('arch must be a name and model_kwargs named values')
+    if not all(type(o) is int and o>0 for o in (size if isinstance(size, list) and len(size)==2 else [size])): raise bad(f'img_size must be one or two sizes in pixels, it is {size!r}')
+    if ':' in arch or not timm.is_model(arch): raise InputError(f'{str(path)!r} holds a {arch!r}, which timm {timm.__version__} does not know: install the version of timm that wrote it')
+    if asks := [k for k in kwargs if k in _LOADS]: raise bad(f'its model_kwargs would load something else ({_first(asks)})')
+    return arch, kwargs, size
+
+def _fit(path, net, state):
+    "One sentence if the tensors are not those of the network"
+    want = net.state_dict()
+    wrong = [f'{k} is {tuple(state[k].shape)} instead of {tuple(want[k].shape)}' for k in want if k in state and state[k].shape!=want[k].shape]
+    said = [f'{n} {what}: {_first(names)}' for what,names in (('missing', [k for k in want if k not in state]), ('of another shape', wrong), ('not of this network', [k for k in state if k not in want])) if (n := len(names))]
+    if said: raise InputError(f'the tensors of {str(path)!r} are not those of the network that its header names; ' + '; '.join(said))
+
+# %% ../nbs/61_transfer.ipynb #838beac9
 def load_backbone(
     path,           # File that `export_backbone` wrote
 )->DenseEncoder:    # In evaluation mode
-    "The backbone of a file, rebuilt by timm"
+    "The backbone of a file, rebuilt by timm; nothing in the file is run"
     path = Path(path)
     if not path.is_file(): raise InputError(f'there is no file {str(path)!r}: give the path of an exported backbone')
-    try:
-        with safe_open(path, 'pt') as f: meta, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise InputError(f'{str(path)!r} is not a safetensors file ({e}): give a file that export_backbone wrote') from None
-    if 'densessl' not in meta: raise InputError(f'{str(path)!r} was not written by densessl: load it with timm.create_model(arch, checkpoint_path=...)')
-    m = json.loads(meta['densessl'])
-    net = timm.create_model(m['arch'], **m['model_kwargs'])
+    meta, state = _read(path)
+    arch, kwargs, size = _header(path, meta)
+    try: net = timm.create_model(arch, **kwargs)
+    except (Exception, MemoryError) as e: raise InputError(f'timm {timm.__version__} cannot build the {arch} that {str(path)!r} describes ({type(e).__name__}: {e}): install the version of timm that wrote it, or export it again') from None
+    _fit(path, net, state)
     net.load_state_dict(state)
-    return DenseEncoder(net, m['arch'], m['model_kwargs'], m['img_size']).eval()
+    return DenseEncoder(net, arch, kwargs, size).eval()
 
 # %% ../nbs/61_transfer.ipynb #72ff2637
 def export_backbone(
@@ -55,7 +96,10 @@ def export_backbone(
     h, w = (enc.img_size,)*2 if isinstance(enc.img_size, int) else enc.img_size
     x = torch.randn(2, 3, h, w, generator=torch.Generator().manual_seed(0))
     dev, training = next(enc.parameters()).device, enc.training
-    loaded = load_backbone(part)
+    try: loaded = load_backbone(part)
+    except InputError:
+        part.unlink()
+        raise
     with torch.no_grad(): diff = (enc.eval().tokens(x.to(dev)).cpu().float() - loaded.tokens(x)).abs().max().item()
     enc.train(training)
     if not diff<=1e-3:

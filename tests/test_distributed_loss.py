@@ -5,7 +5,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.testing import assert_close
 
-from densessl.modes import flsl_objective, mean_over_ranks
+from densessl.modes import flsl_objective, mean_over_ranks, mode_loss, prototype_objective
 
 N, D, K = 12, 5, 16  # queries in all, features, prototypes
 
@@ -21,11 +21,17 @@ def model():
     return nn.ModuleDict(dict(body=nn.Linear(D,D), head=nn.Linear(D,K,bias=False))).double()
 
 class Step(nn.Module):
-    "Forward with the loss inside, so that DDP sees every parameter"
-    def __init__(self): super().__init__(); self.net = model()
+    "Forward with the loss inside, so that DDP sees every parameter; the second level of logits, or of embeddings and prototypes"
+    def __init__(self, logits): super().__init__(); self.net, self.logits = model(), logits
     def forward(self, x, mode, positive, prior):
-        z = self.net.body(x)
-        return flsl_objective(z, z+mode, self.net.head(z+mode), self.net.head(positive), prior=prior)
+        z, mu = self.net.body(x), self.net.head.weight
+        if self.logits:
+            total, parts = flsl_objective(z, z+mode, self.net.head(z+mode), self.net.head(positive), prior=prior)
+            return total, parts.volume
+        second, parts = prototype_objective(z+mode, mu, positive, mu, prior=prior)
+        return .03*mode_loss(z, z+mode) + second, parts.kl
+
+CASES = [(logits, uniform) for logits in (True, False) for uniform in (True, False)]
 
 def rank(i, world, init, out):
     torch.set_num_threads(1)
@@ -33,16 +39,17 @@ def rank(i, world, init, out):
     *batch, prior = data()
     mine = [x.chunk(world)[i] for x in batch]
     runs = {}
-    for prior_name, pi in (('uniform', None), ('prior', prior)):
+    for logits, uniform in CASES:
+        pi = None if uniform else prior
         # gradients averaged by hand, and by DistributedDataParallel
-        plain = Step()
-        total, parts = plain(*mine, pi)
+        plain = Step(logits)
+        total, volume = plain(*mine, pi)
         total.backward()
         for p in plain.parameters(): dist.all_reduce(p.grad); p.grad /= world
-        ddp = nn.parallel.DistributedDataParallel(Step())
+        ddp = nn.parallel.DistributedDataParallel(Step(logits))
         ddp(*mine, pi)[0].backward()
         value = total.detach().clone(); dist.all_reduce(value); value /= world
-        runs[prior_name] = dict(value=value, volume=parts.volume, grads=[p.grad for p in plain.parameters()], ddp=[p.grad for p in ddp.parameters()])
+        runs[logits, uniform] = dict(value=value, volume=volume.detach(), grads=[p.grad for p in plain.parameters()], ddp=[p.grad for p in ddp.parameters()])
     x = torch.full((2,), float(i), requires_grad=True)
     y = mean_over_ranks(x)
     (3*y.sum()).backward()
@@ -56,12 +63,12 @@ def test_ranks_equal_one_process(world, tmp_path):
     *batch, prior = data()
     for i in range(world):
         got = torch.load(tmp_path/f'{i}.pt')
-        for prior_name, pi in (('uniform', None), ('prior', prior)):
-            one = Step()
-            total, parts = one(*batch, pi)
+        for logits, uniform in CASES:
+            one = Step(True)
+            total, volume = one(*batch, None if uniform else prior)
             total.backward()
-            run = got[prior_name]
-            assert_close(run['value'], total.detach()); assert_close(run['volume'], parts.volume)
+            run = got[logits, uniform]
+            assert_close(run['value'], total.detach()); assert_close(run['volume'], volume)
             for p,g,d in zip(one.parameters(), run['grads'], run['ddp']): assert_close(g, p.grad); assert_close(d, p.grad)
         mean, grad, x = got['mean']
         assert_close(mean, torch.full((2,), (world-1)/2)); assert_close(grad, torch.full((2,), 3.)); assert_close(x, torch.full((2,), float(i)))

@@ -96,7 +96,7 @@ def flsl_loss(t, s):
 
 
 def check_step(out, total, parts, t):
-    for got,k in zip(out, ('x', 'mode', 'pred_s', 'pred_t'), strict=True): assert_close(got.detach(), by_photograph(t[k], t), **TOL)
+    for got,k in zip((out.z, out.mode, out.student_logits, out.teacher_logits), ('x', 'mode', 'pred_s', 'pred_t'), strict=True): assert_close(got.detach(), by_photograph(t[k], t), **TOL)
     assert_close(total.detach(), t['total'], **TOL)
     for got,k in zip(parts, ('ms', 'kmeans', 'vmr'), strict=True): assert_close(got, t[k], **TOL)
 

@@ -1,0 +1,110 @@
+"A number that is no number never reaches the weights, whatever the method; too little memory is told in one sentence"
+import math, warnings
+from dataclasses import replace
+
+import pytest, torch
+from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.training import GradientAccumulation
+from torch.testing import assert_close
+
+from densessl.callback.guard import OutOfMemory, StopIfNotFinite
+from densessl.clove import clove_presets, clove_recipe
+from densessl.core import InputError
+from densessl.data import scene_dls
+from densessl.dino import dino_presets, dino_recipe
+from densessl.flsl import flsl_presets, flsl_recipe
+from densessl.learner import clove_learner, dino_learner, flsl_learner
+
+VIT, CNN = dict(patch_size=8, embed_dim=12, depth=2, num_heads=2), dict(output_stride=8)
+METHODS = dict(
+    flsl = (flsl_learner, flsl_recipe, replace(flsl_presets['scenes'], img_size=32, local_size=16, hidden_dim=16, bottleneck_dim=8, n_prototypes=8), 'vit_tiny_patch16_224', VIT),
+    clove = (clove_learner, clove_recipe, replace(clove_presets['scenes'], img_size=32, local_size=16, n_local=2, hidden_dim=16, out_dim=8, num_heads=2, k=4), 'test_resnet', CNN),
+    dino = (dino_learner, dino_recipe, replace(dino_presets['scenes'], img_size=32, local_size=16, n_local=2, hidden_dim=16, bottleneck_dim=8, n_prototypes=16), 'vit_tiny_patch16_224', VIT))
+
+def make(name, *cbs, skip=0, bf16=False):
+    learner, recipe, config, arch, kwargs = METHODS[name]
+    torch.manual_seed(0)
+    learn = learner(scene_dls(32, recipe(config), bs=4, seed=1), arch, config, model_kwargs=kwargs, cbs=list(cbs), bf16=bf16)
+    for cb in [o for o in learn.cbs if type(o).__name__ in ('StopIfNotFinite', 'OutOfMemory')]: learn.remove_cb(cb)
+    return learn.add_cbs([StopIfNotFinite(skip), OutOfMemory()])
+
+def fit(learn, n=1):
+    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.fit(n)
+    return learn
+
+def state(learn): return {k: v.clone() for k,v in learn.model.state_dict().items()}
+
+class Spoil(Callback):
+    "Spoil the fourth step: its images, the output of one module, or a gradient"
+    order,run_valid = -5,False
+    def __init__(self, what): self.what = what
+    def before_batch(self):
+        "Each step has random numbers of its own, so that one left out changes no other"
+        torch.manual_seed(self.train_iter)
+        if self.train_iter!=3: return
+        if self.what=='images': next(iter(self.learn.xb[0].values())).images[0,0] = math.nan
+        if self.what=='module':
+            m = self.learn.model.student.encoder.net
+            m = m.blocks[1].mlp.fc1 if hasattr(m, 'blocks') else m.layer2[0].conv1
+            self.hook = m.register_forward_hook(lambda m, x, y: y*math.inf)
+    def before_step(self):
+        if self.what=='gradient' and self.train_iter==3: self.learn.model.student.encoder.net.get_parameter('norm.weight' if hasattr(self.learn.model.student.encoder.net, 'blocks') else 'bn1.weight').grad[1] = math.nan
+    def after_batch(self):
+        if hasattr(self, 'hook'): self.hook.remove(); del self.hook
+        torch.manual_seed(100+self.train_iter)       # the next views are made now
+
+class Never(Spoil):
+    "The fourth batch is never shown"
+    def before_batch(self):
+        super().before_batch()
+        if self.train_iter==3: self.learn.yb = (); raise CancelBatchException()
+
+class Keep(Callback):
+    "The state after three steps"
+    order = 1
+    def before_batch(self):
+        if self.train_iter==3: self.kept = state(self.learn)
+
+@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('what', ['images', 'module', 'gradient'])
+def test_stops_and_names(name, what):
+    learn = make(name, Spoil(what), keep := Keep())
+    with pytest.raises(InputError) as e: fit(learn)
+    text, names = str(e.value), [n for n,_ in learn.model.named_parameters()]
+    assert 'at step 3 of epoch 0' in text and ('lower the learning rate (now ' in text or what=='images') and '\n' not in text, text
+    assert dict(images='the views already hold', module='is student.encoder.net.blocks.1.mlp.fc1 (Linear)' if name!='clove' else 'is student.encoder.net.layer2.0.conv1 (Conv2d)',
+                gradient='first in the parameter student.encoder.net.' + ('norm.weight' if name!='clove' else 'bn1.weight'))[what] in text, text
+    assert what=='gradient' or 'from its term' in text, text
+    now = learn.model.state_dict()
+    for n in names: assert torch.equal(now[n], keep.kept[n]), f'{n} has moved'
+
+@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('what', ['images', 'module', 'gradient'])
+def test_a_step_left_out_leaves_no_trace(name, what):
+    "As if the batch had never been there: weights, statistics, centre, teacher"
+    learn, want = fit(make(name, Spoil(what), skip=1)), state(fit(make(name, Never(what))))
+    assert [(o['step'], o['what']) for o in learn.stop_if_not_finite.skipped]==[(3, 'gradient' if what=='gradient' else 'loss')]
+    for k,v in state(learn).items(): assert_close(v, want[k], rtol=0, atol=0, msg=lambda m: f'{k}: {m}')
+    assert all(math.isfinite(float(o)) for o in learn.recorder.losses)
+
+def test_bf16_is_named():
+    with pytest.raises(InputError, match='or train in float32'): fit(make('flsl', Spoil('module'), bf16=True))
+    assert not torch.is_autocast_enabled('cpu')
+
+class Full(Callback):
+    "An allocator that gives up in the backward pass"
+    run_valid = False
+    def before_backward(self): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB')
+
+@pytest.mark.parametrize('name', METHODS)
+def test_out_of_memory_names_settings(name):
+    config = METHODS[name][2]
+    with pytest.raises(InputError) as e: fit(learn := make(name, Full()))
+    for part in ('cpu is out of memory at step 0 of epoch 0', 'pass bf16=True', 'bs (now 4;', f'img_size (now {config.img_size})', f'n_local (now {config.n_local})'): assert part in str(e.value), str(e.value)
+    assert e.value.__context__ is None, 'the old error would hold the tensors of the step'
+    with pytest.raises(InputError) as e: fit(make(name, Full(), GradientAccumulation(8), bf16=True))
+    assert 'accumulated to 8' in str(e.value) and 'bf16=True' not in str(e.value)
+    learn.remove_cb(Full)
+    assert len(fit(learn).recorder.losses)==8
