@@ -120,9 +120,8 @@ def head_and_loss(n, K, plain):
         mean = p.mean(0)
         return -(q*p.log()).sum(-1).mean() + 5*(mean*mean.log()).sum()
     def step():
-        total = plainly() if plain else ours()
-        student.zero_grad(); x.grad = None
-        total.backward()
+        (plainly() if plain else ours()).backward()
+        student.zero_grad(); teacher.zero_grad(); x.grad = None   # at the end, as fastai does
     return step
 
 def main():

@@ -278,7 +278,7 @@ def _loaders(train, valid, recipe, bs, num_workers, device, pin_memory, bad, loa
     if not isinstance(bs, int) or bs<2: raise InputError(f'bs must be a whole number, at least 2, got {bs}: the images of a batch are compared with each other')
     if len(train)<bs: raise InputError(f'bs is {bs} but there are only {len(train)} images to train on: choose a smaller bs or add images')
     if num_workers is None: num_workers = max(0, min(8, defaults.cpus-1))
-    if device is None: device = torch.device('cuda', torch.cuda.current_device()) if torch.cuda.is_available() else torch.device('cpu')
+    if device is None: device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', torch.cuda.current_device()))%torch.cuda.device_count()) if torch.cuda.is_available() else torch.device('cpu')
     device = torch.device(device)
     if pin_memory is None: pin_memory = device.type=='cuda'
     dls = [loader(ds, is_train, bs=bs, num_workers=num_workers if len(ds) else 0, pin_memory=pin_memory, after_batch=MakeViews(recipe, bad))

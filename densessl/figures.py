@@ -8,7 +8,13 @@ __all__ = ['Layer', 'layer_tokens', 'ass', 'show_ass', 'attention_maps', 'show_p
            'show_correspondence', 'show_backbone', 'densessl_show']
 
 # %% ../nbs/63_figures.ipynb #e09fa772
-import base64, io, math, sys, warnings
+import warnings
+
+# %% ../nbs/63_figures.ipynb #aa14708a
+warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')   # libraries talking to each other, not to the user
+
+# %% ../nbs/63_figures.ipynb #adb7322c
+import base64, io, math, sys
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -487,7 +493,6 @@ def densessl_show(
 ):
     "Pictures of what a backbone, or two, see in photographs"
     args = dict(locals())
-    warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')   # libraries talking to each other
     try: path, notes = show_backbone(**args)
     except InputError as e: sys.exit(f'densessl_show: {e}')
     for n in notes: print(n)

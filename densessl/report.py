@@ -7,9 +7,16 @@ __all__ = ['fixed_positions', 'random_start', 'open_backbone', 'is_davis', 'judg
            'densessl_evaluate']
 
 # %% ../nbs/66_report.ipynb #20dab605
-import json, sys, warnings
+import warnings
+
+# %% ../nbs/66_report.ipynb #78d764b2
+warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')   # libraries talking to each other, not to the user
+
+# %% ../nbs/66_report.ipynb #ab38da22
+import json, sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import timm, torch
 from fastcore.script import call_parse
 from safetensors import safe_open
@@ -144,7 +151,8 @@ def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,lin
         print(' | '.join([label, *[f'{s.probe} {100*s.value:.1f}' for s in scores if s.model==label]]), flush=True)
     if out is not None:
         write_scores(scores, out, add=True)
-        scores_plot(scores).savefig(Path(out).with_suffix('.png'))
+        plt.close(fig := scores_plot(scores))
+        fig.savefig(Path(out).with_suffix('.png'))
     return scores, worth_training(scores, name, 'random start', labels)
 
 @call_parse
@@ -162,7 +170,6 @@ def densessl_evaluate(
     "Score a frozen backbone beside its random start, and say whether training was worth it"
     args = dict(locals())
     warnings.showwarning = lambda m, *a, **k: print(f'note: {m}', file=sys.stderr)
-    warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')   # libraries talking to each other
     try: scores, said = evaluate(**args)
     except InputError as e: sys.exit(f'densessl_evaluate: {e}')
     print(f'\n{scores_table(scores)}\n\n{said}')

@@ -16,6 +16,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Metric
 
 from ..core import InputError, fp32
+from ..modes import mean_over_ranks
 from ..softmask import effective_tokens, mode_spread
 
 # %% ../../nbs/53_callback.monitor.ipynb #210e39ee
@@ -169,6 +170,6 @@ class LossPart(Metric):
         v = getattr(learn.loss_func.parts, self.part)
         self.total, self.count = self.total + v.detach(), self.count+1
     @property
-    def value(self): return float(self.total/self.count) if self.count else None
+    def value(self): return float(mean_over_ranks(torch.as_tensor(self.total/self.count))) if self.count else None
     @property
     def name(self): return self.part
