@@ -140,6 +140,7 @@ def _job(folder, method, preset, arch, model_kwargs, settings, img_size, bs, epo
         others = [s for s in score.judge(other[0].to(dls.device), baseline, **other[1]) if s.probe in SCORES]
         say(f'{baseline}: ' + ', '.join(f'{s.probe} {100*s.value:.1f}' for s in others) + ' %', flush=True)
     began = time.time()
+    if num_distrib()>1: import fastai.distributed                                   # gives learners `distrib_ctx`
     with learn.distrib_ctx(cpu=dls.device.type=='cpu') if num_distrib()>1 else nullcontext(): learn.fit(epochs)
     if not first: return out, [], learn
     minutes = (time.time()-began)/60
