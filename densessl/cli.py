@@ -131,7 +131,7 @@ def _job(folder, method, preset, arch, model_kwargs, settings, img_size, bs, epo
                   seed=seed, bf16=bf16, images=len(dls.train.dataset), device=str(dls.device), config=asdict(model.config), arguments=arguments)
     if first and not resume: (out/'settings.json').write_text(json.dumps(record, indent=1))
     say = print if first else (lambda *a, **k: None)
-    say(f'{method}: {len(dls.train.dataset)} {"photographs" if folder else "drawn scenes"}, {len(dls.train)} steps an epoch, {epochs} epochs, on {dls.device}. Writing to {out}', flush=True)
+    say(f'{method}: {len(dls.train.dataset)} {"photographs" if folder else "drawn scenes"}, {len(dls.train)//max(1, num_distrib())} steps an epoch, {epochs} epochs, on {dls.device}. Writing to {out}', flush=True)
 
     score = DenseScore(score_every or epochs, pair, out=out, linear=pair is not None)
     save = SaveRun(out/'checkpoints', minutes=save_minutes, resume=resume, settings=dict(seed=seed))

@@ -188,3 +188,17 @@ def test_stopped_and_gone_on_with(home):
         assert (home/'stopped'/name).read_bytes()==(home/'straight'/name).read_bytes(), name
     r = run(home, SCRIPT, ['--resume', '--out', 'stopped'])
     assert r.returncode==1 and 'complete' in r.stderr
+
+
+def test_two_processes_stopped_and_gone_on_with(home):
+    def start(script, *args):
+        (home/'script.py').write_text(script)
+        env = {k: v for k,v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')} | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore')
+        launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+        return subprocess.run([*launch, 'script.py', *args], cwd=home, env=env, capture_output=True, text=True, timeout=300)
+    r = start(STOPPED, 'photos', *tiny(bs=4), '--out', 'pair')
+    assert r.returncode and '3 steps an epoch' in r.stdout and 'stopped; the state' in r.stdout, r.stdout+r.stderr
+    assert not (home/'pair'/'backbone.safetensors').exists()
+    r = start(SCRIPT, '--resume', '--out', 'pair')
+    assert r.returncode==0 and r.stdout.count('written to pair')==1 and r.stdout.count('going on with')==1, r.stdout+r.stderr
+    assert {p.name for p in (home/'pair').iterdir()} >= {'backbone.safetensors', 'best.safetensors', 'history.csv', 'scores.json', 'picture.png', 'settings.json'}
