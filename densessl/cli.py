@@ -93,11 +93,12 @@ def change_settings(
     changes:dict,   # Field -> value; lists become tuples
 ):                  # A new config
     "Settings with some fields replaced; a field that does not exist, or a value of another kind, is an error"
-    if unknown := changes.keys() - {f.name for f in fields(config)}:
-        raise InputError(f'there is no setting {", ".join(sorted(unknown))} in {type(config).__name__}: its settings are {", ".join(f.name for f in fields(config))}')
+    kinds = {f.name: f.type for f in fields(config)}
+    if unknown := changes.keys() - kinds: raise InputError(f'there is no setting {", ".join(sorted(unknown))} in {type(config).__name__}: its settings are {", ".join(kinds)}')
     changes = {k: tuple(v) if isinstance(v, list) else v for k,v in changes.items()}
     for k,v in changes.items():
         old = getattr(config, k)
+        if v is None and isinstance(None, kinds[k]): continue   # as augment=null
         if old is not None and type(v) is not type(old) and not (type(old) is float and type(v) is int): raise InputError(f'{k} must be like {old!r}, got {v!r}')
     return replace(config, **changes)
 

@@ -33,7 +33,7 @@ class CLoVEConfig:
     global_scale:tuple=(0.2,1.)      # Area of a global view, share of the photograph
     local_scale:tuple=(0.08,0.3)     # Area of a local view, share of the photograph
     flip:float=0.5                   # Chance of a horizontal flip, each view on its own
-    augment:Augment=Augment(solarize_p=0.)  # Colours, each view on its own; blur and solarisation are those below
+    augment:Augment|None=Augment(solarize_p=0.)  # Colours, each view on its own; blur and solarisation are those below; None leaves the pixels alone
     blur_p:tuple=(1.,0.1,0.5)        # Chance of blur: first global view, second global view, local views
     solarize_p:tuple=(0.,0.2,0.)     # Chance of solarisation, likewise
     hidden_dim:int=4096              # Width of the projector
@@ -82,7 +82,7 @@ def clove_recipe(
 )->Recipe:                             # Crops 'global1', 'global2' and 'local'
     "The views of CLoVE: each is cut from the photograph, whatever the others show (CLoVE public code)"
     c = config
-    def crop(i, name, size, scale, count=1): return CropSpec(name, size, scale, count=count, flip=c.flip, augment=replace(c.augment, blur_p=c.blur_p[i], solarize_p=c.solarize_p[i]))
+    def crop(i, name, size, scale, count=1): return CropSpec(name, size, scale, count=count, flip=c.flip, augment=c.augment and replace(c.augment, blur_p=c.blur_p[i], solarize_p=c.solarize_p[i]))
     crops = [crop(0, 'global1', c.img_size, c.global_scale), crop(1, 'global2', c.img_size, c.global_scale)]
     if c.n_local: crops.append(crop(2, 'local', c.local_size, c.local_scale, c.n_local))
     return Recipe(tuple(crops))

@@ -80,7 +80,7 @@ class DINOConfig:
     global_scale:tuple=(0.4,1.)      # Area of a global view, share of the photograph; (0.14, 1) without local views
     local_scale:tuple=(0.05,0.4)     # Area of a local view, share of the photograph
     flip:float=0.5                   # Chance of a horizontal flip, each view on its own
-    augment:Augment=Augment(solarize_p=0.)  # Colours, each view on its own; blur and solarisation are those below
+    augment:Augment|None=Augment(solarize_p=0.)  # Colours, each view on its own; blur and solarisation are those below; None leaves the pixels alone
     blur_p:tuple=(1.,0.1,0.5)        # Chance of blur: first global view, second global view, local views
     solarize_p:tuple=(0.,0.2,0.)     # Chance of solarisation, likewise
     n_prototypes:int=65536           # K
@@ -126,7 +126,7 @@ def dino_recipe(
 )->Recipe:                           # Crops 'global1', 'global2' and 'local'
     "The views of DINO: each is cut from the photograph, whatever the others show (DINO, multi-crop)"
     c = config
-    def crop(i, name, size, scale, count=1): return CropSpec(name, size, scale, count=count, flip=c.flip, augment=replace(c.augment, blur_p=c.blur_p[i], solarize_p=c.solarize_p[i]))
+    def crop(i, name, size, scale, count=1): return CropSpec(name, size, scale, count=count, flip=c.flip, augment=c.augment and replace(c.augment, blur_p=c.blur_p[i], solarize_p=c.solarize_p[i]))
     crops = [crop(0, 'global1', c.img_size, c.global_scale), crop(1, 'global2', c.img_size, c.global_scale)]
     if c.n_local: crops.append(crop(2, 'local', c.local_size, c.local_scale, c.n_local))
     return Recipe(tuple(crops))

@@ -1,7 +1,10 @@
 """FLSL, DINO and the random start on the same photographs: the same ViT, steps and seeds. Every second epoch a backbone is kept, and all are scored afterwards.
 
-    python experiments/comparison.py train flsl PHOTOS RUNS --seed 0
+    python experiments/comparison.py train flsl PHOTOS RUNS --seed 0                                                    (and dino; seeds 0, 1, 2)
+    python experiments/comparison.py train flsl PHOTOS RUNS --seed 0 --settings augment=null --name flsl-untouched     (views whose colours are left alone)
     python experiments/comparison.py score RUNS PHOTOS --camvid DIR --out nbs/experiments/results/comparison.json
+    python experiments/comparison.py show RUNS --camvid DIR --out nbs/experiments/results
+    python experiments/comparison.py ends RUNS --camvid DIR --coco DIR --davis DIR --out nbs/experiments/results/comparison_ends.json    (more scores of starts and ends)
 """
 import argparse, json, time
 from dataclasses import asdict, replace
@@ -10,18 +13,22 @@ from pathlib import Path
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
+from sklearn.datasets import load_sample_image
 
 from densessl.callback.score import kept_photographs
 from densessl.cli import change_settings, parse_kwargs
 from densessl.data import image_dls
 from densessl.evaluation import dense_scores
+from densessl.figures import show_ass, show_probing, tsne_layers
 from densessl.gauges import label_free_gauges
-from densessl.labelled import segmentation_folder
+from densessl.labelled import labelled_data, segmentation_folder
 from densessl.learner import methods
 from densessl.transfer import export_backbone, load_backbone
+from densessl.video import davis_score
 
 COMMON = dict(img_size=64, local_size=32, n_local=2, hidden_dim=512, bottleneck_dim=128, pos_scale=.25, lr=8e-3, drop_path_rate=0., momentum=(.99,1.), temp_t=(.04,.04), wd=(.04,.04), freeze_epochs=0)
 SMALL = dict(flsl=COMMON | dict(beta_sa=10., beta_ca=20., n_prototypes=512), dino=COMMON | dict(n_prototypes=1024))   # changes to the paper's settings
+CAMVID = ('sky', 'building', 'pole', 'road', 'pavement', 'tree', 'sign', 'fence', 'car', 'pedestrian', 'bicyclist')
 VIT = dict(patch_size=8, embed_dim=128, depth=4, num_heads=4)
 
 def loaders(photos, recipe, seed): return image_dls(photos, recipe, bs=32, num_workers=0, valid_pct=.032, seed=seed, canvas=96)
@@ -61,12 +68,47 @@ def score(a):
             out.write_text(json.dumps(res))
             print(label, {o.probe: round(100*o.value, 1) for o in s}, flush=True)
 
+def coco(root):
+    "Training and test part, classes grouped by what they belong to"
+    groups = {c['id']: c['supercategory'] for c in json.loads((Path(root)/'classes.json').read_text())}
+    names = tuple(sorted(set(groups.values())))
+    return labelled_data(root, size=(176,240), layout='coco-panoptic', ignore_index=0, remap={k: names.index(v) for k,v in groups.items()}, classes=names)
+
+def ends(a):
+    "Starts and ends only, by the probes that take long"
+    out = Path(a.out)
+    res = json.loads(out.read_text()) if out.exists() else {}
+    camvid, things = [segmentation_folder(a.camvid, s, size=(176,240), n_classes=11, ignore_index=11)[::2] for s in ('train', 'test')], coco(a.coco)
+    for f in sorted([*Path(a.runs).glob('dino_*/e00.safetensors'), *Path(a.runs).glob('*/e16.safetensors')]):
+        key = f'{f.parent.name}/{f.stem}'
+        if key in res: continue
+        enc = load_backbone(f)
+        s = dense_scores(enc, *camvid, label=key, probes=('clustering', 'overclustering')) + dense_scores(enc, *things, memory=20000, label=key) + davis_score(enc, a.davis, label=key)
+        res[key] = [dict(probe=o.probe, value=o.value, protocol=o.protocol) for o in s]
+        out.write_text(json.dumps(res))
+        print(key, [(o.probe, round(100*o.value, 1)) for o in s], flush=True)
+
+def show(a):
+    "The posters' pictures of one seed: aggregated similarity and attention on two photographs of scikit-learn (CC BY), t-SNE of labelled patches"
+    out, runs = Path(a.out), Path(a.runs)
+    backbones = {'random': load_backbone(runs/f'dino_{a.seed}'/'e00.safetensors'), **{m.upper(): load_backbone(runs/f'{m}_{a.seed}'/'e16.safetensors') for m in SMALL}}
+    photos = torch.stack([torch.from_numpy(load_sample_image(f'{n}.jpg')).permute(2, 0, 1)[:, :, 100:527] for n in ('china', 'flower')])
+    photos = torch.nn.functional.interpolate(photos, size=(192,192), mode='bilinear', antialias=True)
+    jpg = lambda fig, name: fig.savefig(out/f'comparison_{name}.jpg', dpi=60, pil_kwargs=dict(quality=80))
+    jpg(show_ass(backbones, photos, layers=[1, 3]), 'ass')
+    for p,patch in (('china', (.5,.55)), ('flower', (.5,.5))): jpg(show_probing(backbones, photos[int(p=='flower')], patch), f'probing_{p}')
+    data = segmentation_folder(a.camvid, 'test', size=(176,240), n_classes=11, ignore_index=11)[::6]
+    tsne_layers(backbones, data.images, data.masks, CAMVID, ignore_index=11).savefig(out/'comparison_tsne.png', dpi=60)
+
 P = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 S = P.add_subparsers(required=True)
 t = S.add_parser('train'); t.set_defaults(f=train); t.add_argument('method', choices=SMALL); t.add_argument('photos'); t.add_argument('runs')
 t.add_argument('--seed', type=int, default=0); t.add_argument('--epochs', type=int, default=16); t.add_argument('--settings', default=''); t.add_argument('--name')
 s = S.add_parser('score'); s.set_defaults(f=score); s.add_argument('runs'); s.add_argument('photos'); s.add_argument('--camvid', required=True); s.add_argument('--out', default='comparison.json')
-for p in (t, s): p.add_argument('--threads', type=int, default=1)
+e = S.add_parser('ends'); e.set_defaults(f=ends); e.add_argument('runs'); e.add_argument('--out', default='comparison_ends.json')
+for o in ('--camvid', '--coco', '--davis'): e.add_argument(o, required=True)
+w = S.add_parser('show'); w.set_defaults(f=show); w.add_argument('runs'); w.add_argument('--camvid', required=True); w.add_argument('--seed', type=int, default=0); w.add_argument('--out', default='.')
+for p in (t, s, e, w): p.add_argument('--threads', type=int, default=1)
 a = P.parse_args()
 torch.set_num_threads(a.threads)
 a.f(a)

@@ -4,9 +4,12 @@ import os, subprocess, sys
 import pytest, torch
 from PIL import Image
 
+from densessl import figures
+from densessl.attention import unit
 from densessl.core import InputError
 from densessl.encoders import dense_encoder
 from densessl.figures import attention_maps, layer_tokens, mode_segments, show_ass, show_backbone, show_probing, tsne_layers
+from densessl.softmask import suggest_beta
 from densessl.synthetic import CLASSES, draw_scenes
 from densessl.transfer import export_backbone
 
@@ -32,11 +35,11 @@ def names(home, n): return [str(home/f'photo{i}.png') for i in range(n)]
 def test_page_of_two_backbones(home):
     path, notes = show_backbone(str(home/'a.safetensors'), names(home, 3), other=str(home/'b.safetensors'), out=home/'two.html')
     text = path.read_text()
-    assert text.count('<img')==1+3+3+1+3+1 and notes==[] and str(home) not in text
+    assert text.count('<img')==1+3+3+1+1+3+1 and notes==[] and str(home) not in text
 
 def test_what_cannot_be_drawn_is_said(home):
     path, notes = show_backbone(str(home/'cnn.safetensors'), names(home, 1), out=home/'cnn.html')
-    assert [n.split(':')[0] for n in notes]==['no probing', 'no retrieval'] and 'attention maps need a ViT' in notes[0]
+    assert [n.split(':')[0] for n in notes]==['no probing', 'no tsne', 'no retrieval'] and 'attention maps need a ViT' in notes[0] and '16 patches are too few' in notes[1]
     assert path.read_text().count('<img')==4
 
 def test_png_and_overwrite(home):
@@ -49,7 +52,7 @@ def test_png_and_overwrite(home):
 @pytest.mark.parametrize('kw, says', [
     (dict(images=['broken.png']), 'an image cannot be read'), (dict(images=['none.png']), 'an image cannot be read'), (dict(backbone='none.safetensors'), 'there is no file'),
     (dict(picture='probing', out='x.png', images=['photo0.png', 'photo1.png']), 'do not fit one PNG'), (dict(picture='probing', layer=5), 'there is no layer 5'),
-    (dict(size=60), 'which do not divide'), (dict(picture='retrieval'), 'give two or more')])
+    (dict(size=60), 'which do not divide'), (dict(picture='tsne', size=32), '16 patches are too few'), (dict(picture='retrieval'), 'give two or more')])
 def test_bad_input_is_one_sentence_and_writes_nothing(home, kw, says, monkeypatch):
     monkeypatch.chdir(home)
     before = set(os.listdir(home))
@@ -80,10 +83,41 @@ def test_tsne_is_seeded():
     xy = [tsne_layers(vit(), photos, masks, CLASSES, layers=[-1], n_tokens=40, perplexity=5).axes[0].collections[0].get_offsets().tolist() for _ in range(2)]
     assert xy[0]==xy[1]
 
+def test_tsne_from_the_shell_is_of_the_first_three_photographs(home):
+    seen = []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(figures, 'tsne_layers', lambda e, p: seen.append(p) or tsne_layers(e, p))
+        show_backbone(str(home/'a.safetensors'), names(home, 3)+names(home, 2), picture='tsne', out=home/'tsne.png')
+    assert torch.equal(seen[0], photos) and Image.open(home/'tsne.png').size[0]>300
+
+def test_segments_colour_every_stage_of_a_cnn(monkeypatch):
+    "The stages before the last are finer: each of their patches has the segment of the patch it lies in"
+    torch.manual_seed(0)
+    e = dense_encoder('test_resnet', img_size=128)
+    photos = draw_scenes(2, 128, seed=5)[0]
+    place = lambda z, *_: torch.stack([z.double()@torch.arange(z.shape[1]).double()]*2, 1)   # by which a patch is known
+    monkeypatch.setattr(figures, '_tsne', place)
+    before, last = layer_tokens(e, figures._normalised(photos, (.485,.456,.406), (.229,.224,.225)), [-2,-1])
+    labels = [mode_segments(z, suggest_beta(unit(z)))[0].view(last.grid)+1 for z in last.tokens]
+    labels[1] += labels[0].max()
+    fig = tsne_layers(e, photos, layers=[-2], n_tokens=10**4, perplexity=5)
+    want = torch.stack(labels).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten()
+    dots = fig.axes[1].collections[0]
+    got = torch.cat([torch.as_tensor(dots.get_offsets()), torch.as_tensor(dots.get_array())[:,None]], 1)
+    rows = torch.cat([place(unit(before.tokens.flatten(0, 1))), want[:,None]], 1)
+    torch.testing.assert_close(got[got[:,0].argsort()], rows[rows[:,0].argsort()])
+    assert want.unique().numel()>2 and want.max()<12
+    assert fig.axes[0].get_title()==f'backbone: {want.max()} segments\nof the last layer' and 'within' in fig.axes[1].get_title()
+
+def test_one_photograph_has_segments_but_no_classes():
+    assert len(tsne_layers(vit(), photos[:1], layers=[-1]).axes)==2
+    with pytest.raises(InputError, match='so give two or more'): tsne_layers(vit(), photos[:1], masks[:1], CLASSES, perplexity=5)
+    with pytest.raises(InputError, match='give masks too'): tsne_layers(vit(), photos[:1], classes=CLASSES)
+
 def test_images_that_are_not_square():
     e, x = vit(), torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(0))
     assert layer_tokens(e, x)[0].grid==(4,8) and attention_maps(e, x).shape==(2, 2, 32, 32)
-    show_probing(dict(a=e), photos[0,:,:32], (1.,1.))
+    show_probing(dict(a=e), photos[0,:,:32], (1.,1.)), tsne_layers(e, photos[:1,:,:32], layers=[0])
 
 def test_segments_of_each_image_are_its_own():
     z = torch.randn(3, 12, 4, generator=torch.Generator().manual_seed(0))
