@@ -31,7 +31,7 @@ from .core import InputError, fp32
 from .encoders import DenseEncoder, dense_encoder
 from .evaluation import _eval_mode, carry_centres, patch_labels
 from .softmask import suggest_beta
-from .transfer import load_backbone
+from .transfer import backbone_labels, load_backbone
 from .views import crop_resize, flip_boxes, random_boxes
 from .visualise import LABELS, colour, overlay_mask, pca_rgb
 
@@ -482,8 +482,8 @@ def show_backbone(backbone, images, other=None, picture=None, patch='0.5,0.5', l
     wanted = [picture or 'ass'] if out.suffix=='.png' else [picture] if picture else kinds
     first = _encoder(backbone, size)
     side = size or (first.img_size if isinstance(first.img_size, int) else first.img_size[0])
-    encoders = {Path(n).stem: e for n,e in [(backbone, first), *([(other, _encoder(other, side))] if other else [])]}
-    if other and len(encoders)==1: encoders = {backbone: first, other: _encoder(other, side)}
+    both = [backbone, other] if other else [backbone]
+    encoders = dict(zip(backbone_labels(both), [first, *(_encoder(n, side) for n in both[1:])]))
     photos, names = _read_photos(images, side)
     figures, notes = [], []
     for kind in wanted:

@@ -27,7 +27,7 @@ from .encoders import DenseEncoder, dense_encoder, sincos_positions
 from .evaluation import Score, dense_scores, scores_plot, scores_table, write_scores
 from .gauges import GAUGES, label_free_gauges
 from .labelled import labelled_data
-from .transfer import load_backbone
+from .transfer import backbone_labels, load_backbone
 from .video import davis_score
 
 # %% ../nbs/66_report.ipynb #4d1797d7
@@ -141,9 +141,8 @@ def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,lin
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     enc, norm = open_backbone(backbone, size)
     size = size or (enc.img_size if isinstance(enc.img_size, int) else enc.img_size[0])
-    rest = [(Path(n).stem if n.endswith('.safetensors') else n, *open_backbone(n, size)) for n in names]
-    name = Path(backbone).stem if backbone.endswith('.safetensors') else backbone
-    if name in (labels := [o[0] for o in rest]): name = backbone
+    name, *labels = backbone_labels([backbone, *names])
+    rest = [(l, *open_backbone(n, size)) for l,n in zip(labels, names)]
     judge = judge_for(data, size, probes, limit, **({} if is_davis(data) else dict(seed=seed)))
     scores = []
     for label,e,n in [('random start', random_start(enc, seed), norm), *rest, (name, enc, norm)]:
