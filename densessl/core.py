@@ -14,6 +14,8 @@ import torch
 # %% ../nbs/01_core.ipynb #ab02d826
 class InputError(ValueError):
     "Bad input that the user can mend; its message names the value and says what to do"
+    def __init__(self, message): super().__init__(message); self.message = message
+    def __str__(self): return self.message     # whatever is written into `args`: fastai puts names of its own before an error's message
 
 # %% ../nbs/01_core.ipynb #2abb01a4
 def check_ramp(

@@ -6,15 +6,16 @@
 __all__ = ['RanksBatchNorm', 'sync_batchnorm', 'RankLoader', 'ManyProcesses', 'share_batch']
 
 # %% ../nbs/55_distributed.ipynb #6d5d7fcc
-import copy, math, os
+import copy
 
 import torch, torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
+from fastai.callback.core import Callback
 from fastai.data.load import DataLoader, _FakeLoader
 from fastai.torch_core import num_distrib, rank_distrib
 
 from .core import InputError
-from .callback.guard import _Plain
+from .callback.guard import _all, _from_first, _world
 from .callback.monitor import CollapseMonitor
 
 # %% ../nbs/55_distributed.ipynb #0dec21c1
@@ -28,8 +29,6 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return _Mean.forward(ctx, g)
 
-def _many(): return dist.is_available() and dist.is_initialized() and dist.get_world_size()>1
-
 class RanksBatchNorm(nn.modules.batchnorm._BatchNorm):
     "Batch norm over all processes, on any device; as many cells in each process"
     def __init__(self, *args, **kwargs):
@@ -37,14 +36,14 @@ class RanksBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.drop, self.act = nn.Identity(), nn.Identity()
     def _check_input_dim(self, x): pass
     def forward(self, x):
-        if not (self.training and dist.is_available() and dist.is_initialized()): y = super().forward(x)
+        if not self.training or _world()==1: y = super().forward(x)
         else:
             dims, z = [0, *range(2, x.dim())], x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             def wide(v): return v.view(1, -1, *[1]*(x.dim()-2))
             mean = _Mean.apply(z.mean(dims))
             var = _Mean.apply((z-wide(mean)).square().mean(dims))
             if self.running_mean is not None:
-                n = x.numel()//x.shape[1]*dist.get_world_size()
+                n = x.numel()//x.shape[1]*_world()
                 with torch.no_grad():
                     self.num_batches_tracked.add_(1)
                     m = self.momentum if self.momentum is not None else 1/self.num_batches_tracked.item()
@@ -77,10 +76,6 @@ def _synced(m, device):
     return new.train(m.training)
 
 # %% ../nbs/55_distributed.ipynb #e8ae42b7
-def _device():
-    "Where tensors must be that processes exchange"
-    return torch.device('cuda', torch.cuda.current_device()) if 'nccl' in dist.get_backend() else torch.device('cpu')
-
 class RankLoader(DataLoader):
     "The part of a loader that belongs to one process; one step takes consecutive photographs, `bs` for each process"
     def __init__(self,
@@ -102,20 +97,14 @@ class RankLoader(DataLoader):
 
     def get_idxs(self):
         "The indices of this process: its part of each step"
-        idxs, step = self._of_rank0(list(self.dl.get_idxs())), self.bs*self.world
+        idxs, step = list(self.dl.get_idxs()), self.bs*self.world
+        idxs = _from_first(lambda: idxs)                 # the order of process 0, in all
         full = len(idxs)//step*step
         mine = [i for s in range(0, full, step) for i in idxs[s+self.rank*self.bs:s+(self.rank+1)*self.bs]]
         rest = [] if self.drop_last else idxs[full:]
         rest += (idxs*self.world)[:-len(rest)%self.world]
         k = len(rest)//self.world
         return mine + rest[self.rank*k:(self.rank+1)*k]
-
-    def _of_rank0(self, idxs):
-        "The order of process 0, in all processes"
-        if not _many() or not idxs: return idxs
-        t = torch.tensor(idxs, device=_device())
-        dist.broadcast(t, 0)
-        return t.tolist()
 
     @property
     def rng(self): return self.dl.rng
@@ -129,13 +118,7 @@ class RankLoader(DataLoader):
     def wif(self): self.dl.wif()
 
 # %% ../nbs/55_distributed.ipynb #2740ee56
-def _gather(n):
-    "A whole number of each process, in all processes"
-    got = [torch.zeros(1, dtype=torch.int64, device=_device()) for _ in range(dist.get_world_size())]
-    dist.all_gather(got, torch.tensor([n], device=_device()))
-    return [int(o) for o in got]
-
-class ManyProcesses(_Plain):
+class ManyProcesses(Callback):
     "What a fit in several processes needs beyond fastai's `distrib_ctx`; nothing to do in one"
     order = 10   # before fastai's `DistributedTrainer` wraps the model
     def before_fit(self):
@@ -165,7 +148,7 @@ class ManyProcesses(_Plain):
         "Do all processes have the same data, and enough?"
         n, bs = self.dls.train.n, self.dls.bs
         if n is None: return
-        seen, sizes = _gather(n), _gather(bs)
+        seen, sizes = zip(*_all((n, bs)))
         if len(set(seen))>1: raise InputError(f'the processes see different numbers of photographs ({", ".join(map(str, seen))}): give all of them the same folder')
         if len(set(sizes))>1: raise InputError(f'the processes have batches of different size ({", ".join(map(str, sizes))}): give all of them the same bs')
         if n<bs*world: raise InputError(f'bs is {bs} in each of {world} processes, {bs*world} in all, but there are only {n} photographs: choose bs of at most {n//world} or fewer processes')

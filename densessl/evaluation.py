@@ -6,7 +6,7 @@
 __all__ = ['MAX_PATCHES', 'MIOU', 'patch_labels', 'iou_metric', 'mean_iou', 'as_feature_map', 'feature_batches', 'extract',
            'Score', 'protocol_id', 'PatchBank', 'patch_bank', 'neighbour_labels', 'nearest_neighbour_miou',
            'fit_linear', 'linear_probe_miou', 'name_clusters', 'cluster_centres', 'nearest_centre', 'clustering_miou',
-           'foreground', 'carry_centres', 'correspondence_score', 'dense_scores', 'scores_table', 'scores_plot',
+           'foreground_data', 'carry_centres', 'correspondence_score', 'dense_scores', 'scores_table', 'scores_plot',
            'write_scores', 'read_scores', 'SegmentationData', 'SegmentationFiles', 'labelled_data',
            'segmentation_folder']
 
@@ -432,7 +432,7 @@ def clustering_miou(
     return _run([_by_clusters(K, matching, on, seed, 'clustering' if matching=='hungarian' else 'overclustering')], model, train, test, label, seed, maps, **kwargs)[0]
 
 # %% ../nbs/60_evaluation.ipynb #51655137
-def foreground(
+def foreground_data(
     data,               # SegmentationData or SegmentationFiles
     background:int=0,   # Class that is the background
 ):                      # The same images with two classes: 0 background, 1 foreground

@@ -4,7 +4,7 @@
     python experiments/comparison.py train flsl PHOTOS RUNS --seed 0 --settings augment=null --name flsl-untouched     (views whose colours are left alone)
     python experiments/comparison.py score RUNS PHOTOS --camvid DIR --out nbs/experiments/results/comparison.json
     python experiments/comparison.py show RUNS --camvid DIR --out nbs/experiments/results
-    python experiments/comparison.py ends RUNS --camvid DIR --coco DIR --davis DIR --out nbs/experiments/results/comparison_ends.json    (more scores of starts and ends)
+    python experiments/comparison.py ends RUNS PHOTOS --camvid DIR --coco DIR --davis DIR --out nbs/experiments/results/comparison_ends.json    (more scores of starts and ends)
 """
 import argparse, json, time
 from dataclasses import asdict, replace
@@ -15,16 +15,21 @@ from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 from sklearn.datasets import load_sample_image
 
+from densessl.attention import attention_weights, unit
+from densessl.augment import make_views
 from densessl.callback.score import kept_photographs
 from densessl.cli import change_settings, parse_kwargs
 from densessl.data import image_dls
-from densessl.evaluation import dense_scores
+from densessl.evaluation import carry_centres, dense_scores
 from densessl.figures import show_ass, show_probing, tsne_layers
+from densessl.flsl import FLSLConfig, flsl_recipe
 from densessl.gauges import label_free_gauges
 from densessl.labelled import labelled_data, segmentation_folder
 from densessl.learner import methods
+from densessl.matching import cell_centres
 from densessl.transfer import export_backbone, load_backbone
 from densessl.video import davis_score
+from densessl.views import Augment
 
 COMMON = dict(img_size=64, local_size=32, n_local=2, hidden_dim=512, bottleneck_dim=128, pos_scale=.25, lr=8e-3, drop_path_rate=0., momentum=(.99,1.), temp_t=(.04,.04), wd=(.04,.04), freeze_epochs=0)
 SMALL = dict(flsl=COMMON | dict(beta_sa=10., beta_ca=20., n_prototypes=512), dino=COMMON | dict(n_prototypes=1024))   # changes to the paper's settings
@@ -74,8 +79,20 @@ def coco(root):
     names = tuple(sorted(set(groups.values())))
     return labelled_data(root, size=(176,240), layout='coco-panoptic', ignore_index=0, remap={k: names.index(v) for k,v in groups.items()}, classes=names)
 
+@torch.no_grad()
+def positives(enc, photos, hw, augment, beta=20.):
+    "Share of FLSL's cross-attention from a student view that falls on the teacher's tokens within 1.5 cells of the query's own place"
+    torch.manual_seed(0)
+    views = make_views(flsl_recipe(FLSLConfig(img_size=64, local_size=32, augment=augment)), photos, hw)
+    s, t = views['student'], views['teacher']
+    grid = enc.grid(64, 64)
+    at, cells = carry_centres(s.boxes[0], t.boxes[0], grid), cell_centres(torch.tensor([0.,0.,1.,1.]), grid)
+    near = ((at[:,:,None]-cells).abs()*torch.tensor(grid[::-1])).amax(-1)<1.5
+    zs, zt = (unit(enc.tokens(v.images[0])) for v in (s, t))
+    return (attention_weights(zs, zt, beta)*near).sum(-1)[((at>0)&(at<1)).all(-1)].mean().item()
+
 def ends(a):
-    "Starts and ends only, by the probes that take long"
+    "Starts and ends only, by the probes that take long, and where FLSL's positives are"
     out = Path(a.out)
     res = json.loads(out.read_text()) if out.exists() else {}
     camvid, things = [segmentation_folder(a.camvid, s, size=(176,240), n_classes=11, ignore_index=11)[::2] for s in ('train', 'test')], coco(a.coco)
@@ -83,10 +100,12 @@ def ends(a):
         key = f'{f.parent.name}/{f.stem}'
         if key in res: continue
         enc = load_backbone(f)
-        s = dense_scores(enc, *camvid, label=key, probes=('clustering', 'overclustering')) + dense_scores(enc, *things, memory=20000, label=key) + davis_score(enc, a.davis, label=key)
-        res[key] = [dict(probe=o.probe, value=o.value, protocol=o.protocol) for o in s]
+        s = dense_scores(enc, *camvid, label=key, probes=('clustering', 'overclustering')) + dense_scores(enc, *things, memory=20000, label=key) + davis_score(enc, a.davis, size=120, label=key)
+        photos, hw, _ = kept_photographs(loaders(a.photos, methods['dino'].recipe(methods['dino'].presets['scenes']), int(f.parent.name.split('_')[-1])))
+        found = [dict(probe=f'positives in place, {k}', value=positives(enc, photos, hw, v), protocol='student and teacher view of the photographs kept apart, beta 20, within 1.5 cells') for k,v in (('colours changed', Augment()), ('colours untouched', None))]
+        res[key] = [dict(probe=o.probe, value=o.value, protocol=o.protocol) for o in s] + found
         out.write_text(json.dumps(res))
-        print(key, [(o.probe, round(100*o.value, 1)) for o in s], flush=True)
+        print(key, found, [(o.probe, round(100*o.value, 1)) for o in s], flush=True)
 
 def show(a):
     "The posters' pictures of one seed: aggregated similarity and attention on two photographs of scikit-learn (CC BY), t-SNE of labelled patches"
@@ -105,7 +124,7 @@ S = P.add_subparsers(required=True)
 t = S.add_parser('train'); t.set_defaults(f=train); t.add_argument('method', choices=SMALL); t.add_argument('photos'); t.add_argument('runs')
 t.add_argument('--seed', type=int, default=0); t.add_argument('--epochs', type=int, default=16); t.add_argument('--settings', default=''); t.add_argument('--name')
 s = S.add_parser('score'); s.set_defaults(f=score); s.add_argument('runs'); s.add_argument('photos'); s.add_argument('--camvid', required=True); s.add_argument('--out', default='comparison.json')
-e = S.add_parser('ends'); e.set_defaults(f=ends); e.add_argument('runs'); e.add_argument('--out', default='comparison_ends.json')
+e = S.add_parser('ends'); e.set_defaults(f=ends); e.add_argument('runs'); e.add_argument('photos'); e.add_argument('--out', default='comparison_ends.json')
 for o in ('--camvid', '--coco', '--davis'): e.add_argument(o, required=True)
 w = S.add_parser('show'); w.set_defaults(f=show); w.add_argument('runs'); w.add_argument('--camvid', required=True); w.add_argument('--seed', type=int, default=0); w.add_argument('--out', default='.')
 for p in (t, s, e, w): p.add_argument('--threads', type=int, default=1)

@@ -180,3 +180,10 @@ def test_scenes_are_the_drawn_ones():
     dls = scene_dls(6, RECIPE, bs=2, canvas=48, seed=4, device='cpu')
     assert torch.equal(dls.train_ds.images, draw_scenes(6, 48, 4)[0])
     with pytest.raises(InputError, match='bs is 8 but there are only 6 images'): scene_dls(6, RECIPE, bs=8, canvas=48)
+
+
+def test_star_import_takes_no_everyday_words():
+    "A user's own names outlive `from densessl.all import *`"
+    import densessl.all as everything
+    words = set('judge verdict plain reason printable unwrapped foreground share_out bad_note open_url read_index batch_edge check_state bad_ranks MAGIC FORMAT FORMATS VOID PROBES Found Draws'.split())
+    assert not words & set(everything.__all__)

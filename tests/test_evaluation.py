@@ -150,7 +150,7 @@ def test_files_score_as_memory_does(tmp_path):
     held, read = (dense_scores(pixels, *labelled_data(tmp_path/'set', 32, load=l), **kw) for l in (True, False))
     assert held==read and 'set-train (24) -> set-val (12) | image 32x32 mask 32x32' in held[0].protocol
     assert [s.value for s in held[:1]]==[s.value for s in dense_scores(pixels, TRAIN, TEST, **kw)[:1]]
-    a, b = (foreground(labelled_data(tmp_path/'set', 32, load=l)[1], 2) for l in (True, False))
+    a, b = (foreground_data(labelled_data(tmp_path/'set', 32, load=l)[1], 2) for l in (True, False))
     assert_close(b.load().masks, a.masks); assert (a.masks==(TEST.masks!=2)).all() and a.name==b.name and a.classes==b.classes
     for f in (tmp_path/'set/labels/val').iterdir(): Image.new('L', (32,32), 255).save(f)
     with pytest.raises(InputError, match='set-val: every pixel has the ignored label 255'): dense_scores(pixels, *labelled_data(tmp_path/'set', 32, load=False), **kw)

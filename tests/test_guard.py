@@ -1,5 +1,5 @@
 "A number that is no number never reaches the weights, whatever the method; too little memory is told in one sentence"
-import math, warnings
+import math, pickle, warnings
 from dataclasses import replace
 
 import pytest, torch
@@ -108,3 +108,21 @@ def test_out_of_memory_names_settings(name):
     assert 'accumulated to 8' in str(e.value) and 'bf16=True' not in str(e.value)
     learn.remove_cb(Full)
     assert len(fit(learn).recorder.losses)==8
+
+@pytest.mark.parametrize('name', METHODS)
+def test_one_callback_or_several(name):
+    "As fastai's Learner takes them, and in their place among the others"
+    learner, recipe, config, arch, kwargs = METHODS[name]
+    dls = scene_dls(8, recipe(config), bs=4)
+    for n,cbs in ((0, None), (0, ()), (1, Full()), (1, [Full()]), (1, (Full(),)), (2, (Full(), Keep()))):
+        for bf16 in (False, True):
+            learn = learner(dls, arch, config, model_kwargs=kwargs, cbs=cbs, bf16=bf16)
+            assert [type(o) for o in learn.cbs if isinstance(o, (Full, Keep))]==[Full, Keep][:n]
+
+class Complain(Callback):
+    def before_batch(self): raise InputError('mean is 3: choose less')
+
+def test_a_sentence_stays_a_sentence():
+    "fastai names callback and event in every error; not in one for the user, whatever callback it comes from and wherever it is sent"
+    with pytest.raises(InputError) as e: fit(make('clove', Complain()))
+    assert str(e.value)=='mean is 3: choose less'==str(pickle.loads(pickle.dumps(e.value)))

@@ -19,7 +19,7 @@ from PIL import Image
 
 from densessl import data
 from densessl.core import InputError
-from densessl.data import BadFiles, CanvasDataset, bad_note, find_images, image_dls, load_canvas, printable
+from densessl.data import BadFiles, CanvasDataset, _bad_note, _printable, find_images, image_dls, load_canvas
 from densessl.synthetic import draw_scenes
 from densessl.views import CropSpec, Recipe
 
@@ -276,7 +276,7 @@ def test_names(photos):
     assert r.returncode == 0, r.stderr.decode()
     lines = r.stdout.decode().splitlines()
     assert len(lines) == len(NAMES) and sorted(lines) == sorted((photos/'list.txt').read_text(encoding='utf-8').splitlines()) and b'\x1b' not in r.stdout
-    assert sorted(l.split(': ')[0].rpartition('/')[2] for l in lines) == sorted(printable(os.fsdecode(n)) for n in NAMES)
+    assert sorted(l.split(': ')[0].rpartition('/')[2] for l in lines) == sorted(_printable(os.fsdecode(n)) for n in NAMES)
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -325,7 +325,7 @@ def test_share_of_the_files_read_so_far():
         for _ in range(200):
             bad, ids = BadFiles(100_000, .1), iter(range(10**9))
             try:
-                for _ in range(40): bad.add([bad_note(next(ids), 'x') if rng.random() < share else '' for _ in range(50)])
+                for _ in range(40): bad.add([_bad_note(next(ids), 'x') if rng.random() < share else '' for _ in range(50)])
             except InputError: at.append(bad.seen)
     assert stops[.05] == [] and len(stops[.2]) == 200 and max(stops[.2]) <= 1000
 

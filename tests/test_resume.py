@@ -10,7 +10,7 @@ from fastai.callback.training import GradientAccumulation
 from PIL import Image
 
 from densessl.callback import checkpoint
-from densessl.callback.checkpoint import (RunStopped, SaveRun, gather_state, newest_checkpoint, plain, read_checkpoint, read_header, restore_state, run_checkpoints,
+from densessl.callback.checkpoint import (RunStopped, SaveRun, gather_state, newest_checkpoint, read_checkpoint, read_header, restore_state, run_checkpoints,
                                           write_checkpoint)
 from densessl.core import InputError
 from densessl.data import image_dls, scene_dls

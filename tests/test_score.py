@@ -1,5 +1,6 @@
 "Scores while training: three methods, no influence, files that survive a kill, exact resume, two processes"
 import os, subprocess, sys, warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from fastai.callback.core import Callback, CancelFitException
 from PIL import Image
 
 from densessl.callback.checkpoint import SaveRun
-from densessl.callback.score import DenseScore, judge, prototype_head
+from densessl.callback.score import DenseScore, network_scores, prototype_head
 from densessl.clove import clove_presets
 from densessl.core import InputError
 from densessl.data import image_dls, scene_dls
@@ -121,7 +122,7 @@ def test_killed_run_keeps_its_curve(tmp_path):
     assert [l.split(':')[0] for l in lines]==['before training', 'epoch 1', 'epoch 2'] and all('nearest neighbour' in l for l in lines)
     value = {s.model: s.value for s in scores if s.probe=='nearest neighbour'}
     best = max(('epoch 1', 'epoch 2'), key=value.get)
-    got = judge(load_backbone(tmp_path/'run/best.safetensors'), x, torch.full((12,2), 32), 32, LABELLED)[-1]
+    got = network_scores(load_backbone(tmp_path/'run/best.safetensors'), x, torch.full((12,2), 32), 32, LABELLED)[-1]
     assert got.probe=='nearest neighbour' and got.value==value[best]
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -153,6 +154,16 @@ def test_exact_resume(step, tmp_path):
     assert said(read_scores(tmp_path/'cut/scores_by_epoch.json'))==said(whole.scores)
     same = [load_backbone(tmp_path/d/'best.safetensors').state_dict().values() for d in ('whole', 'cut')]
     assert all(torch.equal(a, b) for a,b in zip(*same)) and again.start is not None
+
+@pytest.mark.parametrize('broken', [False, True])
+def test_a_plain_fit_after_a_resumed_one_counts_on(broken, tmp_path):
+    "Whether the resumed fit came to its end or was broken off itself, the next one is a fit like any other"
+    save = lambda **kw: SaveRun(tmp_path/'run', minutes=None, every=1, **kw)
+    with pytest.raises(Stop): fit(learner('dino', None, DenseScore(verbose=False), StopAt(6)), 3, cbs=save())
+    learn = learner('dino', None, DenseScore(verbose=False))
+    with pytest.raises(Stop) if broken else nullcontext(): fit(learn, 3, cbs=[save(resume=True), *[StopAt(10)]*broken])
+    fit(learn, 1)
+    assert [(h['epoch'], h['step']) for h in learn.dense_score.history]==[(0,0), (1,4), (2,8), *([(3,14)] if broken else [(3,12), (4,16)])]
 
 def test_labelled_folder(tmp_path):
     for split,n in (('train', 6), ('val', 3)):

@@ -68,7 +68,7 @@ def flat(o): return [x for b in o for x in b]
 
 def in_turn(dl, W, k=0):
     "The same as `batches` from batch `k` on, the workers one after the other in this process, their batches in the order of a loader"
-    dl.now, dl.fake_l.num_workers = (None, k), W
+    dl.now, dl.fake_l.num_workers = k, W
     dl.randomize(); ids, got = dl.get_idxs(), {}
     for j in range(W):
         dl.num_workers, dl.offs = W, j
@@ -188,41 +188,10 @@ def test_resume_at_every_batch(tars, ranks, workers):
             assert in_turn(loader(tars, r, ranks), workers, k) == full[0][k:]
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_state_in_the_middle(tars, workers):
-    dl = loader(tars, workers=workers)
-    full = [batches(dl) for _ in range(3)]
-    for stop in (1, 8, 21):
-        dl = loader(tars, workers=workers); batches(dl)
-        it = iter(dl)
-        for _ in range(stop): next(it)
-        state = torch.load(io.BytesIO(stored(dl.state_dict())), weights_only=True)
-        new = loader(tars, workers=workers)
-        assert new.load_state_dict(state) and batches(new) == full[1][stop:] and batches(new) == full[2]
-        del it
-    state = dl.state_dict()                                # between epochs
-    new = loader(tars, workers=workers); assert new.load_state_dict(state) and batches(new) == full[2]
-
-
-def stored(o):
-    f = io.BytesIO(); torch.save(o, f)
-    return f.getvalue()
-
-
-def test_state_for_other_processes(tars):
-    "With other numbers of processes as many images are passed over; what is left is seen once"
-    dl = loader(tars, 0, 2); it = iter(dl)
-    for _ in range(6): next(it)                            # 6 x 2 x 2 = 24 images
-    state = dl.state_dict(); del it
-    new = loader(tars, 0, 3)
-    assert new.load_state_dict(state) is False and len(batches(new)) == 7-4 and len(batches(new)) == 7
-    with pytest.raises(InputError, match='belongs to 43 images but these shards hold 35'): loader(tars, valid_pct=.2).load_state_dict(dl.state_dict())
-
-
 def test_resume_reads_only_what_it_needs(tars, monkeypatch):
     "To the shard: of eight shards, one or two are opened for the last block"
-    opened, real = [], S.open_url
-    monkeypatch.setattr(S, 'open_url', lambda u: opened.append(Path(u).name) or real(u))
+    opened, real = [], S._open_url
+    monkeypatch.setattr(S, '_open_url', lambda u: opened.append(Path(u).name) or real(u))
     dl = loader(tars, shuffle=6)
     opened.clear(); in_turn(dl, 1)
     assert len(opened) in (7, 8) and len(set(opened)) == len(opened)          # each once
@@ -230,16 +199,17 @@ def test_resume_reads_only_what_it_needs(tars, monkeypatch):
     assert len([o for o in opened if o.endswith('.tar')]) <= 3 + 1               # with the one that is looked at to begin with
 
 
-def test_checkpoint_callback_protocol(tars):
-    "`rest_of_epoch` of the checkpoints, which sets the generator and asks for a start"
+@pytest.mark.parametrize('workers', [0, 2])
+def test_checkpoint_callback_protocol(tars, workers):
+    "`rest_of_epoch` of the checkpoints, which sets the generator and asks for a start: the rest of the epoch, and the next one"
     rest = pytest.importorskip('densessl.callback.checkpoint').rest_of_epoch
-    for workers in (0, 2):
-        dl = loader(tars, workers=workers)
-        batches(dl); state = dl.rng.getstate(); full = batches(dl)
+    dl = loader(tars, workers=workers)
+    batches(dl); state = dl.rng.getstate(); full, then = batches(dl), batches(dl)
+    for stop in (1, 8, 21):
         new = loader(tars, workers=workers); new.rng.setstate(state); new.after_batch = lambda b: [digest(x) for x in b[0]]
         called = []
-        assert list(rest(new, 5, lambda: called.append(1))) == full[5:] and called
-        assert new.rng.getstate() == dl.rng.getstate()
+        assert list(rest(new, stop, lambda: called.append(1))) == full[stop:] and called
+        assert batches(new) == then and new.rng.getstate() == dl.rng.getstate()
 
 
 def test_state_is_left_by_a_look(tars):
@@ -361,7 +331,7 @@ def test_shards_that_break_while_training(own, want, workers, pipe):
     bad = dl.keep.bad_files
     real, full = dl.after_batch, []
     for _ in range(2):
-        dl.now = (None, 0)
+        dl.now = 0
         full.append(noted(dl, workers, bad))
     assert set(bad.reasons) == {names[1], names[4], names[6]} and bad.lost == 3+6+6, bad.report()
     assert 'ends after 3 of 6 images' in bad.reasons[names[1]] and all('ends after 0 of 6' in bad.reasons[names[k]] for k in (4, 6))
