@@ -1,6 +1,7 @@
 "Several processes train what one process with the joined batch trains; they stop together, and alone they do not hang"
 import importlib.util, os, re, signal, socket, subprocess, sys, time
 import multiprocessing as mp
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -343,9 +344,9 @@ def launch(cmd, tmp_path, *args, limit=400):
     r = subprocess.run([sys.executable, '-m', *cmd, str(script), *args], env=env, capture_output=True, text=True, timeout=limit, cwd=tmp_path)
     return r, time.time()
 
-def weights(r):
-    said = sorted(re.findall(r'WEIGHTS (\w+) (\d) (\d+)', r.stdout))
-    assert len(said)==2, r.stdout+r.stderr
+def weights(*rs):
+    said = sorted(o for r in rs for o in re.findall(r'WEIGHTS (\w+) (\d) (\d+)', r.stdout))
+    assert len(said)==2, [(r.stdout, r.stderr) for r in rs]
     return said
 
 def test_torchrun_trains_and_ends_when_one_is_killed(tmp_path, record_property):
@@ -356,6 +357,15 @@ def test_torchrun_trains_and_ends_when_one_is_killed(tmp_path, record_property):
     killed = float(re.search(r'KILLED ([\d.]+)', r.stdout)[1])
     record_property('seconds', end-killed)
     assert end-killed<60 and r.returncode and ('SIGKILL' in r.stderr or 'Signal 9' in r.stderr), r.stderr[-3000:]
+
+def test_two_machines_train(tmp_path):
+    "Two launchers that find each other, one process each, as on two machines"
+    with socket.socket() as s: s.bind(('localhost', 0)); port = s.getsockname()[1]
+    cmd = ['torch.distributed.run', '--nnodes', '2', '--nproc_per_node', '1', '--rdzv_backend', 'c10d', '--rdzv_endpoint', f'localhost:{port}', '--local_addr', 'localhost']
+    for d in ('first', 'second'): (tmp_path/d).mkdir()
+    with ThreadPoolExecutor(2) as pool: rs = [r for r,_ in pool.map(lambda d: launch(cmd, tmp_path/d), ('first', 'second'))]
+    (a, rank_a, bs), (b, rank_b, _) = weights(*rs)
+    assert a==b and {rank_a, rank_b}=={'0', '1'} and bs=='4' and not any(r.returncode for r in rs), rs
 
 def test_accelerate_launch_trains(tmp_path):
     r, _ = launch(['accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no'], tmp_path)
