@@ -1,6 +1,6 @@
 """Kill a run at random moments, again and again, and see whether it ends as the run that was never killed.
 
-    python experiments/soak_resume.py --tries 60
+    python experiments/soak_resume.py --tries 60 --out nbs/experiments/results/soak_resume.json
 
 Each try starts a run in a process of its own (FLSL, CLoVE or DINO; a folder of photographs; with or without workers; with or without gradient
 accumulation), kills it with SIGKILL after a random time, starts it again, perhaps kills that one too, and lets the last one end. All that the run leaves
@@ -136,12 +136,14 @@ if __name__=='__main__':
     args.add_argument('--tries', type=int, default=60)
     args.add_argument('--seed', type=int, default=0)
     args.add_argument('--skip_cost', action='store_true')
+    args.add_argument('--out', help='JSON file to write')
     args = args.parse_args()
     home = Path(tempfile.mkdtemp())
     try:
         res = soak(args.tries, args.seed, home)
         print(json.dumps(res, indent=1, default=str))
         print(f"{res['survived']} of {res['runs']} runs survived {res['kills']} kills; the largest difference is {res['largest_difference']}")
-        if not args.skip_cost: print(json.dumps(cost(home)))
+        if not args.skip_cost: print(json.dumps(res := res | dict(checkpoint=cost(home))))
+        if args.out: Path(args.out).write_text(json.dumps(res, indent=1, default=str))
     finally: shutil.rmtree(home)
     sys.exit(bool(res['failed']))

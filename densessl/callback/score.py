@@ -123,7 +123,7 @@ def _verdict(
         up = sign*best[by]>sign*first[by]
         said.append(f'{by} ended at {pc(last)}, {worse} the {pc(first)} of the frozen start: by this score the training has made the features worse'
                     + (f', after a best of {pc(best)} in epoch {best["epoch"]}. Stop there, lower the learning rate, or train on more photographs.' if up else
-                       ', and no epoch was better than the start. Try a lower learning rate, more photographs or more epochs, and see what the monitors say (learn.collapse_monitor).'))
+                       ', and no epoch was better than the start. Try untouched colours (augment=None), a lower learning rate, more photographs or more epochs, and see what the monitors say (learn.collapse_monitor).'))
         if last.get('token rank', 1)<.5*first.get('token rank', 0): said.append(f"Token rank fell from {pc(first, 'token rank')} to {pc(last, 'token rank')}: tokens become alike. In FLSL raise beta_sa and beta_ca (suggest_beta); in CLoVE raise lam.")
         if last.get('position', 0)>first.get('position', 1)+.1: said.append(f"Position rose from {pc(first, 'position')} to {pc(last, 'position')}: tokens say where in the view they are, not what they show. Lower pos_scale, or cut smaller views.")
     elif sign*(best[by]-last[by])>.02: said.append(f'{by} ended at {pc(last)}, {worse} the {pc(best)} of epoch {best["epoch"]}: a shorter run or a lower learning rate would have kept that.')
