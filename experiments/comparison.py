@@ -64,7 +64,7 @@ def score(a):
         h = json.loads((d/'history.json').read_text())
         seed = int(d.name.split('_')[-1])
         photos, hw, _ = kept_photographs(loaders(a.photos, methods['dino'].recipe(methods['dino'].presets['scenes']), seed))
-        r = res.setdefault(d.name, dict(config=h['config'], steps=h['steps'], history=h['history'][::8], scores={}))
+        r = res.setdefault(d.name, dict(config=h['config'], steps=h['steps'], scores={}))
         for f in sorted(d.glob('e*.safetensors')):
             if f.stem in r['scores']: continue
             enc, label = load_backbone(f), f'{d.name}/{f.stem}'
@@ -115,9 +115,9 @@ def show(a):
     photos = torch.nn.functional.interpolate(photos, size=(192,192), mode='bilinear', antialias=True)
     jpg = lambda fig, name: fig.savefig(out/f'comparison_{name}.jpg', dpi=60, pil_kwargs=dict(quality=80))
     jpg(show_ass(backbones, photos, layers=[1, 3]), 'ass')
-    for p,patch in (('china', (.5,.55)), ('flower', (.5,.5))): jpg(show_probing(backbones, photos[int(p=='flower')], patch), f'probing_{p}')
+    for p,patch in (('china', (.3,.6)), ('flower', (.5,.5))): jpg(show_probing(backbones, photos[int(p=='flower')], patch), f'probing_{p}')
     data = segmentation_folder(a.camvid, 'test', size=(176,240), n_classes=11, ignore_index=11)[::6]
-    tsne_layers(backbones, data.images, data.masks, CAMVID, ignore_index=11).savefig(out/'comparison_tsne.png', dpi=60)
+    tsne_layers(backbones, data.images, data.masks, CAMVID, layers=[1, 3], ignore_index=11).savefig(out/'comparison_tsne.png', dpi=60)
 
 P = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 S = P.add_subparsers(required=True)
