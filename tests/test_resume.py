@@ -24,6 +24,13 @@ SMALL = dict(
 EPOCHS, STEPS = 2, 6      # of an epoch
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    "SIGINT as a terminal has it: a shell starts background jobs with it ignored"
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, was)
+
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
     "Thirty photographs, one of them no photograph; six are kept apart, the others are six batches"
