@@ -69,14 +69,13 @@ def parse_kwargs(
 
 # %% ../nbs/70_cli.ipynb #898ce989
 def scene_data(recipe, bs, seed, n=1024):
-    "Drawn scenes to train on, labelled ones of other seeds (train, test), and four of the latter to draw"
+    "Drawn scenes to train on, labelled ones of other seeds (train, test), and four of the latter with little noise to look at"
     dls = scene_dls(n, recipe, bs=bs, seed=seed, natural=True)
     size = dls.train.dataset[0][0].shape[-1]
-    def labelled(n, s):
-        x, m = draw_scenes(n, size, seed=s, natural=True)
+    def labelled(n, s, **kwargs):
+        x, m = draw_scenes(n, size, seed=s, natural=True, **kwargs)
         return SegmentationData(torch.nn.functional.interpolate(x, size=(recipe.crops[0].size,)*2, mode='bicubic', antialias=True), m, len(CLASSES), name='drawn scenes', classes=CLASSES)
-    train, test = labelled(n//5, 4001), labelled(n//10, 4002)
-    return dls, (train, test), test.images[:4]
+    return dls, (labelled(n//5, 4001), labelled(n//10, 4002)), labelled(4, 4002, noise=.1).images
 
 def photo_data(folder, recipe, bs, workers, seed, labelled=None):
     "Photographs of a folder or of shards to train on, a few kept apart; labelled ones if there are any, and four photographs to draw"
