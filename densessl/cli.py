@@ -104,6 +104,28 @@ def change_settings(
 # %% ../nbs/70_cli.ipynb #8c107f5f
 SCORES = (*MIOU, 'correspondence')   # what the table at the end shows; gauges are in scores_by_epoch.json
 
+# %% ../nbs/70_cli.ipynb #7083dd17
+def _report(learn, score, out, photos, minutes, method, epochs, others, say):
+    "Scores, pictures and the verdict of a run that has come to its end"
+    model, dls, recipe = learn.model, learn.dls, learn.dls.recipe
+    start, trained, last = score.start, model.product, f'{method}, {epochs} epochs'
+    export_backbone(learn, out/'backbone.safetensors', overwrite=True)
+    rows = learn.collapse_monitor.history
+    with open(out/'history.csv', 'w', newline='') as f:
+        w = csv.DictWriter(f, rows[0].keys()); w.writeheader(); w.writerows(rows)
+    ends = {'before training': 'random start', f'epoch {epochs}': last}
+    scores = [replace(s, model=ends[s.model]) for s in score.scores if s.model in ends and s.probe in SCORES]
+    if others: scores = scores[:len(scores)//2] + others + scores[len(scores)//2:]
+    write_scores(scores, out/'scores.json')
+    dense_picture(photos, dict(before=start, after=trained), model.mask_beta, recipe).savefig(out/'picture.png')
+    similarity_picture(photos, dict(before=start, after=trained), recipe).savefig(out/'similarity.png')
+    score.plot().savefig(out/'curves.png')
+    say(f'\ntrained for {minutes:.1f} minutes; the frozen baselines and the trained backbone:\n{scores_table(scores)}\n\n{worth_training(scores, last, "random start", list(dict.fromkeys(s.model for s in others)))}')
+    if score.best['epoch']<epochs: say(f'The best {score.best_by} was that of epoch {score.best["epoch"]}: its backbone is best.safetensors.')
+    if dls.bad_files: say(f'{len(dls.bad_files)} files could not be read and were left out:\n{dls.bad_files.report()}')
+    return scores
+
+# %% ../nbs/70_cli.ipynb #0f6b6427
 def _job(folder, method, preset, arch, model_kwargs, settings, img_size, bs, epochs, lr, seed, workers, bf16, labelled, baseline, score_every, save_minutes, resume, out, overwrite, n_scenes):
     arguments = {k: str(v) if isinstance(v, Path) else v for k,v in locals().items()}
     if method not in methods: raise InputError(f'there is no method {method!r}: use one of {", ".join(methods)}')
@@ -136,6 +158,7 @@ def _job(folder, method, preset, arch, model_kwargs, settings, img_size, bs, epo
     score = DenseScore(score_every or epochs, pair, out=out, linear=pair is not None)
     save = SaveRun(out/'checkpoints', minutes=save_minutes, resume=resume, settings=dict(seed=seed))
     learn.add_cbs([score, save])
+    others = []
     if other and first:
         others = [s for s in score.judge(other[0].to(dls.device), baseline, **other[1]) if s.probe in SCORES]
         say(f'{baseline}: ' + ', '.join(f'{s.probe} {100*s.value:.1f}' for s in others) + ' %', flush=True)
@@ -145,21 +168,7 @@ def _job(folder, method, preset, arch, model_kwargs, settings, img_size, bs, epo
     if not first: return out, [], learn
     minutes = (time.time()-began)/60
 
-    start, trained, last = score.start, model.product, f'{method}, {epochs} epochs'
-    export_backbone(learn, out/'backbone.safetensors', overwrite=True)
-    rows = learn.collapse_monitor.history
-    with open(out/'history.csv', 'w', newline='') as f:
-        w = csv.DictWriter(f, rows[0].keys()); w.writeheader(); w.writerows(rows)
-    ends = {'before training': 'random start', f'epoch {epochs}': last}
-    scores = [replace(s, model=ends[s.model]) for s in score.scores if s.model in ends and s.probe in SCORES]
-    if other: scores = scores[:len(scores)//2] + others + scores[len(scores)//2:]
-    write_scores(scores, out/'scores.json')
-    dense_picture(photos, dict(before=start, after=trained), model.mask_beta, recipe).savefig(out/'picture.png')
-    similarity_picture(photos, dict(before=start, after=trained), recipe).savefig(out/'similarity.png')
-    score.plot().savefig(out/'curves.png')
-    say(f'\ntrained for {minutes:.1f} minutes; the frozen baselines and the trained backbone:\n{scores_table(scores)}\n\n{worth_training(scores, last, "random start", [baseline] if other else [])}')
-    if score.best['epoch']<epochs: say(f'The best {score.best_by} was that of epoch {score.best["epoch"]}: its backbone is best.safetensors.')
-    if dls.bad_files: say(f'{len(dls.bad_files)} files could not be read and were left out:\n{dls.bad_files.report()}')
+    scores = _report(learn, score, out, photos, minutes, method, epochs, others, say)
     shutil.rmtree(out/'checkpoints')
     say(f'written to {out}: ' + ', '.join(sorted(p.name for p in out.iterdir())))
     return out, scores, learn
