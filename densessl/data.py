@@ -111,6 +111,13 @@ def _mute():
         yield
     finally: os.dup2(kept, 2); os.close(kept); os.close(null)
 
+def _open_file(path):
+    "A file opened to be read, by us so that Pillow never maps it into memory; never a pipe or a device"
+    s = os.stat(path)
+    if not stat.S_ISREG(s.st_mode): raise OSError('not a regular file')
+    if not s.st_size: raise OSError('empty file')
+    return open(path, 'rb')
+
 @contextmanager
 def _own_limit():
     "Pillow's limit of pixels is not asked: `_refuse_bomb` is"
@@ -213,10 +220,7 @@ def read_photo(
     "A photograph as it is meant to be seen, the first frame if there are several; `UnreadablePhoto` if it is none"
     try:
         if hasattr(file, 'read'): return _decode(file, size, file.seek(0, os.SEEK_END))
-        s = os.stat(file)
-        if not stat.S_ISREG(s.st_mode): raise OSError('not a regular file')
-        if not s.st_size: raise OSError('empty file')
-        with open(file, 'rb') as f: return _decode(f, size, s.st_size)     # opened here, so that Pillow never maps it into memory
+        with _open_file(file) as f: return _decode(f, size, os.path.getsize(file))
     except Image.DecompressionBombError as e: raise DecompressionBombError(file, str(e)) from None
     except Exception as e: raise UnreadablePhoto(file, _reason(e)) from e
 
@@ -280,7 +284,7 @@ def _photo_names(stem):
 def _look(path):
     "Size, mode ('L' for gray in whatever form) and number of values, at most 256, of an image; None if it cannot be read"
     try:
-        with _quiet(), Image.open(path, formats=tuple(_FORMATS)) as im:
+        with _quiet(), _open_file(path) as f, Image.open(f, formats=tuple(_FORMATS)) as im:
             size, mode = im.size, im.mode
             im.draft(None, (256,256))
             if math.prod(im.size)>5e7: return size, mode, 256
@@ -460,7 +464,7 @@ def _stride(n):
 
 def _window_at(epoch, item):
     "Where the window of a panorama lies: in the middle, or as the number of an epoch and the item say"
-    return .5 if epoch is None else random.Random(f'{epoch} {item}').random()
+    return .5 if epoch is None else random.Random(f'{epoch} {item!a}').random()
 
 class CanvasDataset:
     "Photographs as canvases; an unreadable file gives place to a readable one and is named in the item"
@@ -602,7 +606,7 @@ def _panoramas(files, n=100):
     "Panoramas among up to `n` of the files, by their headers: how many, of how many, and the first; None if there is none"
     some, long = files[::math.ceil(len(files)/n)], []
     for o in some:
-        with suppress(Exception), _own_limit(), _quiet(), Image.open(o, formats=tuple(_FORMATS)) as im:
+        with suppress(Exception), _own_limit(), _quiet(), _open_file(o) as f, Image.open(f, formats=tuple(_FORMATS)) as im:
             if max(im.size)>LONGEST*min(im.size): long.append(o)
     return (len(long), len(some), long[0]) if long else None
 
