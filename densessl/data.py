@@ -167,7 +167,10 @@ class DecompressionBombError(UnreadablePhoto, Image.DecompressionBombError):
 
 def _refuse_bomb(im, full, file_bytes=math.inf):
     "An error if there is too much to decode; a progressive JPEG is held in full whatever its reduction"
-    w, h = full if 'progressive' in im.info else im.size
+    w, h = full
+    if w*h>max(89_000_000, 1100*file_bytes):             # the strongest compression of PNG and TIFF is 1032 : 1
+        raise Image.DecompressionBombError(f'it claims {w} x {h} pixels in {file_bytes:,} bytes')
+    if 'progressive' not in im.info: w, h = im.size
     if w*h>MAX_PIXELS:
         raise Image.DecompressionBombError(f'{w} x {h} pixels, more than densessl.data.MAX_PIXELS, {MAX_PIXELS:,}')
     if w*h>max(89_000_000, 1100*file_bytes):             # the strongest compression of PNG and TIFF is 1032 : 1
