@@ -255,13 +255,18 @@ def load_canvas(
 _MAP_WORDS = frozenset('''mask masks label labels labelids instanceids annotation annotations annot annots ann gt gtfine gtcoarse groundtruth
     truth seg segs segm segmap segmentation segmentations semantic panoptic trimap trimaps matte mattes depth depths disparity normals'''.split())
 _COPY_WORDS = frozenset('thumb thumbs thumbnail thumbnails preview previews'.split())
-_PHOTO_WORDS = frozenset('image images img imgs rgb color colour photo photos jpeg jpg picture pictures'.split())
+_PHOTO_WORDS = frozenset('image images img imgs rgb color colour photo photos jpeg jpg picture pictures sat'.split())
 _OTHER_WORDS = frozenset('ids id color colour map maps train raw small'.split())         # may follow one for a map or a copy
-_ANY_WORD = re.compile('|'.join(sorted(_MAP_WORDS|_COPY_WORDS, key=len, reverse=True)), re.I)
+_ROOTS = [o for o in _MAP_WORDS|_COPY_WORDS if not any(p in o for p in _MAP_WORDS|_COPY_WORDS if p!=o)]
+
+def _has_word(text):
+    "Whether a word for maps or copies may be in a text: quick, for folders of a million files"
+    text = text.lower()
+    return any(o in text for o in _ROOTS)
 
 def _kind(text):
     "'map' if a word of a name stands for masks or depth, 'copy' if for thumbnails, else ''"
-    if not _ANY_WORD.search(text): return ''
+    if not _has_word(text): return ''
     words = {o.lower() for o in re.findall('[A-Z]?[a-z]+|[A-Z]+(?![a-z])', text)}
     return 'map' if words & _MAP_WORDS else 'copy' if words & _COPY_WORDS else ''
 
@@ -301,11 +306,13 @@ def _look(path):
 
 def _looks_like(kind, path, photo):
     "Do the pixels of a file agree that it is a map or a copy of `photo`, as its name says ('': no name says so)? None: unreadable"
-    (size, mode, n), (whole, other, m) = (_look(o) or (None,)*3 for o in (path, photo))
-    if mode is None or other is None: return None
-    if kind=='copy': return max(size)<max(whole)
+    look = _look(path)
+    if look is None: return None
+    size, mode, n = look
     if kind=='map': return mode not in ('RGB','RGBA','CMYK') or n<256
-    return mode in ('1','L','P') and n<=64 and n<m
+    if (whole := _look(photo)) is None: return None
+    if kind=='copy': return max(size)<max(whole[0])
+    return mode in ('1','L','P') and n<=64 and n<whole[2]
 
 # %% ../nbs/22_data.ipynb #8d6a5bda
 class _Folders:
@@ -342,41 +349,48 @@ class _Folders:
         return self.found[d]
 
 # %% ../nbs/22_data.ipynb #44c97984
-_EXACT = ('.png','.gif','.bmp','.tif','.tiff')                          # formats that keep the numbers of a mask
+_EXACT = ('png','gif','bmp','tif','tiff')                               # formats that keep the numbers of a mask
 
 def _suspects(folders):
-    "Files that may be no photographs, by folder, kind and suffix: [(file, photograph of the same name)]"
+    "Files that may be no photographs, by folder, kind and suffix: [(file, photograph of the same name or None)]"
     res = defaultdict(list)
     for d,names in folders.names.items():
         in_maps = next(filter(None, folders.kinds[d]), '')
         suffixes = {o.rpartition('.')[2].lower() for o in names}
-        exact = len(suffixes)>1 or bool(folders.siblings(d))
+        siblings = folders.siblings(d) if suffixes.intersection(_EXACT) and not in_maps else ()
+        exact = suffixes.intersection(_EXACT) if len(suffixes)>1 or siblings else ()
+        if not (in_maps or exact or _has_word(' '.join(names))): continue
         for o in names:
             stem, _, suffix = o.rpartition('.')
-            suffix = suffix.lower()
-            kind, short = _split_kind(stem) if in_maps or _ANY_WORD.search(stem) else ('', '')
+            kind, short = _split_kind(stem)
             if in_maps: kind, where, keys = in_maps, folders.partners(d), {short, *_photo_names(stem)}
             elif kind: where, keys = [d], {short}
-            elif exact and f'.{suffix}' in _EXACT: where, keys = [d, *folders.siblings(d)], {'_'.join(re.split(r'[_\-. ]+', stem))}
+            elif suffix.lower() in exact: where, keys = [d, *siblings], {short}
             else: continue
             photo = next((u+(p,) for u in where for k in keys for p in folders.photos(u).get(k, ())
-                          if kind or u!=d or not p.lower().endswith(suffix)), None)
-            if photo: res[d, kind, suffix].append((d+(o,), photo))
+                          if kind or u!=d or p.rpartition('.')[2].lower()!=suffix.lower()), None)
+            if photo or kind: res[d, kind, suffix.lower()].append((d+(o,), photo))
     return res
+
+def _agree(root, pairs, kind):
+    "Do three of the files look like what they are taken for?"
+    looks = [_looks_like(kind, *(o and os.path.join(root, *o) for o in p)) for p in pairs[::max(1, len(pairs)//3)][:3]]
+    looks = [o for o in looks if o is not None]
+    return bool(looks) and all(looks)
 
 def _not_photographs(
     root,        # Folder
     names:dict,  # Folder as a tuple of names below `root` -> images in it
-)->tuple:        # Files to leave out -> 'map' or 'copy', and a `Counter` of folders with files that are kept though their names say otherwise
+)->tuple:        # Files to leave out: {file: 'map' or 'copy'}, and files that are kept though their names say otherwise
     "Masks, depth maps and thumbnails among photographs"
-    out, kept, root = {}, Counter(), os.fspath(root)
-    for (d, kind, _),pairs in _suspects(_Folders(names)).items():
-        some = pairs[::max(1, len(pairs)//3)][:3]
-        looks = [_looks_like(kind, *(os.path.join(root, *o) for o in p)) for p in some]
-        looks = [o for o in looks if o is not None]
-        if looks and all(looks): out |= {o: kind or 'map' for o,_ in pairs}
-        elif looks and kind: kept['/'.join(d) or '.'] += len(pairs)
+    out, kept = {}, []
+    for (_, kind, _),pairs in _suspects(_Folders(names)).items():
+        twins, alone = [o for o in pairs if o[1]], [o for o in pairs if not o[1]]
+        if _agree(root, twins, kind): out |= {o: kind or 'map' for o,_ in twins}
+        elif kind: kept += [o for o,_ in twins]
+        if kind=='map' and _agree(root, alone, kind): kept += [o for o,_ in alone]
     return out, kept
+
 
 # %% ../nbs/22_data.ipynb #c7cf82e5
 _PRIVATE = frozenset('@eadir __macosx #recycle #snapshot @recycle @recycle.bin $recycle.bin recycler recycled lost+found'.split())
@@ -398,7 +412,7 @@ class _Walk:
             self.n += len(names)
             for o in filter(_is_private, dirs): self.private[o] += self.images_in(os.path.join(d, o))
             dirs[:] = sorted(o for o in dirs if not _is_private(o))
-            images = [o for o in names if _is_image(o)]
+            images = sorted(o for o in names if _is_image(o))
             if shown := [o for o in images if not o.startswith('.')]: self.names[Path(d).relative_to(folder).parts] = shown
             self.private['hidden files'] += len(images)-len(shown)
             if len(images)<len(names): self.other.update(filter(None, map(self.suffix, names)))
@@ -421,6 +435,7 @@ def _some(counts, n=4):
 
 def _remarks(walk, out, kept):
     "What of a folder is not trained on, and why"
+    def such(files): return f'such as {_printable("/".join(min(files)))!r}'
     says = []
     if walk.shut:
         first = walk.shut[0]
@@ -428,15 +443,14 @@ def _remarks(walk, out, kept):
     if walk.private:
         says.append(f'{walk.private.total()} images in hidden folders and those of other programs are left out ({_some(walk.private)})')
     for kind,what in dict(map='masks or depth maps', copy='thumbnails').items():
-        if files := [o for o,k in out.items() if k==kind]:
-            where = Counter('/'.join(o[:-1]) or o[-1] for o in files)
-            says.append(f'{len(files)} {what} of photographs are left out ({_some(where)})')
+        if files := [o for o,k in out.items() if k==kind]: says.append(f'{len(files)} {what} of photographs are left out, {such(files)}')
     if kept:
-        says.append(f'{kept.total()} images are kept though their names say mask, depth or thumbnail, '
-                    f'since they look like photographs ({_some(kept)}): take them away if they are not')
-    for why in dict.fromkeys(map(_NOT_READ.get, walk.other)):
-        says.append(' and '.join(f'{n} {s}' for s,n in walk.other.items() if _NOT_READ[s]==why) + f' are not read ({why})')
+        says.append(f'{len(kept)} images are kept though their names say mask, depth or thumbnail, {such(kept)}: take them away if they are no photographs')
+    whys = dict.fromkeys(_NOT_READ[s] for s in sorted(walk.other))
+    unread = [' and '.join(f'{n} {s}' for s,n in sorted(walk.other.items()) if _NOT_READ[s]==why) + f' ({why})' for why in whys]
+    if unread: says.append('not read: '+', '.join(unread))
     return '; '.join(says)
+
 
 # %% ../nbs/22_data.ipynb #37da8ed6
 def find_images(
