@@ -10,7 +10,7 @@ import base64, csv, io, json, math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from fastcore.xml import (Body, Code, Details, Figcaption, Figure, H1, H2, Head, Html, Img, Li, Meta, P, Pre, Safe, Span, Style,
+from fastcore.xml import (Body, Code, Details, Figcaption, Figure, H1, H2, Head, Html, Img, Li, Meta, P, Pre, Safe, Style,
                           Summary, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml)
 from .core import InputError
 from .evaluation import read_scores
@@ -43,8 +43,8 @@ def _score_table(scores):
     probes = list(dict.fromkeys(s.probe for s in scores))
     values = {}
     for s in scores: values.setdefault((s.model, s.probe), []).append(s.value)
-    models = dict.fromkeys(s.model for s in scores)
-    rows = [[m, *(percent(values[m, p]) if (m, p) in values else '' for p in probes)] for m in models]
+    cell = lambda model, probe: percent(values[model, probe]) if (model, probe) in values else ''
+    rows = [[m, *(cell(m, p) for p in probes)] for m in dict.fromkeys(s.model for s in scores)]
     return _table(['%', *(f'{p} {arrow(p)}' for p in probes)], rows)
 
 def _protocols(scores):
@@ -91,7 +91,8 @@ def monitor_curves(
     names = [k for k in rows[0] if k not in ('step', 'epoch', 'progress', 'K')]
     fig, axs = _panels(len(names))
     for ax,name in zip(axs, names):
-        ax.plot([float(r['step']) for r in rows], [float(r[name]) for r in rows], lw=1, c='k' if name=='loss' else '#0072B2')
+        steps, values = ([float(r[k]) for r in rows] for k in ('step', name))
+        ax.plot(steps, values, lw=1, c='k' if name=='loss' else '#0072B2')
         ax.set_title(name, fontsize=9)
         ax.set_xlabel('step', fontsize=8)
     return fig
@@ -131,11 +132,12 @@ def _flat(settings, name=''):
 
 # %% ../nbs/67_run_report.ipynb #3a38626b
 _CAPTIONS = {
-    'picture.png': 'Each row is a photograph. For the random start (before) and the trained backbone (after): the soft mask of the '
-                   'patch under the dot (bright: similar), the modes of all patches, and the patches themselves, as colors (first three principal '
-                   'components). A good backbone gives one object one color, and the soft mask stays on the object.',
-    'similarity.png': 'Two views of each photograph. The circle marks one patch and the place where the second view shows it again. '
-                      'Bright is similar: a good backbone is bright at the circle and dark elsewhere.',
+    'picture.png': 'Each row is a photograph. For the random start (before) and the trained backbone (after): the soft '
+                   'mask of the patch under the dot (bright: similar), the modes of all patches, and the patches '
+                   'themselves, as colors (first three principal components). A good backbone gives one object one '
+                   'color, and the soft mask stays on the object.',
+    'similarity.png': 'Two views of each photograph. The circle marks one patch and the place where the second view '
+                      'shows it again. Bright is similar: a good backbone is bright at the circle and dark elsewhere.',
 }
 
 _MONITORED = {
@@ -177,9 +179,21 @@ def _read_json(path):
     "A JSON file of the run"
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError) as e:
-        raise InputError(f'{str(path)!r} cannot be read ({e}): give the folder of a run that densessl_pretrain has finished') from None
+        message = f'{str(path)!r} cannot be read ({e}): give the folder of a run that densessl_pretrain has finished'
+        raise InputError(message) from None
 
 # %% ../nbs/67_run_report.ipynb #9d7701ec
+def _data_line(settings):
+    "What the run was trained on, in one sentence"
+    data = f"{settings['images']:,} drawn scenes"
+    if settings['folder']: data = f"{settings['images']:,} photographs of {settings['folder']}"
+    return f"Trained on {data}, on {settings['device']}, with densessl {settings['version']}."
+
+def _gauge_lines(scores):
+    "What each gauge among the scores means"
+    names = [p for p in dict.fromkeys(s.probe for s in scores) if p in GAUGES]
+    return [f'{p} {arrow(p)}: {GAUGES[p].means} Without content: {GAUGES[p].null}.' for p in names]
+
 def run_report(
     folder,           # Folder of a finished run of `densessl_pretrain`
     verdict:str='',   # Whether training helped, in words
@@ -189,26 +203,24 @@ def run_report(
     "Write the page of a run from the files in its folder"
     folder = Path(folder)
     settings = _read_json(folder/'settings.json')
-    final, all_scores = (read_scores(folder/name) for name in ('scores.json', 'scores_by_epoch.json'))
+    final, over_time = (read_scores(folder/name) for name in ('scores.json', 'scores_by_epoch.json'))
     with open(folder/'history.csv', newline='') as f: rows = list(csv.DictReader(f))
-    what = f"{settings['images']:,} photographs of {settings['folder']}" if settings['folder'] else f"{settings['images']:,} drawn scenes"
-    epochs = f"{settings['epochs']} epoch{'s'*(settings['epochs']!=1)}"
-    title = f"{settings['method']}, {settings['arch']}, {epochs}"
-    own = {p: c for p,c in _CAPTIONS.items() if (folder/p).exists()}
-    meanings = [Li(f'{p} {arrow(p)}: {GAUGES[p].means} Without content: {GAUGES[p].null}.') for p in dict.fromkeys(s.probe for s in all_scores) if p in GAUGES]
-    page = Html(
-        Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width'), Title(title), Style(Safe(_CSS))),
-        Body(
-            H1(title), P(f'Trained on {what}, on {settings["device"]}, with densessl {settings["version"]}.'),
-            P(verdict, cls=f'verdict {answer}'.strip()) if verdict else '', *map(P, notes),
-            H2('Scores of the frozen features'), _score_table(final),
-            P('↑ higher is better, ↓ lower is better; ± is the standard deviation over random starts.'), _protocols(final),
-            H2('How to load the backbone'), Pre(Code(_load_lines(settings))),
-            H2('Pictures'), *(_picture(_png(folder/p), c) for p,c in own.items()),
-            H2('Curves'), _picture(_svg(score_curves(all_scores)), 'Scores over the epochs; the star is the best epoch, the dotted line the start.'),
-            Ul(*meanings), _picture(_svg(monitor_curves(rows)), 'The loss, its parts and what the monitor measured, over the steps.'),
-            Ul(*(Li(f'{k}: {_MONITORED[k]}') for k in rows[0] if k in _MONITORED)),
-            H2('Settings'), Details(Summary('All settings of the run'), _table(['setting', 'value'], [[k, str(v)] for k,v in _flat(settings).items()]))), lang='en')
+    title = f"{settings['method']}, {settings['arch']}, {settings['epochs']} epochs"
+    pictures = [_picture(_png(folder/p), c) for p,c in _CAPTIONS.items() if (folder/p).exists()]
+    setting_rows = [[k, str(v)] for k,v in _flat(settings).items()]
+    body = [
+        H1(title), P(_data_line(settings)), *([P(verdict, cls=f'verdict {answer}'.strip())] if verdict else []), *map(P, notes),
+        H2('Scores of the frozen features'), _score_table(final),
+        P('↑ higher is better, ↓ lower is better; ± is the standard deviation over random starts.'), _protocols(final),
+        H2('How to load the backbone'), Pre(Code(_load_lines(settings))),
+        H2('Pictures'), *pictures,
+        H2('Curves'),
+        _picture(_svg(score_curves(over_time)), 'Scores over the epochs; the star is the best epoch, the dotted line the start.'),
+        Ul(*map(Li, _gauge_lines(over_time))),
+        _picture(_svg(monitor_curves(rows)), 'The loss, its parts and what the monitor measured, over the steps.'),
+        Ul(*(Li(f'{k}: {_MONITORED[k]}') for k in rows[0] if k in _MONITORED)),
+        H2('Settings'), Details(Summary('All settings of the run'), _table(['setting', 'value'], setting_rows))]
+    head = Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width'), Title(title), Style(Safe(_CSS)))
     out = folder/'report.html'
-    out.write_text(to_xml(page, indent=False), encoding='utf-8')
+    out.write_text(to_xml(Html(head, Body(*body), lang='en'), indent=False), encoding='utf-8')
     return out
