@@ -251,6 +251,9 @@ class Progress(ProgressCallback):
         if self.own_logger: self.learn.logger = self.old_logger
         self.own_logger = False
 
+    def skip_epochs(self, epochs, seconds):
+        "A resumed run was there before: the learner's own count says where it is"
+
     # events in which fastai's bar does something else
     def before_epoch(self): pass
     def before_validate(self): pass
