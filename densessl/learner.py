@@ -22,6 +22,7 @@ from .attention import attention_weights, unit
 from .augment import make_views
 from .callback.guard import OutOfMemory, StopIfNotFinite
 from .callback.monitor import CollapseMonitor, LossPart, diagnose_matches, match_state, pack_rows, token_rank, unpack_rows
+from .callback.progress import show_progress
 from .callback.teacher import TeacherEMA
 from .distributed import ManyProcesses
 from .encoders import DenseEncoder, dense_encoder
@@ -112,7 +113,7 @@ def _learner(dls, model, loss_func, schedules, monitor, metrics, lr, own=(), opt
     cbs = [ManyProcesses(), schedules, StopIfNotFinite(), OutOfMemory(), TeacherEMA(cosine(*model.config.momentum)), monitor, *([AutocastBF16()] if bf16 else []), *own, *L(cbs)]
     learn = Learner(dls, model, loss_func=loss_func, opt_func=opt_func, splitter=lambda m: split_decay(get_model(m).student), lr=lr, metrics=[LossPart(k) for k in metrics], cbs=cbs, **kwargs)
     learn.recorder.train_metrics, learn.recorder.valid_metrics = True, len(dls.valid)>0
-    return learn
+    return show_progress(learn)
 
 def _batch(dls): return dls.bs*max(1, num_distrib())
 
