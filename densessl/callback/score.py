@@ -179,7 +179,7 @@ class DenseScore(Callback):
         verbose:bool=True,  # Print a line a scoring
         starts:int=5,       # Random starts to compare with, the own one included
         published:bool=False, # Training starts from published weights: these are what it is compared with
-        conclude:bool=True, # Say the verdict at the end of a fit
+        say:bool=True,      # Say the verdict at the end of a fit; False leaves it to `conclude`
     ):
         super().__init__()
         if not isinstance(every, int) or every<1: raise InputError(f'every must be a whole number of epochs, at least 1, got {every}')
@@ -189,7 +189,7 @@ class DenseScore(Callback):
         if not isinstance(labelled, (str, Path)): labelled = _pair(labelled)
         self.every,self.labelled,self.best_by,self.folder,self.linear,self.verbose = every,labelled,best_by,out and Path(out),linear,verbose
         self.given_photos,self.n_photos,self.probe,self.gauges = photos,n_photos,probe,gauges or {}
-        self.n_starts,self.published,self.conclude = starts,published,conclude
+        self.n_starts,self.published,self.say = starts,published,say
         self.scores,self.history,self.best,self._start,self._data,self._views = [],[],None,None,None,None
         self.base,self.done = (0,0),(0,0)                          # (epochs, steps) of earlier fits, and of all
         self.others,self.start_name,self.conclusion = [],'random start',None
@@ -336,17 +336,26 @@ class DenseScore(Callback):
 
     def after_fit(self):
         "Say what it came to, if it has come to its end"
-        if not self.conclude or self.done[0]!=self.base[0]+self.n_epoch: return
-        self.conclusion = _from_first(self._conclude)
+        if self.say and len(self.history)>1 and self.done[0]==self.base[0]+self.n_epoch: _from_first(self._say)
 
-    def _conclude(self):
-        if len(self.history)<2: return None
-        v = self.verdict()
-        words = ' '.join([v.said, *_remarks(self.history, self.best_by, v.answer)])
-        if self.folder and self.best: self._write_best(words)
-        if v.answer=='harmed' or any(self._trouble().values()): warnings.warn(words)
+    def _say(self):
+        "The verdict as a warning if something is wrong, or else as a line"
+        words = self.conclude()
+        if self.conclusion.answer=='harmed' or any(self._trouble().values()): warnings.warn(words)
         elif self.verbose: print(words, flush=True)
-        return v
+
+    def conclude(self,
+        label:str=None,  # Name of the trained backbone
+        others=(),       # Scores of other backbones that could be used instead
+    )->str:
+        "The verdict and what the curve adds to it; also written to best.txt"
+        v = self.conclusion = self.verdict(label, others)
+        words = ' '.join([v.said, *_remarks(self.history, self.best_by, v.answer)])
+        if self.best and self.best['epoch']<self.done[0]:
+            words += f' The highest {self.best_by} was that of epoch {self.best["epoch"]}, {100*self.best[self.best_by]:.1f} %'
+            words += ': its backbone is best.safetensors.' if self.folder else '.'
+        if self.folder and self.best: self._write_best(words)
+        return words
 
     def _score_start(self):
         if self.history: return      # by a fit that was broken off before its first step
