@@ -34,7 +34,7 @@ from .labelled import SegmentationData, labelled_data
 from .evaluation import MIOU, scores_table, write_scores
 from .callback.checkpoint import SaveRun
 from .callback.score import DenseScore, kept_photographs
-from .report import open_backbone, worth_training
+from .report import open_backbone
 from .learner import dense_picture, methods, similarity_picture
 from .synthetic import CLASSES, draw_scenes
 from .transfer import export_backbone
@@ -256,15 +256,15 @@ def _report(learn, score, out, photos, minutes, method, epochs, others, say):
     rows = learn.collapse_monitor.history
     with open(out/'history.csv', 'w', newline='') as f:
         w = csv.DictWriter(f, rows[0].keys()); w.writeheader(); w.writerows(rows)
-    ends = {'before training': 'random start', f'epoch {epochs}': last}
-    scores = [replace(s, model=ends[s.model]) for s in score.scores if s.model in ends and s.probe in SCORES]
-    if others: scores = scores[:len(scores)//2] + others + scores[len(scores)//2:]
+    starts = score.start_scores()
+    after = [replace(s, model=last) for s in score.scores if s.model==f'epoch {epochs}' and s.probe in SCORES]
+    scores = [*starts, *others, *after]
     write_scores(scores, out/'scores.json')
     dense_picture(photos, dict(before=start, after=trained), model.mask_beta, recipe).savefig(out/'picture.png')
     similarity_picture(photos, dict(before=start, after=trained), recipe).savefig(out/'similarity.png')
     score.plot().savefig(out/'curves.png')
-    say(f'\ntrained for {minutes:.1f} minutes; the frozen baselines and the trained backbone:\n{scores_table(scores)}\n\n{worth_training(scores, last, "random start", list(dict.fromkeys(s.model for s in others)))}')
-    if score.best['epoch']<epochs: say(f'The best {score.best_by} was that of epoch {score.best["epoch"]}: its backbone is best.safetensors.')
+    words = score.conclude(last, others)
+    say(f'\ntrained for {minutes:.1f} minutes; the frozen baselines and the trained backbone:\n{scores_table(scores)}\n\n{words}')
     if dls.bad_files: say(f'{len(dls.bad_files)} files could not be read and were left out:\n{dls.bad_files.report()}')
     return scores
 
@@ -272,7 +272,7 @@ def _report(learn, score, out, photos, minutes, method, epochs, others, say):
 def _train(job, learn, pair, other, out, say):
     "The frozen baselines, then the run; returns its scores, those of the baseline, and minutes"
     dls, first = learn.dls, not rank_distrib()
-    score = DenseScore(job.score_every or job.epochs, pair, out=out, linear=pair is not None)
+    score = DenseScore(job.score_every or job.epochs, pair, out=out, linear=pair is not None, say=False)
     save = SaveRun(out/'checkpoints', minutes=job.save_minutes, resume=job.resume, settings=dict(seed=job.seed))
     learn.add_cbs([score, save, Forecast()])
     others = []

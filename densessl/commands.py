@@ -209,11 +209,12 @@ def densessl_evaluate(
     size:int=None,         # Side to which photographs are brought; by default that of the backbone
     probes:str='nearest neighbour,linear', # For labelled photographs; also clustering, overclustering
     limit:int=None,        # At most so many photographs of each part
-    seed:int=0,            # Of the random start and of the probes
+    seed:int=0,            # Of the first random start and of the probes
     out:str=None,          # JSON file to add the scores to; a bar plot with its name and .png is drawn beside it
     device:str=None,       # cpu, cuda or cuda:1; by default the GPU if there is one
+    starts:int=5,          # Random starts to compare with, of seeds seed, seed+1, ...; 1 to 8
 ):
-    "Score a frozen backbone beside its random start, and say whether training was worth it"
+    "Score a frozen backbone beside its random starts, and say whether training was worth it"
     args = dict(locals())
     for name,value,least in (('size', size, 1), ('limit', limit, 1), ('seed', seed, 0)): check_whole(name, value, least)
     if out and check_output(out).exists(): _later('evaluation').read_scores(out)   # or an error: scores cannot be added to it
