@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENOUGH_STEPS', 'FEW_PHOTOGRAPHS', 'SCORES', 'run_folder', 'parse_kwargs', 'scene_data', 'suited_batch', 'photo_data',
-           'change_settings', 'outline', 'fit_local_views', 'Forecast', 'resumed', 'pretrain']
+           'change_settings', 'outline', 'fit_local_views', 'Forecast', 'absolute_paths', 'note_places', 'resumed',
+           'pretrain']
 
 # %% ../nbs/70_cli.ipynb #f40de7d7
 import warnings
@@ -14,7 +15,7 @@ warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')   
 warnings.filterwarnings('ignore', message='Your generator is empty')           # fastai, about the absent validation set
 
 # %% ../nbs/70_cli.ipynb #aa98342a
-import ast, csv, inspect, json, math, os, re, shutil, sys, time
+import ast, csv, inspect, json, math, os, re, shlex, shutil, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from .data import find_images, image_dls, scene_dls
 from .shards import is_shards, shard_dls, shard_list
 from .labelled import SegmentationData, labelled_data
 from .evaluation import MIOU, scores_table, write_scores
-from .callback.checkpoint import SaveRun
+from .callback.checkpoint import SaveRun, check_data, run_checkpoints
 from .callback.score import DenseScore, kept_photographs
 from .report import open_backbone
 from .learner import dense_picture, methods, similarity_picture
@@ -268,12 +269,43 @@ def _report(learn, score, out, photos, minutes, method, epochs, others, say):
     if dls.bad_files: say(f'{len(dls.bad_files)} files could not be read and were left out:\n{dls.bad_files.report()}')
     return scores
 
+# %% ../nbs/70_cli.ipynb #1a87dd0d
+_PLACES = ('folder', 'labelled', 'baseline', 'init')    # arguments that may name a place on the disk
+
+def absolute_paths(
+    args:dict,  # Arguments of `pretrain`
+)->dict:        # What JSON can hold
+    "The arguments with paths that hold from any working directory; the name of a network stays a name"
+    def place(k, v):
+        v = os.path.expanduser(v)
+        found = os.path.isfile(v) or k in ('folder', 'labelled') and os.path.isdir(v)
+        return os.path.abspath(v) if found else v
+    args = {k: str(v) if isinstance(v, Path) else v for k,v in args.items()}
+    return {k: place(k, v) if k in _PLACES and isinstance(v, str) else v for k,v in args.items()}
+
+# %% ../nbs/70_cli.ipynb #9e6f00fe
+def note_places(
+    out,             # Folder of a run
+    arguments:dict,  # Of `absolute_paths`, for this resume
+):
+    "Write down where the photographs are now, for the next resume"
+    if rank_distrib(): return
+    f = Path(out)/'settings.json'
+    record = json.loads(f.read_text())
+    new = {k: arguments[k] for k in _PLACES if k in arguments}
+    if new==dict(new, **{k: record['arguments'].get(k) for k in new}): return
+    record['arguments'].update(new)
+    part = f.with_name(f.name+'.part')
+    part.write_text(json.dumps(record, indent=1))
+    os.replace(part, f)
+
 # %% ../nbs/70_cli.ipynb #0f6b6427
 def _train(job, learn, pair, other, out, say):
     "The frozen baselines, then the run; returns its scores, those of the baseline, and minutes"
     dls, first = learn.dls, not rank_distrib()
     score = DenseScore(job.score_every or job.epochs, pair, out=out, linear=pair is not None, say=False)
-    save = SaveRun(out/'checkpoints', minutes=job.save_minutes, resume=job.resume, settings=dict(seed=job.seed))
+    again = f'densessl_pretrain --resume --out {shlex.quote(str(out))}'
+    save = SaveRun(out/'checkpoints', minutes=job.save_minutes, resume=job.resume, settings=dict(seed=job.seed), command=again)
     learn.add_cbs([score, save, Forecast()])
     others = []
     if other and first:
@@ -293,7 +325,7 @@ def _record(job, arguments, learn):
 
 def _job(**arguments):
     "Decide, open, say, train, report"
-    arguments = {k: str(v) if isinstance(v, Path) else v for k,v in arguments.items()}
+    arguments = absolute_paths(arguments)
     job, first = SimpleNamespace(**arguments), not rank_distrib()
     def say(*lines):
         if first: print(*lines, sep='\n', flush=True)
@@ -301,6 +333,9 @@ def _job(**arguments):
     m = _decide(job)
     if first and not job.resume: run_folder(job.out, job.method, job.overwrite, make=False)
     learn, pair, photos, other = _open(job, m)
+    if job.resume:
+        check_data(Path(job.out)/'checkpoints', learn.dls.train.dataset)
+        note_places(job.out, arguments)
     out = Path(job.out) if job.resume or not first else run_folder(job.out, job.method, job.overwrite)
     if first and not job.resume:
         shutil.rmtree(out/'checkpoints', ignore_errors=True)   # of the run that is overwritten
@@ -326,14 +361,22 @@ def resumed(
 )->dict:            # Arguments of the run in `out`
     "The arguments of a run that was interrupted"
     if args['out'] is None: raise InputError('--resume needs --out, the folder of the run to go on with')
-    out, f = Path(args['out']), Path(args['out'])/'settings.json'
-    try: old = json.loads(f.read_text())['arguments']
+    out = Path(args['out'])
+    try: old = json.loads((out/'settings.json').read_text())['arguments']
     except (OSError, ValueError, KeyError, TypeError): raise InputError(f'{str(out)!r} is not the folder of a run that can be gone on with: it has no settings.json of densessl_pretrain') from None
-    if not (out/'checkpoints').is_dir(): raise InputError(f'the run in {str(out)!r} is complete: there is nothing to go on with')
+    if (out/'scores.json').exists() and not run_checkpoints(out/'checkpoints'):
+        raise InputError(f'the run in {str(out)!r} is complete: there is nothing to go on with')
     own = ('out', 'resume', 'overwrite', 'workers', 'save_minutes')
-    if differ := [f'{k} was {old[k]!r}, now {v!r}' for k,v in args.items() if k in old and k not in own and v not in (defaults[k], old[k])]:
+    args = absolute_paths(args)
+    def same(k, v): return v in (defaults[k], old[k]) or k in _PLACES and old[k] and os.path.exists(v)    # it may have moved
+    if differ := [f'{k} was {old[k]!r}, now {v!r}' for k,v in args.items() if k in old and k not in own and not same(k, v)]:
         raise InputError(f'the run in {str(out)!r} has other settings: {", ".join(differ)}; leave them out to go on, or choose another --out')
-    return {k: v if k in own else old.get(k, v) for k,v in args.items()}
+    res = {k: v if k in ('out', 'resume', 'overwrite') or v!=defaults[k] else old.get(k, v) for k,v in args.items()}
+    for k,option in dict(folder='', labelled='--labelled ').items():
+        if res.get(k) and not os.path.exists(res[k]):
+            again = f'densessl_pretrain {option}NEW_PLACE --resume --out {shlex.quote(str(out))}'
+            raise InputError(f'the run in {str(out)!r} reads {res[k]!r}, which is not there now: name its new place, {again}')
+    return res
 
 # %% ../nbs/70_cli.ipynb #8fb1d596
 def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs='', settings='', img_size=None, bs=None, epochs=None, lr=None,
