@@ -29,7 +29,7 @@ from . import __version__
 from .core import InputError
 from .data import find_images, image_dls, scene_dls
 from .shards import is_shards, shard_dls, shard_list
-from .labelled import SegmentationData, labelled_data
+from .labelled import SegmentationData, labelled_data, labelled_options
 from .evaluation import MIOU, scores_table, write_scores
 from .callback.checkpoint import SaveRun
 from .callback.score import DenseScore, kept_photographs
@@ -77,14 +77,14 @@ def scene_data(recipe, bs, seed, n=1024):
         return SegmentationData(torch.nn.functional.interpolate(x, size=(recipe.crops[0].size,)*2, mode='bicubic', antialias=True), m, len(CLASSES), name='drawn scenes', classes=CLASSES)
     return dls, (labelled(n//5, 4001), labelled(n//10, 4002)), labelled(4, 4002, noise=.1).images
 
-def photo_data(folder, recipe, bs, workers, seed, labelled=None):
+def photo_data(folder, recipe, bs, workers, seed, labelled=None, labelled_as=''):
     "Photographs of a folder or of shards to train on, a few kept apart; labelled ones if there are any, and four photographs to draw"
     size, shards = recipe.crops[0].size, is_shards(folder)
     n = sum(s.n for s in shard_list(folder)) if shards else len(find_images(folder))
     held = max(2, min(64, n//10)) if n>=20 else 0
     dls = (shard_dls if shards else image_dls)(folder, recipe, bs=bs, num_workers=workers, valid_pct=(held+.5)/n if held else 0., seed=seed)
     show = torch.nn.functional.interpolate(kept_photographs(dls, 4)[0], size=(size,)*2, mode='bicubic', antialias=True)
-    return dls, labelled and labelled_data(labelled, size=size), show
+    return dls, labelled and labelled_data(labelled, size=size, **labelled_options(labelled_as)), show
 
 # %% ../nbs/70_cli.ipynb #91593097
 def change_settings(
@@ -126,7 +126,7 @@ def _report(learn, score, out, photos, minutes, method, epochs, others, say):
     return scores
 
 # %% ../nbs/70_cli.ipynb #0f6b6427
-def _job(folder, method, preset, arch, model_kwargs, settings, img_size, bs, epochs, lr, seed, workers, bf16, labelled, baseline, score_every, save_minutes, resume, out, overwrite, n_scenes):
+def _job(folder, method, preset, arch, model_kwargs, settings, img_size, bs, epochs, lr, seed, workers, bf16, labelled, baseline, score_every, save_minutes, resume, out, overwrite, n_scenes, labelled_as=''):
     arguments = {k: str(v) if isinstance(v, Path) else v for k,v in locals().items()}
     if method not in methods: raise InputError(f'there is no method {method!r}: use one of {", ".join(methods)}')
     m = methods[method]
@@ -142,7 +142,7 @@ def _job(folder, method, preset, arch, model_kwargs, settings, img_size, bs, epo
     if score_every is None: score_every = max(1, epochs//4 if folder is None else epochs//10)
     set_seed(seed)
     recipe = m.recipe(config)
-    dls, pair, photos = photo_data(folder, recipe, bs, workers, seed, labelled) if folder else scene_data(recipe, bs, seed, n_scenes)
+    dls, pair, photos = photo_data(folder, recipe, bs, workers, seed, labelled, labelled_as) if folder else scene_data(recipe, bs, seed, n_scenes)
     learn = m.learner(dls, arch, config, model_kwargs=parse_kwargs(model_kwargs), bf16=bf16)
     other = open_backbone(baseline, config.img_size) if baseline else None
     model, first = learn.model, not rank_distrib()
@@ -191,7 +191,7 @@ def resumed(
 
 # %% ../nbs/70_cli.ipynb #8fb1d596
 def pretrain(folder=None, method='flsl', preset=None, arch=None, model_kwargs='', settings='', img_size=None, bs=None, epochs=None, lr=None,
-             seed=0, workers=None, bf16=False, labelled=None, baseline=None, score_every=None, save_minutes=10., resume=False, out=None, overwrite=False, n_scenes=1024):
+             seed=0, workers=None, bf16=False, labelled=None, baseline=None, score_every=None, save_minutes=10., resume=False, out=None, overwrite=False, n_scenes=1024, labelled_as=''):
     "The main job from Python; see `densessl_pretrain` for the arguments. Returns the run folder, the scores and the learner"
     args = dict(locals())
     return _job(**(resumed(args, {k: p.default for k,p in inspect.signature(pretrain).parameters.items()}) if resume else args))
@@ -222,6 +222,7 @@ def densessl_pretrain(
     resume:bool=False,      # Go on with the run in --out
     out:str=None,           # Folder to write to; by default runs/<method>-<number>
     overwrite:bool=False,   # Write into a folder that holds files
+    labelled_as:str='',     # How to read labelled photographs, as layout=folder,ignore_index=0
 ):
     "Pretrain a backbone, and say whether it helped"
     args = dict(locals())

@@ -26,7 +26,7 @@ from .core import InputError
 from .encoders import DenseEncoder, dense_encoder, sincos_positions
 from .evaluation import Score, dense_scores, scores_plot, scores_table, write_scores
 from .gauges import GAUGES, label_free_gauges
-from .labelled import labelled_data
+from .labelled import Unlabelled, labelled_data, labelled_options
 from .transfer import backbone_labels, load_backbone
 from .video import davis_score
 
@@ -69,18 +69,23 @@ def open_backbone(
 
 # %% ../nbs/66_report.ipynb #208dbc46
 def is_davis(path):
-    "Is the folder laid out as DAVIS is?"
-    return (Path(path)/'Annotations').is_dir() and (Path(path)/'JPEGImages').is_dir() and not (Path(path)/'SegmentationClass').is_dir()
+    "Is the folder laid out as DAVIS is? Videos in folders of their own, each frame with a mask"
+    root = Path(path)
+    if (root/'SegmentationClass').is_dir() or not (root/'JPEGImages').is_dir(): return False
+    listed = any((root/'ImageSets'/y).is_dir() for y in ('2016', '2017', '480p'))
+    return (root/'Annotations').is_dir() and (listed or any((root/'Annotations').glob('*/*/*.png')))
 
 def _unlabelled(path, size, limit):
     "At most `limit` photographs of a folder, evenly spread, as squares"
     from densessl.data import find_images, load_canvas   # loads fastai
     files = find_images(path)
-    kept = []
-    for i in range(min(limit, len(files))):
-        try: kept.append(load_canvas(files[i*len(files)//min(limit, len(files))], size))
+    n, kept = min(limit, len(files)), []
+    for i in range(n):
+        try: kept.append(load_canvas(files[i*len(files)//n], size))
         except Exception: continue
     if len(kept)<2: raise InputError(f'{path}: the gauges need at least 2 photographs that can be read, got {len(kept)}')
+    bad = f', {n-len(kept)} cannot be read' if len(kept)<n else ''
+    print(f'read as photographs without labels: {len(kept)} of {len(files)}{bad}', flush=True)
     return torch.stack([x for x,_ in kept]), torch.tensor([hw for _,hw in kept])
 
 def judge_for(
@@ -88,13 +93,14 @@ def judge_for(
     size:int=224,                             # Side to which photographs are brought; videos keep their size
     probes=('nearest neighbour', 'linear'),   # For labelled photographs
     limit:int=None,                           # At most so many photographs of each part
+    labelled_as='',                           # Options of `labelled_data`, as 'layout=folder,ignore_index=0'
     **kwargs,                                 # Arguments of `dense_scores` or `davis_score`, as k, memory, seed, layer
 ):                                            # Function (model, label, mean=, std=) -> scores
-    "How to judge a backbone on a folder"
-    if is_davis(data): return lambda model, label, **norm: davis_score(model, data, label=label, **kwargs, **norm)
-    try: train, test = labelled_data(data, size=size, limit=limit)
-    except InputError as e:
-        if 'is not laid out' not in str(e): raise
+    "How to judge a backbone on a folder; says how the folder is read"
+    options = labelled_options(labelled_as)
+    if is_davis(data) and not options: return lambda model, label, **norm: davis_score(model, data, label=label, **kwargs, **norm)
+    try: train, test = labelled_data(data, size=size, limit=limit, **options)
+    except Unlabelled as e:
         try: photos, hw = _unlabelled(data, size*8//7, limit or 64)
         except InputError as f: raise InputError(f'{e}; and as photographs without labels: {f}') from None
         return lambda model, label, **norm: label_free_gauges(model, photos, hw, size, label=label, data=Path(data).resolve().name, **norm)
@@ -133,7 +139,7 @@ def worth_training(
     return ' '.join(said)
 
 # %% ../nbs/66_report.ipynb #76ade0ca
-def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,linear', limit=None, seed=0, out=None, device=None):
+def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,linear', limit=None, seed=0, out=None, device=None, labelled_as=''):
     "What `densessl_evaluate` does; returns the scores and what is to be said of them"
     data, names = Path(data), [n for n in (others or '').split(',') if n]
     if not data.is_dir(): raise InputError(f'{str(data)!r} is not a folder: give labelled photographs, videos in the layout of DAVIS, or photographs')
@@ -143,7 +149,7 @@ def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,lin
     size = size or (enc.img_size if isinstance(enc.img_size, int) else enc.img_size[0])
     name, *labels = backbone_labels([backbone, *names])
     rest = [(l, *open_backbone(n, size)) for l,n in zip(labels, names)]
-    judge = judge_for(data, size, probes, limit, **({} if is_davis(data) else dict(seed=seed)))
+    judge = judge_for(data, size, probes, limit, labelled_as, **({} if is_davis(data) else dict(seed=seed)))
     scores = []
     for label,e,n in [('random start', random_start(enc, seed), norm), *rest, (name, enc, norm)]:
         scores += judge(e.to(device), label, **n)
@@ -165,6 +171,7 @@ def densessl_evaluate(
     seed:int=0,            # Of the random start and of the probes
     out:str=None,          # JSON file to add the scores to; a bar plot with its name and .png is drawn beside it
     device:str=None,       # As cuda:1 or cpu; default the GPU if there is one
+    labelled_as:str='',    # How to read labelled photographs, as layout=folder,ignore_index=0
 ):
     "Score a frozen backbone beside its random start, and say whether training was worth it"
     args = dict(locals())
