@@ -190,6 +190,9 @@ def plain_folder(
         raise InputError(f'{root} holds photographs, as {photos[0][1].relative_to(root)}, and masks, as {masks[0][1].relative_to(root)}, but no mask has the name of a photograph: '
                          f'name them alike (a.jpg and a.png, or a_mask.png), or {option("images=FOLDER,labels=FOLDER")}')
     if len(left)>len(masks)/2: raise InputError(f'{len(left)} of {len(masks)} masks have no photograph, as {left[0].relative_to(root)}: name both alike, or remove these masks')
+    having = {part_of(w.part) for w,*_ in pairs}
+    if gone := [w.part for w,m in masks if m in left and part_of(w.part) and part_of(w.part) not in having]:
+        raise InputError(f'{root} has masks for {gone[0]}, but none of their photographs: add them, or remove these masks')
     known, splits, without = any(w.part for w,*_ in pairs), {}, {}
     name = lambda w: w.part or (w.rest[0] if known and w.rest else 'all')
     for w,p,m in pairs: splits.setdefault(name(w), []).append((p, m))

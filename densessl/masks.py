@@ -255,7 +255,9 @@ def mask_classes(
     none = ignore_index in ((), [], 'none')
     ignored = set() if none else {int(color_label(_numbers(l))) if isinstance(l, str) else l for l in several(ignore_index)}
     if any(l>=COLOR for l in counts) and any(not _is_grey(l) for l in counts):
-        value = {l: l if l>=COLOR else COLOR+l*0x10101 for l in counts}                # grey values are colors here
+        if mixed := {*counts} - {0, 255} - {l for l in counts if l>=COLOR}:
+            raise InputError(f'some masks hold colors and some numbers ({_listing(mixed)}): save all in one way')
+        value = {l: l if l>=COLOR else COLOR+l*0x10101 for l in counts}                # black and white are colors here
     else: value = {l: (l-COLOR)//0x10101 if l>=COLOR else l for l in counts}           # colors that are all grey are numbers
     colored = max(value.values(), default=0)>=COLOR
     found = {*value.values()} - ignored
@@ -270,7 +272,8 @@ def mask_classes(
         if lost := found - {*table}:
             if len(found)!=n_classes or _least_gap(found)<10: raise InputError(f'masks hold the labels {_listing(lost)}, outside 0 to {n_classes-1}: choose another n_classes, or {option(f"ignore_index={min(lost)}")}')
             table, names, how = *_in_order(found), f'the values {_listing(found)} in order'
-    elif none: table, names, how = ({l: l for l in range(max(found)+1)}, None, f'the labels 0 to {max(found)}') if max(found)<256 and _least_gap(found)<10 else (*_in_order(found), f'the values {_listing(found)} in order')
+    elif none and (max(found)>255 or _least_gap(found)>=10): table, names, how = *_in_order(found), f'the values {_listing(found)} in order'
+    elif none: table, names, how = {l: l for l in range(max(found)+1)}, None, f'the labels 0 to {max(found)}'
     else:
         _refuse_blurred({value[l]: n for l,n in counts.items()})
         table, names, how = _free_classes(found)
