@@ -31,7 +31,7 @@ from .commands import check_output, check_whole, densessl_pretrain
 from .core import InputError, find_device
 from .data import find_images, image_dls, scene_dls
 from .shards import is_shards, shard_dls, shard_list
-from .labelled import SegmentationData, labelled_data
+from .labelled import SegmentationData, labelled_data, labelled_options
 from .evaluation import MIOU, scores_table, write_scores
 from .callback.checkpoint import SaveRun, check_data, run_checkpoints
 from .callback.score import DenseScore, kept_photographs
@@ -94,7 +94,7 @@ def suited_batch(
     "A batch that leaves four steps an epoch, but holds at least eight photographs if there are so many"
     return 2**int(math.log2(max(2, min(n, most, max(8, n/4)))))
 
-def photo_data(folder, recipe, bs, workers, seed, labelled=None, device=None, max_bad=.1):
+def photo_data(folder, recipe, bs, workers, seed, labelled=None, device=None, max_bad=.1, labelled_as=''):
     "Photographs of a folder or of shards to train on, a few kept apart; labelled ones if there are any, and four photographs to draw"
     size, shards = recipe.crops[0].size, is_shards(folder)
     n = sum(s.n for s in shard_list(folder)) if shards else len(find_images(folder))
@@ -103,7 +103,7 @@ def photo_data(folder, recipe, bs, workers, seed, labelled=None, device=None, ma
     dls = (shard_dls if shards else image_dls)(folder, recipe, bs=bs, num_workers=workers, valid_pct=(held+.5)/n if held else 0.,
                                                seed=seed, device=device, max_bad=max_bad)
     show = torch.nn.functional.interpolate(kept_photographs(dls, 4)[0], size=(size,)*2, mode='bicubic', antialias=True)
-    return dls, labelled and labelled_data(labelled, size=size), show
+    return dls, labelled and labelled_data(labelled, size=size, **labelled_options(labelled_as)), show
 
 # %% ../nbs/70_cli.ipynb #91593097
 def change_settings(
@@ -190,7 +190,9 @@ def _open(job, m):
     "Photographs, labels, learner and baseline; batch, epochs and precision in place of what was not given"
     set_seed(job.seed)
     recipe = m.recipe(job.config)
-    if job.folder: dls, pair, photos = photo_data(job.folder, recipe, job.bs, job.workers, job.seed, job.labelled, job.where, job.max_bad)
+    if job.folder:
+        dls, pair, photos = photo_data(job.folder, recipe, job.bs, job.workers, job.seed, job.labelled, job.where, job.max_bad,
+                                       job.labelled_as)
     else: dls, pair, photos = scene_data(recipe, job.bs or 32, job.seed, job.n_scenes, job.where)
     job.bs, job.images, job.steps = dls.train.bs, len(dls.train.dataset), len(dls.train)//max(1, num_distrib())
     if job.epochs is None: job.epochs = max(100, math.ceil(ENOUGH_STEPS/max(1, job.steps))) if job.folder else m.scene_epochs
@@ -381,7 +383,8 @@ def resumed(
 # %% ../nbs/70_cli.ipynb #8fb1d596
 def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs='', settings='', img_size=None, bs=None, epochs=None, lr=None,
              seed=0, workers=None, bf16=None, labelled=None, baseline=None, score_every=None, save_minutes=10., resume=False, out=None,
-             overwrite=False, n_scenes=1024, init=None, pretrained=False, device=None, max_bad=.1):
+             overwrite=False, n_scenes=1024, init=None, pretrained=False, device=None, max_bad=.1,
+             labelled_as=''):
     "The main job from Python; see `densessl_pretrain` for the arguments. Returns the run folder, the scores and the learner"
     args = dict(locals())
     return _job(**(resumed(args, {k: p.default for k,p in inspect.signature(pretrain).parameters.items()}) if resume else args))

@@ -24,7 +24,7 @@ from .core import InputError, find_device
 from .encoders import dense_encoder
 from .evaluation import Score, dense_scores, scores_plot, write_scores
 from .gauges import label_free_gauges
-from .labelled import labelled_data
+from .labelled import Unlabelled, labelled_data, labelled_options
 from densessl.verdict import (confirmed, fixed_positions, gather_statistics, has_batch_norm, judge_training, random_start,
     worth_training)
 from .transfer import backbone_labels, load_backbone
@@ -46,18 +46,23 @@ def open_backbone(
 
 # %% ../nbs/66_report.ipynb #208dbc46
 def is_davis(path):
-    "Is the folder laid out as DAVIS is?"
-    return (Path(path)/'Annotations').is_dir() and (Path(path)/'JPEGImages').is_dir() and not (Path(path)/'SegmentationClass').is_dir()
+    "Is the folder laid out as DAVIS is? Videos in folders of their own, each frame with a mask"
+    root = Path(path)
+    if (root/'SegmentationClass').is_dir() or not (root/'JPEGImages').is_dir(): return False
+    listed = any((root/'ImageSets'/y).is_dir() for y in ('2016', '2017', '480p'))
+    return (root/'Annotations').is_dir() and (listed or any((root/'Annotations').glob('*/*/*.png')))
 
-def _unlabelled(path, size, limit):
+def _unlabelled(path, size, limit, say=print):
     "At most `limit` photographs of a folder, evenly spread, as squares"
     from densessl.data import find_images, load_canvas   # loads fastai
     files = find_images(path)
-    kept = []
-    for i in range(min(limit, len(files))):
-        try: kept.append(load_canvas(files[i*len(files)//min(limit, len(files))], size))
+    n, kept = min(limit, len(files)), []
+    for i in range(n):
+        try: kept.append(load_canvas(files[i*len(files)//n], size))
         except Exception: continue
     if len(kept)<2: raise InputError(f'{path}: the gauges need at least 2 photographs that can be read, got {len(kept)}')
+    bad = f', {n-len(kept)} cannot be read' if len(kept)<n else ''
+    if say: say(f'read as photographs without labels: {len(kept)} of {len(files)}{bad}')
     return torch.stack([x for x,_ in kept]), torch.tensor([hw for _,hw in kept])
 
 def judge_for(
@@ -65,13 +70,14 @@ def judge_for(
     size:int=224,                             # Side to which photographs are brought; videos keep their size
     probes=('nearest neighbour', 'linear'),   # For labelled photographs
     limit:int=None,                           # At most so many photographs of each part
+    labelled_as='',                           # Options of `labelled_data`, as 'layout=folder,ignore_index=0'
     **kwargs,                                 # Arguments of `dense_scores` or `davis_score`, as k, memory, seed, layer
 ):                                            # Function (model, label, mean=, std=) -> scores
-    "How to judge a backbone on a folder"
-    if is_davis(data): return lambda model, label, **norm: davis_score(model, data, label=label, **kwargs, **norm)
-    try: train, test = labelled_data(data, size=size, limit=limit)
-    except InputError as e:
-        if 'is not laid out' not in str(e): raise
+    "How to judge a backbone on a folder; says how the folder is read"
+    options = labelled_options(labelled_as)
+    if is_davis(data) and not options: return lambda model, label, **norm: davis_score(model, data, label=label, **kwargs, **norm)
+    try: train, test = labelled_data(data, size=size, limit=limit, **options)
+    except Unlabelled as e:
         try: photos, hw = _unlabelled(data, size*8//7, limit or 64)
         except InputError as f: raise InputError(f'{e}; and as photographs without labels: {f}') from None
         return lambda model, label, **norm: label_free_gauges(model, photos, hw, size, label=label, data=Path(data).resolve().name, **norm)
@@ -82,6 +88,7 @@ def images_to_gather(
     data,        # Folder, as for `judge_for`
     size:int,    # Side to which images are brought
     n:int=128,   # Images at most
+    labelled_as='',  # As for `judge_for`
 ):               # uint8 (n,3,size,size); what they are in words
     "Images on which the batch-norm statistics of random starts are gathered"
     if is_davis(data):
@@ -90,10 +97,9 @@ def images_to_gather(
         frames = [s.load().frames[:each].float() for s in videos[:n]]
         images = torch.cat([F.interpolate(x, size=(size,size), mode='bilinear', antialias=True) for x in frames])
         return images.round().byte(), f'{len(images)} frames of the videos'
-    try: train = labelled_data(data, size=size, limit=n)[0]
-    except InputError as e:
-        if 'is not laid out' not in str(e): raise
-        images = _unlabelled(data, size, n)[0]
+    try: train = labelled_data(data, size=size, limit=n, say=None, **labelled_options(labelled_as))[0]
+    except Unlabelled:
+        images = _unlabelled(data, size, n, say=None)[0]
         return images, f'{len(images)} of the photographs'
     images = torch.cat([x for x,_ in train.batches()])
     return images, f'{len(images)} photographs of the labelled train part'
@@ -112,7 +118,8 @@ def _start_line(label, scores):
     cells = [f'{p} {v.mean():.1f}{spread(v)}' for p,v in values.items()]
     return ' | '.join([label, *cells])
 
-def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,linear', limit=None, seed=0, out=None, device=None, starts=5):
+def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,linear', limit=None, seed=0, out=None, device=None, starts=5,
+             labelled_as=''):
     "What `densessl_evaluate` does; returns the scores and what is to be said of them"
     data, names = Path(data), [n for n in (others or '').split(',') if n]
     if not data.is_dir(): raise InputError(f'{str(data)!r} is not a folder: give labelled photographs, videos in the layout of DAVIS, or photographs')
@@ -123,10 +130,10 @@ def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,lin
     size = size or (enc.img_size if isinstance(enc.img_size, int) else enc.img_size[0])
     name, *labels = backbone_labels([backbone, *names])
     rest = [(l, *open_backbone(n, size)) for l,n in zip(labels, names)]
-    judge = judge_for(data, size, probes, limit, **({} if is_davis(data) else dict(seed=seed)))
+    judge = judge_for(data, size, probes, limit, labelled_as, **({} if is_davis(data) else dict(seed=seed)))
     views, said = [], ''
     if has_batch_norm(enc):
-        images, what = images_to_gather(data, size)
+        images, what = images_to_gather(data, size, labelled_as=labelled_as)
         views, said = _normalized(images, **norm), f'; batch-norm statistics gathered on {what}'
     scores = []
     for i in range(starts):
