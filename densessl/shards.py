@@ -23,8 +23,8 @@ from PIL import Image
 
 from .commands import densessl_shard
 from .core import InputError
-from .data import (BadFiles, ViewLoader, _bad_note, _canvas, _is_image, _is_private, _kind, _loaders, _printable, _reason, _Walk,
-                           _window_at, find_images, load_canvas, read_photo)
+from .data import (BadFiles, ViewLoader, _bad_note, _canvas, _is_image, _is_private, _kind, _loaders, _printable,
+                           _reason, _Walk, _window_at, find_images, load_canvas, read_photo)
 from .views import Recipe
 
 # %% ../nbs/23_shards.ipynb #0b0fe883
@@ -125,7 +125,9 @@ def _index_of(folder):
     "The list of shards in a folder; None if there is none, or if its `index.json` is that of another program"
     index = Path(folder)/'index.json'
     if _lists_shards(index): return index
-    if index.is_file(): warnings.warn(f'{str(index)!r} is no list of shards and is not used: the photographs of each tar file are counted')
+    if index.is_file():
+        message = f'{str(index)!r} is no list of shards and is not used: the photographs of each tar file are counted'
+        warnings.warn(message)
 
 def count_images(
     path,    # Local tar file
@@ -143,7 +145,7 @@ def _count(path):
                     photos += len(_photographs(list(names)))
                     images += len(names)
             f.seek(0)
-            if f.read(2) not in (b'\x1f\x8b', b'BZ', b'\xfd7'):                         # compressed: it would have said so
+            if f.read(2) not in (b'\x1f\x8b', b'BZ', b'\xfd7'):       # compressed: it would have said so
                 f.seek(-1024, os.SEEK_END)
                 if any(f.read()): raise OSError('no end mark')
     except Exception as e:
@@ -197,33 +199,42 @@ def shard_list(
     "All shards with their counts, or one sentence on what is wrong with the list"
     urls, index = _expand(urls, index)
     if not urls: raise InputError('the list of shards is empty: give tar files')
-    if len(set(urls))<len(urls): raise InputError(f'{max(urls, key=urls.count)!r} is listed twice: give each shard once')
+    if len(set(urls))<len(urls):
+        raise InputError(f'{max(urls, key=urls.count)!r} is listed twice: give each shard once')
     if not holes and (gone := _missing([_name(o) for o in urls])):
         more = f' and {len(gone)-1} more' if len(gone)>1 else ''
-        raise InputError(f'the list of shards has a hole, {gone[0]!r} is missing{more}: add what is missing, or pass holes=True if it is meant so')
+        raise InputError(f'the list of shards has a hole, {gone[0]!r} is missing{more}: '
+                         'add what is missing, or pass holes=True if it is meant so')
     if gone := next((o for o in urls if not _remote(o) and not os.path.isfile(o)), None):
         raise InputError(f'the shard {gone!r} does not exist: add it, or leave it out of the list')
     known, res, others = _listed(urls, index), [], 0
     for o in urls:
-        if known is None and _remote(o): raise InputError(f'how many images {o!r} holds is not known: pass index, a JSON file with the counts')
+        if known is None and _remote(o):
+            raise InputError(f'how many images {o!r} holds is not known: pass index, a JSON file with the counts')
         if known is not None and _name(o) not in known:
-            raise InputError(f'the list of counts does not name {_name(o)!r}: it lists {len(known)} shards, the first is {next(iter(known), None)!r}')
+            raise InputError(f'the list of counts does not name {_name(o)!r}: it lists {len(known)} shards, '
+                             f'the first is {next(iter(known), None)!r}')
         if known is None:
             n, more = _count(o)
             others, size = others+more, None
         else: n, size = known[_name(o)]
         if size is not None and not _remote(o) and os.path.getsize(o)!=size:
-            raise InputError(f'the shard {o!r} has {os.path.getsize(o)} bytes but its list says {size}: it was cut short or changed, write or copy it again')
+            raise InputError(f'the shard {o!r} has {os.path.getsize(o)} bytes but its list says {size}: '
+                             'it was cut short or changed, write or copy it again')
         res.append(Shard(o, n, size))
     n = sum(o.n for o in res)
-    if not n: raise InputError(f'there is no photograph in {urls[0]!r}{f" and {len(urls)-1} more" if len(urls)>1 else ""}: give tar files of images')
-    if others: warnings.warn(f'{others} images of the shards are left out: masks, depth maps or further images of a key, beside {n} photographs')
+    if not n:
+        more = f' and {len(urls)-1} more' if len(urls)>1 else ''
+        raise InputError(f'there is no photograph in {urls[0]!r}{more}: give tar files of images')
+    if others:
+        warnings.warn(f'{others} images of the shards are left out: masks, depth maps or further images of a key, '
+                      f'beside {n} photographs')
     return res
 
 def is_shards(
     path,  # What a user gave as data
 )->bool:
-    "Whether `shard_dls` rather than `image_dls` reads it: a URL, an index, tar files, or a folder of them without photographs"
+    "Whether `shard_dls` reads it: a URL, an index, tar files, or a folder of them without photographs"
     if not isinstance(path, (str,Path)): return True
     s = _local(str(path))
     if not os.path.isdir(s): return bool(_remote(s) or s.endswith('.json') or _TAR.search(s))
@@ -231,7 +242,8 @@ def is_shards(
     tars = any(_TAR.search(o) for o in names)
     if not tars and not {'index.json', 'index.json.part'} & set(names): return False
     listed, part = _lists_shards(Path(s)/'index.json'), 'index.json.part' in names
-    if tars and (listed or part and any(o.startswith('shard-') for o in names)): return True     # as densessl_shard writes
+    unfinished = part and any(o.startswith('shard-') for o in names)
+    if tars and (listed or unfinished): return True             # as densessl_shard writes
     return (tars or listed or part) and not _Walk(s).names
 
 # %% ../nbs/23_shards.ipynb #fd18df50
@@ -451,7 +463,7 @@ class ShardLoader(ViewLoader):
             lo, hi = self.edge(block.start), self.edge(block.stop)
             at = int(lo+.618*self.n)%self.n
             return _fill(islice(images, hi-lo), chain(_read_stretch(self.order, at, self.n), _read_stretch(self.order, 0, at)))
-        coming, last = list(read(blocks[0])), None
+        coming, last, epoch = list(read(blocks[0])), None, self.key if self.block else None
         for block,then in zip(blocks, [*blocks[1:], range(0)]):
             cur, coming, reader = coming, [], read(then)
             if self.block: random.Random(f'{self.key} {block.start}').shuffle(cur)
@@ -462,7 +474,7 @@ class ShardLoader(ViewLoader):
                 for t in range(lo, hi):
                     if i>=batches[k]:
                         others = chain(islice(cur, t+1+(len(cur)-t)//2, None), islice(cur, t+1, None), coming)
-                        items.append(last := _item(cur[t], others, self.dataset.size, last, self.key if self.block else None))
+                        items.append(last := _item(cur[t], others, self.dataset.size, last, epoch))
                     cur[t] = None                                    # free what was given out
                 if items: yield items
             coming += reader
