@@ -23,7 +23,7 @@ from torch import Tensor
 from .coco import Instances, Segments, decode_counts, decode_runs, fill_polygon
 from .core import InputError
 from .layouts import CITYSCAPES_CLASSES, LAYOUTS, VOC_CLASSES, Unlabelled, by_stem, divided_mask, files_of, find_layout, match_stems, part_of, photos_of
-from .masks import COLOR, MASK_SUFFIXES, MAX_CLASSES, label_name, mask_classes, option, read_mask, several
+from .masks import COLOR, MASK_SUFFIXES, MAX_CLASSES, label_name, mask_classes, open_image, option, read_mask, several
 
 # %% ../nbs/59_labelled.ipynb #d7ba6ccb
 _all_ = ['CITYSCAPES_CLASSES', 'LAYOUTS', 'VOC_CLASSES', 'Unlabelled', 'decode_counts', 'decode_runs', 'fill_polygon', 'find_layout', 'read_mask']
@@ -84,14 +84,15 @@ def resize_nearest(
 
 _TURNED = {2: lambda m: m[:,::-1], 3: lambda m: m[::-1,::-1], 4: lambda m: m[::-1], 5: lambda m: m.T,
            6: lambda m: np.rot90(m, -1), 7: lambda m: m[::-1,::-1].T, 8: np.rot90}   # EXIF orientation -> the upright array
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
 
 def stored_as(
     photo,  # Image file
 )->tuple:   # Its EXIF orientation, (height, width) of its stored pixels
     "How a photograph is stored; only the head of the file is read"
     try:
-        with Image.open(photo) as im: turn, (w, h) = im.getexif().get(0x0112, 1), im.size
+        with open_image(photo) as im: turn, (w, h) = im.getexif().get(0x0112, 1), im.size
+    except InputError: raise
     except _UNREADABLE as e: raise InputError(f'cannot read {photo}: {e}') from None
     return turn if turn in _TURNED else 1, (h, w)
 
@@ -114,6 +115,7 @@ def read_pair(
     "A photograph and its labels"
     from densessl.data import read_photo   # loads fastai
     try: x, hw = read_photo(photo, 2**16)  # so large that a JPEG is decoded at full size
+    except InputError: raise
     except _UNREADABLE as e: raise InputError(f'cannot read {photo}: {e}') from None
     m = _upright_mask(read(mask, hw), photo, mask, tuple(hw), orientation)
     if size is not None and tuple(size)!=tuple(hw): x = x.resize(size[::-1], Image.Resampling.BICUBIC)

@@ -384,7 +384,7 @@ HOSTILE = {
     'no image':         (lambda r: [p.unlink() for p in (r/'images/val').iterdir()], 'has masks for val, but none of their photographs'),
     'another size':     (lambda r: Image.new('L', (14,8)).save(r/'labels/train/03.png'), '03.png is 14x8, its image 14x9: they must have the same size'),
     'one color mask':   (lambda r: Image.new('RGB', (14,9), (9,8,7)).save(r/'labels/train/03.png'), 'some masks hold colors and some numbers (1, 2, 3)'),
-    'broken image':     (lambda r: (r/'images/train/03.png').write_bytes(b'x'), 'cannot read'),
+    'broken image':     (lambda r: (r/'images/train/03.png').write_bytes(b'x'), '03.png'),
     'cut mask':         (lambda r: (r/'labels/train/03.png').write_bytes((r/'labels/train/03.png').read_bytes()[:60]), 'cannot read'),
     'only ignored':     (lambda r: [Image.new('L', (14,9), 255).save(p) for p in (r/'labels/val').iterdir()], 'every pixel has the ignored label 255'),
     'all ignored':      (lambda r: [Image.new('L', (14,9), 255).save(p) for p in (r/'labels').glob('*/*')], 'every pixel has the ignored label 255'),
