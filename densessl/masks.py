@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOR', 'MASK_SUFFIXES', 'MAX_PIXELS', 'CLASS_FILES', 'VOID', 'MAX_CLASSES', 'color_label', 'label_name', 'option',
-           'open_image', 'read_mask', 'ClassList', 'read_text', 'read_classes', 'find_classes', 'class_table',
-           'mask_classes', 'several']
+           'open_image', 'read_mask', 'palette_colors', 'ClassList', 'read_text', 'read_classes', 'find_classes',
+           'class_table', 'mask_classes', 'several']
 
 # %% ../nbs/24_masks.ipynb #72f1ae15
 import json, re, threading
@@ -78,17 +78,17 @@ def _black_and_white(a, path):
     advice = f'save masks as PNG, or {option("threshold=128")} if these are black and white'
     raise InputError(f'{path} is compressed in a way that changes labels: {advice}')
 
-def _palette(im):
+def _palette(im, by_color):
     "Indices of a palette file; the colors if it is a GIF, or if the palette is one of different greys"
     index, colors = np.array(im), np.array(im.getpalette('RGB')).reshape(-1, 3)
     if index.max()>=len(colors): return index
-    if im.format=='GIF': return color_label(colors)[index]
+    if by_color or im.format=='GIF': return color_label(colors)[index]
     grey = (colors==colors[:,:1]).all() and len({*colors[:,0]})==len(colors)
     return colors[:,0].astype(np.uint8)[index] if grey else index
 
-def _values(im, path):
+def _values(im, path, by_color):
     "The labels of an open file"
-    if im.mode=='P': return _palette(im)
+    if im.mode=='P': return _palette(im, by_color)
     if im.mode not in ('1', 'L', 'LA', 'I', 'F', 'RGB', 'RGBA') and not im.mode.startswith('I;16'):
         raise InputError(f'{path} has mode {im.mode}: a mask holds numbers, or colors as RGB')
     a = np.array(im)
@@ -105,15 +105,25 @@ def read_mask(
     path,                # Image file
     hw=None,             # Size of the photograph, not needed
     threshold:int=None,  # Grey values from here on become 1, the others 0; default as they are
+    palette:str='index', # What counts in a palette file, 'index' or 'color'
 ):                       # Labels, integer array (h,w); colors as `color_label` makes them
     "A mask as it is on disk"
     try:
         with open_image(path) as im:
             if (n := _pages(im))>1: raise InputError(f'{path} holds {n} pages: a mask is one picture')
-            if threshold is None: return _values(im, path)
+            if threshold is None: return _values(im, path, palette=='color')
             return (np.array(im.convert('L'))>=threshold).astype(np.uint8)
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise InputError(f'cannot read {path}: {e}') from None
+
+def palette_colors(
+    path,    # Image file
+)->dict:     # Index -> color, as a label, of the indices that occur; {} if this is no palette file, or a GIF
+    "What the indices of a palette file look like"
+    with open_image(path) as im:
+        if im.mode!='P' or im.format=='GIF': return {}
+        used, colors = np.unique(np.array(im)).tolist(), np.array(im.getpalette('RGB')).reshape(-1, 3)
+    return {i: int(color_label(colors[i])) for i in used if i<len(colors)}
 
 # %% ../nbs/24_masks.ipynb #655ceb2c
 CLASS_FILES = ('classes.tsv', 'classes.txt', 'classes.csv', 'classes.json', 'class_names.txt', '_classes.csv', 'class_dict.csv', 'label_colors.txt',
@@ -130,7 +140,7 @@ def read_text(
 )->str:
     "The text of a small file"
     data = Path(file).read_bytes()
-    encoding = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig'
+    encoding = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-16-le' if data[1:2]==b'\0' else 'utf-8-sig'
     try: return data.decode(encoding)
     except UnicodeDecodeError: raise InputError(f'{file} is not text in UTF-8: save it as UTF-8') from None
 
@@ -218,17 +228,17 @@ def class_table(
     return {l: None for l in names} | {l: i for i,l in enumerate(kept)}, tuple(names[l] for l in kept)
 
 # %% ../nbs/24_masks.ipynb #bffb1778
-def _listed_classes(found, listed):
+def _listed_classes(found, listed, none=False):
     "Labels of a list; grey values that are as many as the list is long stand for it in order"
     extra = found - {*listed.names}
     if extra and len(found)==len(listed.names) and _least_gap(found)>=10:
         table, names = class_table(dict(zip(sorted(found), (listed.names[l] for l in sorted(listed.names)))))
         return table, names, f'the values {_listing(found)} stand for them in order'
-    if lost := extra - {255}:
-        raise InputError(f'masks hold the labels {_listing(lost)}, which are no class of {listed.file.name}: add them there, or {option(f"ignore_index={min(lost)}")}')
+    if lost := extra - (set() if none else {255}):
+        raise InputError(f'masks hold the labels {_listing(lost)}, which are no class of {listed.file.name} (labels {_listing(listed.names)}): add them there, or {option(f"ignore_index={min(lost)}")}')
     return {255: None} | class_table(listed.names)[0], class_table(listed.names)[1], ''
 
-def _free_classes(found):
+def _free_classes(found, ignored):
     "Labels that no list explains"
     void = ({255} if not any(255<l<65535 for l in found) else set()) | {65535}
     rest = found - void
@@ -241,7 +251,7 @@ def _free_classes(found):
     if top>=256 and top>2*len(rest):
         advice = option('divisor=1000')+' if they are class*1000 + instance' if top>=1000 else option(f'n_classes={top+1}')+' if there are so many classes'
         raise InputError(f'masks hold labels up to {top}, but only {len(rest)} of them ({_listing(rest)}): {advice}, or add classes.tsv with a label, a tab and a name in each line')
-    return {v: None for v in void} | {l: l for l in range(top+1)}, None, f'the labels 0 to {top} are classes'
+    return {v: None for v in void} | {l: l for l in range(top+1)}, None, f'the labels {min(rest) if 0 in ignored else 0} to {top} are classes'
 
 def _color_classes(found, lists):
     "Colors, by a list or in order"
@@ -282,7 +292,7 @@ def mask_classes(
     if (low := min(found))<0: raise InputError(f'masks hold the label {low}: labels begin at 0; {option(f"ignore_index={low}")} to leave it out')
     if colored: table, names, how = _color_classes(found, lists)
     elif lists and n_classes is None:
-        table, names, how = _listed_classes(found, lists[0])
+        table, names, how = _listed_classes(found, lists[0], none)
         how = '; '.join(filter(None, (lists[0].file.name, how)))
     elif n_classes is not None:
         table, names, how = {255: None} | {l: l for l in range(n_classes)}, None, f'n_classes={n_classes}'
@@ -293,7 +303,7 @@ def mask_classes(
     elif none: table, names, how = {l: l for l in range(max(found)+1)}, None, f'the labels 0 to {max(found)}'
     else:
         _refuse_blurred({value[l]: n for l,n in counts.items()})
-        table, names, how = _free_classes(found)
+        table, names, how = _free_classes(found, ignored)
     table = table | {l: None for l in ignored}
     if not colored: table = {COLOR+l*0x10101: c for l,c in table.items() if 0<=l<256} | table
     else: table = table | {l: table[v] for l,v in value.items()}
