@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import __version__
 from .core import InputError, fp32
+from .verdict import resampled_sums
 from .evaluation import Score, as_feature_map, extract, _bar, _common
 from .labelled import read_pair
 from .layouts import by_stem, files_of, photos_of
@@ -361,4 +362,7 @@ def davis_score(
     layer = kwargs.get('layer')
     described = f"{'last' if layer is None else f'layer {layer}'} {few(grids)}"
     both = [(j+f)/2 for j,f in zip(J, C)]
-    return [Score(label, f'DAVIS {n}', sum(v)/len(v), tuple(v), protocol, described, tuple(objects)) for n,v in (('J&F', both), ('J', J), ('F', C))]
+    def score(name, v):
+        resampled = resampled_sums(torch.tensor(v))/len(v)   # of the objects
+        return Score(label, f'DAVIS {name}', sum(v)/len(v), tuple(v), protocol, described, tuple(objects), len(v), tuple(resampled.tolist()))
+    return [score(name, v) for name,v in (('J&F', both), ('J', J), ('F', C))]
