@@ -28,7 +28,9 @@ def split_decay(
 class DecayWrapper(OptimWrapper):
     "fastai's wrapper of a torch optimiser, whose weight decay goes to the last parameter group only"
     def set_hyper(self, k, v):
-        "As fastai's; a single number for `wd` leaves the groups before the last without decay"
+        "As fastai's; a slice is refused, a single number for `wd` leaves the groups before the last without decay"
+        if isinstance(v, slice):
+            raise InputError(f'{k} must be one number, got {v}: the groups of parameters are those without and with weight decay, not layers')
         if k=='wd' and isinstance(v, (int, float)): v = [0.]*(len(self.param_lists)-1) + [v]
         super().set_hyper(k, v)
 
