@@ -157,8 +157,8 @@ class ViewRecorder(Recorder):
 
 # %% ../nbs/56_learner.ipynb #63a15dfd
 _INSTEAD = dict(
-    get_preds='a pretraining learner has no predictions: extract_features(learn.model.product, images) gives the features',
-    predict='a pretraining learner has no predictions: extract_features(learn.model.product, images) gives the features',
+    get_preds='a pretraining learner has no predictions: extract(learn.model.product, photos) gives the features of photographs',
+    predict='a pretraining learner has no predictions: extract(learn.model.product, photos) gives the features of photographs',
     tta='a pretraining learner has no predictions: learn.dense_report() says how good its features are',
     show_results='there are no targets to compare with: learn.show_views() shows what the network sees and learn.show_modes() what its tokens know',
     export='a pickled learner is of no use without labels: export_backbone(learn, "backbone.safetensors") writes the network, learn.save(name) the weights, SaveRun a run to resume',

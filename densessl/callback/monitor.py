@@ -10,7 +10,7 @@ __all__ = ['token_rank', 'prototype_use', 'diagnose_prototypes', 'prototype_stat
 import math, warnings
 from itertools import groupby
 
-import torch
+import torch, torch.distributed as dist
 from torch import Tensor
 from fastai.callback.core import Callback
 from fastai.learner import Metric
@@ -182,14 +182,20 @@ class CollapseMonitor(Callback):
         return fig
 
 # %% ../../nbs/53_callback.monitor.ipynb #e341175b
+def _exchangeable(x):
+    "A number where processes can exchange it: nccl knows no tensors on the CPU, where a resumed sum may lie"
+    nccl = dist.is_available() and dist.is_initialized() and dist.get_backend()=='nccl'
+    return x.cuda() if nccl else x
+
 class LossPart(Metric):
     "Column of fastai's table: the mean over an epoch of one part of the loss"
     def __init__(self, part): self.part = part
     def reset(self): self.total,self.count = 0.,0
     def accumulate(self, learn):
-        v = getattr(learn.loss_func.parts, self.part)
-        self.total, self.count = self.total + v.detach(), self.count+1
+        if learn.loss_func.parts is None: return      # the first batch was left out
+        v = getattr(learn.loss_func.parts, self.part).detach()
+        self.total, self.count = self.total + v, self.count+1
     @property
-    def value(self): return float(mean_over_ranks(torch.as_tensor(self.total/self.count))) if self.count else None
+    def value(self): return float(mean_over_ranks(_exchangeable(torch.as_tensor(self.total/self.count)))) if self.count else None
     @property
     def name(self): return self.part
