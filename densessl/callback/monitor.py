@@ -148,13 +148,13 @@ class CollapseMonitor(Callback):
         "Measure what the model has just put out"
         due = (self.train_iter-1)%self.every==0 or self.iter+1==self.n_iter
         if not due or not torch.isfinite(self.learn.loss.detach()).all(): return
-        self.history.append(dict(step=self.train_iter, epoch=self.epoch, progress=float(self.pct_train), loss=self.learn.loss.item()) | self.measure(self.learn))
+        self.history.append(dict(step=self.train_iter, epoch=self.epoch+1, progress=float(self.pct_train), loss=self.learn.loss.item()) | self.measure(self.learn))
 
     def _rows(self):
         "The rows of this epoch of this fit, the newest first: an earlier fit had an epoch of the same number"
         rows = []
         for h in reversed(self.history):
-            if h['epoch']!=self.epoch or (rows and h['step']>=rows[-1]['step']): break
+            if h['epoch']!=self.epoch+1 or (rows and h['step']>=rows[-1]['step']): break
             rows.append(h)
         return rows
 
@@ -163,7 +163,7 @@ class CollapseMonitor(Callback):
         rows = self._rows()
         if not rows: return
         for s in self.diagnose({k: sum(r[k] for r in rows)/len(rows) for k in rows[0]}):
-            if s[:12] not in self._said: warnings.warn(f'epoch {self.epoch}: {s}')
+            if s[:12] not in self._said: warnings.warn(f'epoch {self.epoch+1}: {s}')
             self._said.add(s[:12])
 
     def state_dict(self):
