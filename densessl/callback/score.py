@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
 from fastcore.basics import patch
 
@@ -456,6 +457,23 @@ def _steps_of(rows):
         last = h['step']
         out.append(base+last)
     return out
+
+# %% ../../nbs/65_callback.score.ipynb #c5e04e66
+@patch(as_prop=True)
+def columns(self:DenseScore):
+    "Scores that fastai's table shows, those that a callback watches among them"
+    there = [p for p in _PROBES if p!='prototype use' or prototype_head(self.method)]
+    if not self.labelled: there = [p for p in there if p not in ('nearest neighbour', 'linear')]
+    elif not self.linear: there.remove('linear')
+    watched = [cb.monitor for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and cb.monitor in there]
+    return list(dict.fromkeys([self.best_by or ('nearest neighbour' if self.labelled else 'correspondence'), *watched]))
+
+@patch
+def row(self:DenseScore):
+    "Score now if it is time; the values of `columns`, the same in all processes"
+    self.after_epoch()
+    last = self.history[-1] if self.history else {}
+    return _from_first(lambda: [last.get(k, float('nan')) for k in self.columns])
 
 # %% ../../nbs/65_callback.score.ipynb #c2f03b3a
 class _ScoreList(list):
