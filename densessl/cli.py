@@ -199,18 +199,24 @@ def _open(job, m):
     other = open_backbone(job.baseline, job.config.img_size) if job.baseline else None
     return learn, pair, photos, other
 
+def _counted(n, what): return f'{n:,} {what}' + ('' if n==1 else 's')
+
 def _opening(job, learn):
     "What the run will do, and what speaks against it"
-    dls, drawn, apart = learn.dls, job.folder is None, len(learn.dls.valid.dataset)
+    dls, drawn, total = learn.dls, job.folder is None, job.steps*job.epochs
     weights = sum(p.numel() for p in learn.model.product.parameters())/1e6
     sizes = ' and '.join(str(s) for s in dict.fromkeys(c.size for c in dls.recipe.crops))
-    total = job.steps*job.epochs
-    lines = [f'{job.method}, preset {job.preset}: {job.arch}, {weights:.1f} million weights, from {job.init or "random ones"}',
-             f'{job.images:,} {"drawn scenes" if drawn else "photographs"}, {job.steps} steps an epoch in batches of {job.bs}, {job.epochs} epochs: {total:,} steps',
-             f'{apart} kept apart to score on; ' if apart else '',
-             f'views of {sizes} px, on {dls.device} in {"bfloat16" if job.bf16 else "float32"}']
-    lines[2:] = [''.join(lines[2:]), *job.notes]
-    if total<ENOUGH_STEPS: lines.append(f'short: below some {ENOUGH_STEPS} steps the features hardly change (--epochs {math.ceil(ENOUGH_STEPS/max(1, job.steps))})')
+    what = 'drawn scenes' if drawn else 'photographs'
+    apart = f'{len(dls.valid.dataset)} more kept apart to score on; ' if len(dls.valid.dataset) else ''
+    lines = [
+        f'{job.method} ({job.preset}): {job.arch}, {weights:.1f} million weights, from {job.init or "a random start"}',
+        f'{job.images:,} {what}, {_counted(job.steps, "step")} an epoch in batches of {job.bs}, '
+        f'{_counted(job.epochs, "epoch")}: {_counted(total, "step")}',
+        f'{apart}views of {sizes} px, on {dls.device} in {"bfloat16" if job.bf16 else "float32"}',
+        *job.notes]
+    if total<ENOUGH_STEPS:
+        enough = math.ceil(ENOUGH_STEPS/max(1, job.steps))
+        lines.append(f'short: below some {ENOUGH_STEPS} steps features hardly change (--epochs {enough})')
     if not drawn and job.images<FEW_PHOTOGRAPHS and not job.init:
         lines.append('few photographs: published weights are the better start (--pretrained or --init)')
     return lines
@@ -336,7 +342,7 @@ def resumed(
     return {k: v if k in own else old.get(k, v) for k,v in args.items()}
 
 # %% ../nbs/70_cli.ipynb #8fb1d596
-def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs='', settings='', img_size=None, bs=None, epochs=None, lr=None,
+def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs=None, settings=None, img_size=None, bs=None, epochs=None, lr=None,
              seed=0, workers=None, bf16=None, labelled=None, baseline=None, score_every=None, save_minutes=10., resume=False, out=None,
              overwrite=False, n_scenes=1024, init=None, pretrained=False, device=None, max_bad=.1):
     "The main job from Python; see `densessl_pretrain` for the arguments. Returns the run folder, the scores and the learner"
