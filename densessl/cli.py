@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENOUGH_STEPS', 'FEW_PHOTOGRAPHS', 'SCORES', 'run_folder', 'parse_kwargs', 'scene_data', 'suited_batch', 'photo_data',
-           'change_settings', 'outline', 'fit_local_views', 'Forecast', 'resumed', 'pretrain']
+           'change_settings', 'outline', 'fit_local_views', 'Forecast', 'absolute_paths', 'note_places', 'resumed',
+           'pretrain']
 
 # %% ../nbs/70_cli.ipynb #f40de7d7
 import warnings
@@ -14,7 +15,7 @@ warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')   
 warnings.filterwarnings('ignore', message='Your generator is empty')           # fastai, about the absent validation set
 
 # %% ../nbs/70_cli.ipynb #aa98342a
-import ast, csv, inspect, json, math, os, re, shutil, sys, time
+import ast, csv, inspect, json, math, os, re, shlex, shutil, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -30,11 +31,11 @@ from .commands import check_output, check_whole, densessl_pretrain
 from .core import InputError, find_device
 from .data import find_images, image_dls, scene_dls
 from .shards import is_shards, shard_dls, shard_list
-from .labelled import SegmentationData, labelled_data
+from .labelled import SegmentationData, labelled_data, labelled_options
 from .evaluation import MIOU, scores_table, write_scores
-from .callback.checkpoint import SaveRun
+from .callback.checkpoint import SaveRun, check_data, run_checkpoints
 from .callback.score import DenseScore, kept_photographs
-from .report import open_backbone, worth_training
+from .report import open_backbone
 from .learner import dense_picture, methods, similarity_picture
 from .synthetic import CLASSES, draw_scenes
 from .transfer import export_backbone
@@ -93,7 +94,7 @@ def suited_batch(
     "A batch that leaves four steps an epoch, but holds at least eight photographs if there are so many"
     return 2**int(math.log2(max(2, min(n, most, max(8, n/4)))))
 
-def photo_data(folder, recipe, bs, workers, seed, labelled=None, device=None, max_bad=.1):
+def photo_data(folder, recipe, bs, workers, seed, labelled=None, device=None, max_bad=.1, labelled_as=''):
     "Photographs of a folder or of shards to train on, a few kept apart; labelled ones if there are any, and four photographs to draw"
     size, shards = recipe.crops[0].size, is_shards(folder)
     n = sum(s.n for s in shard_list(folder)) if shards else len(find_images(folder))
@@ -102,7 +103,7 @@ def photo_data(folder, recipe, bs, workers, seed, labelled=None, device=None, ma
     dls = (shard_dls if shards else image_dls)(folder, recipe, bs=bs, num_workers=workers, valid_pct=(held+.5)/n if held else 0.,
                                                seed=seed, device=device, max_bad=max_bad)
     show = torch.nn.functional.interpolate(kept_photographs(dls, 4)[0], size=(size,)*2, mode='bicubic', antialias=True)
-    return dls, labelled and labelled_data(labelled, size=size), show
+    return dls, labelled and labelled_data(labelled, size=size, **labelled_options(labelled_as)), show
 
 # %% ../nbs/70_cli.ipynb #91593097
 def change_settings(
@@ -189,7 +190,9 @@ def _open(job, m):
     "Photographs, labels, learner and baseline; batch, epochs and precision in place of what was not given"
     set_seed(job.seed)
     recipe = m.recipe(job.config)
-    if job.folder: dls, pair, photos = photo_data(job.folder, recipe, job.bs, job.workers, job.seed, job.labelled, job.where, job.max_bad)
+    if job.folder:
+        dls, pair, photos = photo_data(job.folder, recipe, job.bs, job.workers, job.seed, job.labelled, job.where, job.max_bad,
+                                       job.labelled_as)
     else: dls, pair, photos = scene_data(recipe, job.bs or 32, job.seed, job.n_scenes, job.where)
     job.bs, job.images, job.steps = dls.train.bs, len(dls.train.dataset), len(dls.train)//max(1, num_distrib())
     if job.epochs is None: job.epochs = max(100, math.ceil(ENOUGH_STEPS/max(1, job.steps))) if job.folder else m.scene_epochs
@@ -262,24 +265,55 @@ def _report(learn, score, out, photos, minutes, method, epochs, others, say):
     rows = learn.collapse_monitor.history
     with open(out/'history.csv', 'w', newline='') as f:
         w = csv.DictWriter(f, rows[0].keys()); w.writeheader(); w.writerows(rows)
-    ends = {'before training': 'random start', f'epoch {epochs}': last}
-    scores = [replace(s, model=ends[s.model]) for s in score.scores if s.model in ends and s.probe in SCORES]
-    if others: scores = scores[:len(scores)//2] + others + scores[len(scores)//2:]
+    starts = score.start_scores()
+    after = [replace(s, model=last) for s in score.scores if s.model==f'epoch {epochs}' and s.probe in SCORES]
+    scores = [*starts, *others, *after]
     write_scores(scores, out/'scores.json')
     dense_picture(photos, dict(before=start, after=trained), model.mask_beta, recipe).savefig(out/'picture.png')
     similarity_picture(photos, dict(before=start, after=trained), recipe).savefig(out/'similarity.png')
     score.plot().savefig(out/'curves.png')
-    say(f'\ntrained for {minutes:.1f} minutes; the frozen baselines and the trained backbone:\n{scores_table(scores)}\n\n{worth_training(scores, last, "random start", list(dict.fromkeys(s.model for s in others)))}')
-    if score.best['epoch']<epochs: say(f'The best {score.best_by} was that of epoch {score.best["epoch"]}: its backbone is best.safetensors.')
+    words = score.conclude(last, others)
+    say(f'\ntrained for {minutes:.1f} minutes; the frozen baselines and the trained backbone:\n{scores_table(scores)}\n\n{words}')
     if dls.bad_files: say(f'{len(dls.bad_files)} files could not be read and were left out:\n{dls.bad_files.report()}')
     return scores
+
+# %% ../nbs/70_cli.ipynb #1a87dd0d
+_PLACES = ('folder', 'labelled', 'baseline', 'init')    # arguments that may name a place on the disk
+
+def absolute_paths(
+    args:dict,  # Arguments of `pretrain`
+)->dict:        # What JSON can hold
+    "The arguments with paths that hold from any working directory; the name of a network stays a name"
+    def place(k, v):
+        v = os.path.expanduser(v)
+        found = os.path.isfile(v) or k in ('folder', 'labelled') and os.path.isdir(v)
+        return os.path.abspath(v) if found else v
+    args = {k: str(v) if isinstance(v, Path) else v for k,v in args.items()}
+    return {k: place(k, v) if k in _PLACES and isinstance(v, str) else v for k,v in args.items()}
+
+# %% ../nbs/70_cli.ipynb #9e6f00fe
+def note_places(
+    out,             # Folder of a run
+    arguments:dict,  # Of `absolute_paths`, for this resume
+):
+    "Write down where the photographs are now, for the next resume"
+    if rank_distrib(): return
+    f = Path(out)/'settings.json'
+    record = json.loads(f.read_text())
+    new = {k: arguments[k] for k in _PLACES if k in arguments}
+    if new==dict(new, **{k: record['arguments'].get(k) for k in new}): return
+    record['arguments'].update(new)
+    part = f.with_name(f.name+'.part')
+    part.write_text(json.dumps(record, indent=1))
+    os.replace(part, f)
 
 # %% ../nbs/70_cli.ipynb #0f6b6427
 def _train(job, learn, pair, other, out, say):
     "The frozen baselines, then the run; returns its scores, those of the baseline, and minutes"
     dls, first = learn.dls, not rank_distrib()
-    score = DenseScore(job.score_every or job.epochs, pair, out=out, linear=pair is not None)
-    save = SaveRun(out/'checkpoints', minutes=job.save_minutes, resume=job.resume, settings=dict(seed=job.seed))
+    score = DenseScore(job.score_every or job.epochs, pair, out=out, linear=pair is not None, say=False)
+    again = f'densessl_pretrain --resume --out {shlex.quote(str(out))}'
+    save = SaveRun(out/'checkpoints', minutes=job.save_minutes, resume=job.resume, settings=dict(seed=job.seed), command=again)
     learn.add_cbs([score, save, Forecast()])
     others = []
     if other and first:
@@ -299,7 +333,7 @@ def _record(job, arguments, learn):
 
 def _job(**arguments):
     "Decide, open, say, train, report"
-    arguments = {k: str(v) if isinstance(v, Path) else v for k,v in arguments.items()}
+    arguments = absolute_paths(arguments)
     job, first = SimpleNamespace(**arguments), not rank_distrib()
     def say(*lines):
         if first: print(*lines, sep='\n', flush=True)
@@ -307,6 +341,9 @@ def _job(**arguments):
     m = _decide(job)
     if first and not job.resume: run_folder(job.out, job.method, job.overwrite, make=False)
     learn, pair, photos, other = _open(job, m)
+    if job.resume:
+        check_data(Path(job.out)/'checkpoints', learn.dls.train.dataset)
+        note_places(job.out, arguments)
     out = Path(job.out) if job.resume or not first else run_folder(job.out, job.method, job.overwrite)
     if first and not job.resume:
         shutil.rmtree(out/'checkpoints', ignore_errors=True)   # of the run that is overwritten
@@ -332,19 +369,28 @@ def resumed(
 )->dict:            # Arguments of the run in `out`
     "The arguments of a run that was interrupted"
     if args['out'] is None: raise InputError('--resume needs --out, the folder of the run to go on with')
-    out, f = Path(args['out']), Path(args['out'])/'settings.json'
-    try: old = json.loads(f.read_text())['arguments']
+    out = Path(args['out'])
+    try: old = json.loads((out/'settings.json').read_text())['arguments']
     except (OSError, ValueError, KeyError, TypeError): raise InputError(f'{str(out)!r} is not the folder of a run that can be gone on with: it has no settings.json of densessl_pretrain') from None
-    if not (out/'checkpoints').is_dir(): raise InputError(f'the run in {str(out)!r} is complete: there is nothing to go on with')
+    if (out/'scores.json').exists() and not run_checkpoints(out/'checkpoints'):
+        raise InputError(f'the run in {str(out)!r} is complete: there is nothing to go on with')
     own = ('out', 'resume', 'overwrite', 'workers', 'save_minutes')
-    if differ := [f'{k} was {old[k]!r}, now {v!r}' for k,v in args.items() if k in old and k not in own and v not in (defaults[k], old[k])]:
+    args = absolute_paths(args)
+    def same(k, v): return v in (defaults[k], old[k]) or k in _PLACES and old[k] and os.path.exists(v)    # it may have moved
+    if differ := [f'{k} was {old[k]!r}, now {v!r}' for k,v in args.items() if k in old and k not in own and not same(k, v)]:
         raise InputError(f'the run in {str(out)!r} has other settings: {", ".join(differ)}; leave them out to go on, or choose another --out')
-    return {k: v if k in own else old.get(k, v) for k,v in args.items()}
+    res = {k: v if k in ('out', 'resume', 'overwrite') or v!=defaults[k] else old.get(k, v) for k,v in args.items()}
+    for k,option in dict(folder='', labelled='--labelled ').items():
+        if res.get(k) and not os.path.exists(res[k]):
+            again = f'densessl_pretrain {option}NEW_PLACE --resume --out {shlex.quote(str(out))}'
+            raise InputError(f'the run in {str(out)!r} reads {res[k]!r}, which is not there now: name its new place, {again}')
+    return res
 
 # %% ../nbs/70_cli.ipynb #8fb1d596
 def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs=None, settings=None, img_size=None, bs=None, epochs=None, lr=None,
              seed=0, workers=None, bf16=None, labelled=None, baseline=None, score_every=None, save_minutes=10., resume=False, out=None,
-             overwrite=False, n_scenes=1024, init=None, pretrained=False, device=None, max_bad=.1):
+             overwrite=False, n_scenes=1024, init=None, pretrained=False, device=None, max_bad=.1,
+             labelled_as=''):
     "The main job from Python; see `densessl_pretrain` for the arguments. Returns the run folder, the scores and the learner"
     args = dict(locals())
     return _job(**(resumed(args, {k: p.default for k,p in inspect.signature(pretrain).parameters.items()}) if resume else args))

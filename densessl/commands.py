@@ -189,6 +189,7 @@ def densessl_pretrain(
     bf16:option(None, 'Forward pass in bfloat16; by default on a GPU that has it', action=OnOrOff)=None,
     max_bad:float=0.1,      # Share of photographs that may be unreadable before the run ends, 0 to 1
     labelled:str=None,      # Folder of labelled photographs to score on, in any layout of densessl.labelled
+    labelled_as:str='',     # How to read them, as layout=folder,ignore_index=0
     baseline:str=None,      # A backbone to compare with: a file, or a timm name (published weights)
     score_every:int=None,   # Epochs between two scorings, 0: only before and after; by default a tenth of all, scenes a quarter
     save_minutes:float=10., # Minutes between two checkpoints, above 0
@@ -206,14 +207,16 @@ def densessl_evaluate(
     backbone:str,          # File that export_backbone wrote, or a timm name (published weights)
     data:str,              # Folder: labelled photographs, videos in the layout of DAVIS, or photographs alone
     others:str='',         # Backbones to compare with, files or timm names, separated by commas
+    labelled_as:str='',    # How to read labelled photographs, as layout=folder,ignore_index=0
     size:int=None,         # Side to which photographs are brought; by default that of the backbone
     probes:str='nearest neighbour,linear', # For labelled photographs; also clustering, overclustering
     limit:int=None,        # At most so many photographs of each part
-    seed:int=0,            # Of the random start and of the probes
+    seed:int=0,            # Of the first random start and of the probes
     out:str=None,          # JSON file to add the scores to; a bar plot with its name and .png is drawn beside it
     device:str=None,       # cpu, cuda or cuda:1; by default the GPU if there is one
+    starts:int=5,          # Random starts to compare with, of seeds seed, seed+1, ...; 1 to 8
 ):
-    "Score a frozen backbone beside its random start, and say whether training was worth it"
+    "Score a frozen backbone beside its random starts, and say whether training was worth it"
     args = dict(locals())
     for name,value,least in (('size', size, 1), ('limit', limit, 1), ('seed', seed, 0)): check_whole(name, value, least)
     if out and check_output(out).exists(): _later('evaluation').read_scores(out)   # or an error: scores cannot be added to it
