@@ -34,6 +34,7 @@ from .shards import is_shards, shard_dls, shard_list
 from .labelled import SegmentationData, labelled_data, labelled_options
 from .evaluation import MIOU, scores_table, write_scores
 from .callback.checkpoint import SaveRun, check_data, run_checkpoints
+from .callback.progress import memory_in_use
 from .callback.score import DenseScore, kept_photographs
 from .report import open_backbone
 from .learner import dense_picture, methods, similarity_picture
@@ -148,7 +149,8 @@ ENOUGH_STEPS, FEW_PHOTOGRAPHS = 500, 1000   # below these a word of warning
 
 def _check_numbers(job):
     "Numbers that would be noticed late"
-    for name,least in dict(epochs=1, workers=0, score_every=0, bs=2, img_size=1).items(): check_whole(name, getattr(job, name), least, 10**6)
+    for name,least in dict(workers=0, score_every=0, bs=2, img_size=1).items(): check_whole(name, getattr(job, name), least)
+    check_whole('epochs', job.epochs, 1, 10**6)
     check_whole('seed', job.seed, 0, 2**32-1)
     for name in ('lr', 'save_minutes'):
         value = getattr(job, name)
@@ -236,7 +238,7 @@ class Forecast(Callback):
         if self.count==self.first: self.began = time.monotonic()
         if self.count!=self.last: return
         second = (time.monotonic()-self.began)/(self.last-self.first)
-        line = f'{second:.2g} s a step: about {_duration(second*left)} to go, and the scoring; {_memory(self.dls.device)}'
+        line = f'{second:.2g} s a step: about {_duration(second*left)} to go, and the scoring; {memory_in_use(self.dls.device)} of memory'
         print(f'\r{line:<79}' if sys.stdout.isatty() else line, flush=True)
 
 def _duration(seconds):
@@ -244,14 +246,6 @@ def _duration(seconds):
     for unit,size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
         if seconds>=2*size: return f'{seconds/size:.0f} {unit}'
     return f'{seconds:.0f} seconds'
-
-def _memory(device):
-    "Most memory in use so far"
-    if device.type=='cuda': return f'{torch.cuda.max_memory_allocated(device)/1e9:.1f} GB of GPU memory'
-    try: import resource
-    except ImportError: return 'memory unknown'           # Windows
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f'{most/(1e9 if sys.platform=="darwin" else 1e6):.1f} GB of memory' 
 
 # %% ../nbs/70_cli.ipynb #8c107f5f
 SCORES = (*MIOU, 'correspondence')   # what the table at the end shows; gauges are in scores_by_epoch.json

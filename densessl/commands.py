@@ -101,7 +101,7 @@ def as_typed(
     "`overwrite=True` as `--overwrite`, `limit=100` as `--limit 100`, `n_local=0` as `--settings n_local=0`"
     def spelled(m):
         name, value = m.groups()
-        if name in options: return f'--{name}' if value=='True' else f'--{name} {value}'
+        if name in options: return {'True': f'--{name}', 'False': f'no --{name}'}.get(value, f'--{name} {value}')
         return f'--settings {name}={value}' if name in settings else m[0]
     return re.sub(r"(?<![\w,.\-])(?<!--settings )(\w+)=([\w.+\-]*\w)", spelled, message)
 
