@@ -381,7 +381,7 @@ def resumed(
     return res
 
 # %% ../nbs/70_cli.ipynb #8fb1d596
-def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs='', settings='', img_size=None, bs=None, epochs=None, lr=None,
+def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs=None, settings=None, img_size=None, bs=None, epochs=None, lr=None,
              seed=0, workers=None, bf16=None, labelled=None, baseline=None, score_every=None, save_minutes=10., resume=False, out=None,
              overwrite=False, n_scenes=1024, init=None, pretrained=False, device=None, max_bad=.1,
              labelled_as=''):
