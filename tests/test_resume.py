@@ -12,7 +12,7 @@ from PIL import Image
 
 from densessl.callback import checkpoint
 from densessl.callback.checkpoint import (RunStopped, SaveRun, gather_state, newest_checkpoint, numerics, read_checkpoint, read_header, restore_state, run_checkpoints,
-                                          writable_folder, write_checkpoint)
+                                          check_data, writable_folder, write_checkpoint)
 from densessl.cli import absolute_paths, pretrain
 from densessl.core import InputError
 from densessl.data import image_dls, scene_dls
@@ -521,10 +521,46 @@ def test_folders_that_cannot_be_written_are_found_before_the_work(tmp_path):
 
 
 def test_files_have_the_mode_of_the_umask(tmp_path):
+    from densessl.evaluation import write_scores
+    from densessl.transfer import export_backbone
     was = os.umask(0o027)
-    try: write_checkpoint(tmp_path/'a.run', {}, {})
+    try:
+        write_checkpoint(tmp_path/'a.run', {}, {})
+        write_scores([], tmp_path/'a.json')
+        export_backbone(make('clove').model, tmp_path/'a.safetensors')
     finally: os.umask(was)
-    assert (tmp_path/'a.run').stat().st_mode & 0o777==0o640
+    assert {p.name: oct(p.stat().st_mode & 0o777) for p in tmp_path.iterdir()}==dict.fromkeys(('a.run', 'a.json', 'a.safetensors'), '0o640')
+
+
+def test_scores_on_a_full_disk_do_not_end_the_run(photos, tmp_path):
+    "The files of DenseScore cost a warning each; nothing half written stays"
+    from densessl.callback.score import DenseScore
+    learn, limit = make('flsl', photos), file_limit(500)
+    with learn.no_logging(), pytest.warns(UserWarning, match='best.safetensors could not be written .File too large.'):
+        learn.fit(EPOCHS, cbs=[DenseScore(1, out=tmp_path/'out', verbose=False), Between(2, 2*STEPS+1, limit.__enter__, None)])
+        limit.__exit__(None, None, None)
+    assert len(learn.dense_score.history)==1+EPOCHS
+    assert not [p.name for p in (tmp_path/'out').iterdir() if '.part' in p.name or p.name.startswith('.')]
+
+
+def test_photographs_that_moved(photos, tmp_path):
+    "Paths hold from any working directory; another list of files and a place that is gone are refused in a sentence"
+    here = os.getcwd()
+    os.chdir(photos.parent)
+    try: old = absolute_paths(dict(folder=photos.name, labelled=None, baseline='resnet50', out=tmp_path, bs=4))
+    finally: os.chdir(here)
+    assert old==dict(folder=str(photos), labelled=None, baseline='resnet50', out=str(tmp_path), bs=4)
+    out = tmp_path/'run'
+    fit(make('flsl', photos), SaveRun(out/'checkpoints'), At(2, term))
+    ds = make('flsl', photos).dls.train.dataset
+    check_data(out/'checkpoints', ds)
+    ds.paths = ds.paths[1:]
+    with pytest.raises(InputError, match=r'other photographs \(\d+ then, \d+ now\)'): check_data(out/'checkpoints', ds)
+    ds.paths = [*ds.paths, ds.paths[0].with_name('another.jpg')]
+    with pytest.raises(InputError, match='as before, but with other names'): check_data(out/'checkpoints', ds)
+    (out/'settings.json').write_text(json.dumps(dict(arguments=dict(folder=str(tmp_path/'gone'), labelled=None))))
+    with pytest.raises(InputError, match="gone', .*densessl_pretrain NEW_PLACE --resume --out"): pretrain(out=str(out), resume=True)
+    with pytest.raises(InputError, match="labelled was None, now '.*'; leave them out"): pretrain(str(photos), labelled=str(photos), out=str(out), resume=True)
 
 
 # --- the command, as a user starts and stops it -------------------------------------------------------------------------------------------------------------
@@ -547,7 +583,7 @@ class Process:
     "The command in a process, with a terminal or without; `says` is what it has printed"
     def __init__(self, home, args, threads, terminal):
         (home/'command.py').write_text(COMMAND)
-        env = os.environ | dict(OMP_NUM_THREADS=str(threads), MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore')
+        env = os.environ | dict(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY='passive', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore')
         self.ours, theirs = pty.openpty() if terminal else os.pipe()
         heard = dict(stdin=theirs if terminal else subprocess.DEVNULL, stdout=theirs, stderr=theirs)
         as_in_a_terminal = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)

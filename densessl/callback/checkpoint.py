@@ -30,6 +30,7 @@ from torch import Tensor
 from .. import __version__
 from ..core import InputError
 from .guard import _all, _from_first, _rank, _ranks_where, _world
+from .monitor import LossPart
 from ..learner import AutocastBF16
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #6110fa35
@@ -234,6 +235,9 @@ def _load_recorder(r, s):
     "Table and curves go on"
     r.lrs, r.losses, r.iters, r.values, r.start_epoch = s['lrs'].tolist(), list(s['losses'].unbind()), list(s['iters']), list(s['values']), time.time()-s['seconds']
     for o,numbers in zip((r.smooth_loss, *r.metrics), (s['smooth'], *s['metrics'])): vars(o).update(numbers)
+    device = next(r.learn.model.parameters()).device
+    for m in r.metrics:                    # these are summed up over processes, where the network is
+        if isinstance(m, LossPart) and isinstance(m.total, Tensor): m.total = m.total.to(device)
 
 def gather_state(
     learn,       # Learner after a batch or between epochs
