@@ -543,6 +543,22 @@ def test_scores_on_a_full_disk_do_not_end_the_run(photos, tmp_path):
     assert not [p.name for p in (tmp_path/'out').iterdir() if '.part' in p.name or p.name.startswith('.')]
 
 
+def test_what_processes_share_is_where_the_network_is(monkeypatch):
+    "nccl adds up tensors of a GPU only, but sums come back from a file, and fastai's loss before the first batch is a zero, both on the CPU; `meta` stands in"
+    from types import SimpleNamespace as Stub
+    from densessl.callback.monitor import LossPart
+    learn, devices = Stub(model=torch.nn.Linear(1, 1, device='meta'), loss=torch.zeros(()), train_iter=1), []
+    cb = SaveRun('never')
+    cb.learn, cb.last = learn, (0, time.monotonic())
+    monkeypatch.setattr(checkpoint, '_ranks_where', lambda flag, device: devices.append(device.type))
+    cb._save_or_stop(0, 1)
+    part, other = LossPart('intra'), Stub()
+    recorder = Stub(learn=learn, smooth_loss=other, metrics=[part])
+    s = dict(lrs=torch.zeros(0), losses=torch.zeros(0), iters=[], values=[], seconds=0., smooth={}, metrics=[dict(total=torch.ones(()), count=1)])
+    checkpoint._load_recorder(recorder, s)
+    assert devices==['meta', 'meta'] and part.total.device.type=='meta'
+
+
 def test_photographs_that_moved(photos, tmp_path):
     "Paths hold from any working directory; another list of files and a place that is gone are refused in a sentence"
     here = os.getcwd()

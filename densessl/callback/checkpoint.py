@@ -217,7 +217,7 @@ def other_digits(
     differ = compare_settings(old, {k: v for k,v in new.items() if k in old})
     if not differ: return ''
     threads = f'; OMP_NUM_THREADS={old["threads"]} sets the threads' if 'threads was' in differ else ''
-    return f'the checkpoint was computed with something else ({differ}): sums are added in another order, so the numbers may differ in the last digits from those of a run without a stop{threads}'
+    return f'the checkpoint was written under other conditions ({differ}): sums are added in another order, so the numbers may differ in the last digits from those of a run without a stop{threads}'
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #644e5285
 def _stateful(learn, but=None):
