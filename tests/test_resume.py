@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.progress import CSVLogger, ShowGraphCallback
+from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
 from fastai.callback.training import GradientAccumulation
 from PIL import Image
 
@@ -61,6 +61,13 @@ def make(method, photos=None, workers=0, accumulate=False, seed=0, bs=4):
     dls = (scene_dls(4*STEPS, m.recipe(config), bs=bs, seed=0, num_workers=workers) if photos is None else
            image_dls(photos, m.recipe(config), bs=4, seed=0, num_workers=workers, valid_pct=.21))
     return m.learner(dls, arch, config, model_kwargs=kwargs, monitor_every=2, cbs=[GradientAccumulation(12)] if accumulate else [])
+
+
+def with_fastais_bar(learn):
+    "The bar of fastai in place of our own"
+    learn.remove_cb(learn.progress)
+    learn.add_cb(ProgressCallback())
+    return learn
 
 
 def fit(learn, *cbs):
@@ -435,7 +442,7 @@ def test_bars_stand_where_the_run_stands(step, epoch, batch, tmp_path):
     assert 0<state['seconds']<60
     state['seconds'], state['recorder']['seconds'] = 1000., 100.
     write_checkpoint(path, header, state)
-    bars, learn = Bars(), make('flsl', seed=1)
+    bars, learn = Bars(), with_fastais_bar(make('flsl', seed=1))
     fit(learn, SaveRun(tmp_path/'run', resume=True), bars)
     assert bars.seen[0]==epoch and bars.seen[2]==batch
     assert 1000<bars.seen[1]<1060 and (100<bars.seen[3]<160 if step!=STEPS else bars.seen[3]<60)
@@ -446,7 +453,7 @@ def test_tables_and_curves_of_fastai_lose_no_epoch(photos, tmp_path, monkeypatch
     curves = []
     monkeypatch.setattr('fastprogress.fastprogress.ConsoleMasterBar.update_graph', lambda self, graphs, *bounds: curves.append([(len(x), len(y)) for x,y in graphs]))
     def run(*cbs, seed=0):
-        learn = make('flsl', photos, seed=seed)
+        learn = with_fastais_bar(make('flsl', photos, seed=seed))
         learn.path = tmp_path
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -535,11 +542,11 @@ def test_files_have_the_mode_of_the_umask(tmp_path):
 def test_scores_on_a_full_disk_do_not_end_the_run(photos, tmp_path):
     "The files of DenseScore cost a warning each; nothing half written stays"
     from densessl.callback.score import DenseScore
-    learn, limit = make('flsl', photos), file_limit(500)
+    learn, limit, score = make('flsl', photos), file_limit(500), DenseScore(1, out=tmp_path/'out', verbose=False)
     with learn.no_logging(), pytest.warns(UserWarning, match='best.safetensors could not be written .File too large.'):
-        learn.fit(EPOCHS, cbs=[DenseScore(1, out=tmp_path/'out', verbose=False), Between(2, 2*STEPS+1, limit.__enter__, None)])
+        learn.fit(EPOCHS, cbs=[score, Between(2, 2*STEPS+1, limit.__enter__, None)])
         limit.__exit__(None, None, None)
-    assert len(learn.dense_score.history)==1+EPOCHS
+    assert len(score.history)==1+EPOCHS
     assert not [p.name for p in (tmp_path/'out').iterdir() if '.part' in p.name or p.name.startswith('.')]
 
 

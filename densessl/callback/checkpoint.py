@@ -237,7 +237,7 @@ def _load_recorder(r, s):
     for o,numbers in zip((r.smooth_loss, *r.metrics), (s['smooth'], *s['metrics'])): vars(o).update(numbers)
     device = next(r.learn.model.parameters()).device
     for m in r.metrics:                    # these are summed up over processes, where the network is
-        if isinstance(m, LossPart) and isinstance(m.total, Tensor): m.total = m.total.to(device)
+        if isinstance(m, LossPart) and isinstance(vars(m).get('total'), Tensor): m.total = m.total.to(device)
 
 def gather_state(
     learn,       # Learner after a batch or between epochs
@@ -300,7 +300,7 @@ def show_skipped(
     for cb in learn.cbs:
         bar = vars(cb).get('mbar')
         if hasattr(type(cb), 'skip_epochs'): cb.skip_epochs(epochs, seconds)
-        elif bar and epochs:
+        elif hasattr(bar, 'main_bar') and epochs:
             bar.update(0)                          # fastprogress takes its start from here
             _set_clock(cb, seconds)
             bar.update(epochs)
