@@ -25,7 +25,7 @@ from ..dino import DINO
 from ..encoders import DenseEncoder
 from ..flsl import FLSL
 from .guard import _from_first, _rank
-from .checkpoint import random_states, set_random_states
+from .checkpoint import random_states, set_random_states, without_stopping
 from ..labelled import labelled_data
 from densessl.verdict import (Verdict, confirmed, diverged_loss, gather_statistics, has_batch_norm, judge_training, random_start,
     seen_collapse)
@@ -403,15 +403,19 @@ class DenseScore(Callback):
 
     def _write(self, name, write):
         "Write a file under another name, then rename it"
-        self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder/f'{name}.part'
-        write(part)
-        os.replace(part, self.folder/name)
+        with without_stopping(str(self.folder/name)):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write(part)
+                os.replace(part, self.folder/name)
+            finally: part.unlink(missing_ok=True)
 
     def _export(self, name):
         recipe = getattr(self.dls, 'recipe', None)
         net = self._start if name=='start' else self.method.product
-        with same_random_state(): export_backbone(net, self.folder/f'{name}.safetensors', overwrite=True, **(dict(mean=recipe.mean, std=recipe.std) if recipe else {}))
+        path, numbers = self.folder/f'{name}.safetensors', dict(mean=recipe.mean, std=recipe.std) if recipe else {}
+        with same_random_state(), without_stopping(str(path)): export_backbone(net, path, overwrite=True, **numbers)
 
     # resume
     def state_dict(self):
