@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, check_ramp
+from .core import InputError, check_ramp, rebuilt_from_list
 from .attention import unit
 from .context import NMHSA
-from .margin import clove_objective, view_pairs
+from .margin import clove_objective
 from .matching import match_cells
 from .views import Augment, CropSpec, Recipe, View
 from .encoders import DenseEncoder, dense_encoder
@@ -88,6 +88,7 @@ def clove_recipe(
     return Recipe(tuple(crops))
 
 # %% ../nbs/41_clove.ipynb #5e7c4f2f
+@rebuilt_from_list
 class MatchedViews(NamedTuple):
     "Pairs of student views of one size and teacher views; leading axes broadcast, B photographs, N and M cells"
     context:Tensor  # Contextualised embeddings of the student, (..., B, N, D), unit norm
@@ -133,8 +134,8 @@ class CLoVE(nn.Module):
         glob, local = View(*(torch.cat([getattr(views[k], a) for k in ('global1', 'global2')]) for a in ('images', 'boxes'))), views.get('local')
         with torch.no_grad(): Ft = unit(self._embed(self.teacher, glob.images))                        # (2, B, M, D)
         context = lambda v: self.student.context(self._embed(self.student, v.images))
-        s, t = view_pairs(2).glob.to(Ft.device).unbind(1)
-        pairs = [MatchedViews(context(glob)[s], Ft[t], self._match(*(View(glob.images[i], glob.boxes[i]) for i in (s, t))))]
+        other = View(glob.images.flip(0), glob.boxes.flip(0))                                          # each global view is asked about the other one
+        pairs = [MatchedViews(context(glob).flip(0), Ft, self._match(other, glob))]
         if local is not None:   # every local view with every global one: (2, V, B, ...)
             pairs.append(MatchedViews(context(local)[None], Ft[:,None], self._match(View(local.images, local.boxes[None]), View(glob.images, glob.boxes[:,None]))))
         return pairs

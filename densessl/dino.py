@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, fp32, check_ramp
+from .core import InputError, fp32, check_ramp, rebuilt_from_list
 from .softmask import mode_spread
 from .modes import mean_over_ranks
 from .views import Augment, CropSpec, Recipe
@@ -132,6 +132,7 @@ def dino_recipe(
     return Recipe(tuple(crops))
 
 # %% ../nbs/42_dino.ipynb #da57a943
+@rebuilt_from_list
 class DINOOutput(NamedTuple):
     "What one step hands to the loss: V views of the student, G of them seen by the teacher too, of B photographs"
     student_logits:Tensor  # Scores of all views, global ones first, (V, B, K)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Layer', 'layer_tokens', 'ass', 'show_ass', 'attention_maps', 'show_probing', 'mode_segments', 'show_segments',
            'Agreement', 'neighbour_agreement', 'tsne_layers', 'nearest_patches', 'show_retrieval', 'show_pca',
-           'show_correspondence', 'show_backbone', 'densessl_show']
+           'show_correspondence', 'show_backbone']
 
 # %% ../nbs/63_figures.ipynb #e09fa772
 import warnings
@@ -14,19 +14,18 @@ import warnings
 warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')   # libraries talking to each other, not to the user
 
 # %% ../nbs/63_figures.ipynb #adb7322c
-import base64, io, math, sys
+import base64, io, math
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from fastcore import script
-from fastcore.script import call_parse
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from .attention import attention_weights, iterate_modes, merge_modes, unit
+from .commands import densessl_show
 from .core import InputError, fp32
 from .encoders import DenseEncoder, dense_encoder
 from .evaluation import _eval_mode, carry_centres, patch_labels
@@ -497,26 +496,3 @@ def show_backbone(backbone, images, other=None, picture=None, patch='0.5,0.5', l
     if out.suffix=='.png': figures[0][2].savefig(out, dpi=120)
     else: out.write_text(_page(figures, notes, ' and '.join(encoders)), encoding='utf-8')
     return out, notes
-
-# %% ../nbs/63_figures.ipynb #cc0fd026
-_images_help = 'Image files, or folders of them'
-_images = script.Param(_images_help, str, opt=False, nargs='+') if hasattr(script, 'Param') else Annotated[str, _images_help, dict(opt=False, nargs='+')]   # fastcore 1, fastcore 2
-
-@call_parse
-def densessl_show(
-    backbone:str,          # File that export_backbone wrote, or a timm name (published weights)
-    images:_images,
-    other:str=None,        # A second backbone, shown beside the first
-    picture:str=None,      # ass, probing, segments, tsne, pca, correspondence or retrieval; default all on a page, ass in a PNG file
-    patch:str='0.5,0.5',   # The patch that looks and is looked for, x,y in [0,1]
-    layer:int=-1,          # Block of the attention, from 0; -1 is the last
-    size:int=None,         # Side to which photographs are brought; default that of the backbone
-    out:str='show.html',   # File to write, .html or .png
-    overwrite:bool=False,  # Replace that file
-):
-    "Pictures of what a backbone, or two, see in photographs"
-    args = dict(locals())
-    try: path, notes = show_backbone(**args)
-    except InputError as e: sys.exit(f'densessl_show: {e}')
-    for n in notes: print(n)
-    print(f'written to {path}')

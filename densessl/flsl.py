@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, check_ramp, fp32
-from .attention import mean_shift, query_index, query_mask, unit
+from .core import InputError, check_ramp, fp32, rebuilt_from_list
+from .attention import mean_shift, query_mask, unit
 from .modes import ObjectiveParts, mode_loss, prototype_objective
 from .views import Augment, CropSpec, Recipe
 from .encoders import DenseEncoder, dense_encoder
@@ -109,6 +109,9 @@ def choose_prototypes(
     return min(4096, max(2, 2**int(math.log2(max(2, n_queries/8)))))
 
 # %% ../nbs/40_flsl.ipynb #d58f40d9
+_matmul = fp32(torch.matmul)
+
+@rebuilt_from_list
 class FLSLOutput(NamedTuple):
     "What one step hands to the objective; queries of all student views, photograph by photograph"
     z:Tensor       # Query tokens, (N', D)
@@ -121,12 +124,12 @@ class FLSLOutput(NamedTuple):
     @property
     def student_logits(self):
         "Prototype logits of the modes, (N', K), multiplied on demand"
-        return fp32(torch.matmul)(self.u, self.mu.mT)
+        return _matmul(self.u, self.mu.mT)
 
     @property
     def teacher_logits(self):
         "Prototype logits of the positives, (N', K), multiplied on demand, no gradient"
-        return fp32(torch.matmul)(self.u_pos, self.mu_pos.mT)
+        return _matmul(self.u_pos, self.mu_pos.mT)
 
 class FLSL(nn.Module):
     "Student and teacher with their heads; views in, tokens, modes and their embeddings out (FLSL)"
@@ -167,7 +170,9 @@ class FLSL(nn.Module):
 
     def _queries(self, Z, size, window):
         h, w = self.student.encoder.grid(size, size)
-        i = query_index(query_mask(h, w, window, n=len(Z), random=self.config.random_query)).to(Z.device)
+        n = (h//window)*(w//window)
+        mask = query_mask(h, w, window, n=len(Z), random=self.config.random_query, device=Z.device)
+        i = torch.where(mask, torch.arange(h*w, device=Z.device), h*w).sort(1).values[:,:n]     # drawn where the tokens are, without waiting
         return Z.gather(1, i[...,None].expand(-1, -1, Z.shape[-1]))
 
     def forward(self, views)->FLSLOutput:

@@ -7,6 +7,7 @@ __all__ = ['methods', 'Schedules', 'AutocastBF16', 'flsl_learner', 'clove_learne
            'similarity_picture']
 
 # %% ../nbs/56_learner.ipynb #4684c731
+import warnings
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,9 +23,11 @@ from .attention import attention_weights, unit
 from .augment import make_views
 from .callback.guard import OutOfMemory, StopIfNotFinite
 from .callback.monitor import CollapseMonitor, LossPart, diagnose_matches, match_state, pack_rows, token_rank, unpack_rows
+from .callback.progress import show_progress
 from .callback.teacher import TeacherEMA
 from .distributed import ManyProcesses
-from .encoders import DenseEncoder, dense_encoder
+from .encoders import DenseEncoder, check_exportable, dense_encoder
+from .weights import init_backbone, network_of
 from .flsl import FLSL, FLSLLoss, choose_prototypes, count_queries, flsl_presets, flsl_recipe
 from .clove import CLoVE, CLoVELoss, clove_presets, clove_recipe
 from .dino import DINO, DINOLoss, diagnose_dino, dino_presets, dino_recipe, dino_state
@@ -102,17 +105,33 @@ def _settings(config, presets, recipe, dls):
     if missing: raise InputError(f'the data lacks the views {dict(missing)} (name: size) of the settings: make the DataLoaders with {recipe.__name__}(config)')
     return config
 
-def _encoder(arch, c, model_kwargs):
-    "The network that a name stands for"
-    if isinstance(arch, DenseEncoder): return arch
-    return dense_encoder(arch, img_size=c.img_size, **{k: getattr(c, k) for k in ('drop_path_rate', 'pos_scale', 'pos_offset') if hasattr(c, k)}, **(model_kwargs or {}))
+def _encoder(arch, c, model_kwargs, dls, pretrained=False, init=None):
+    "The network that a name stands for, with the weights asked for; refused if it cannot take the views or be exported"
+    if pretrained and (init is not None or not isinstance(arch, str)):
+        raise InputError('pretrained=True takes the published weights of arch, a name: leave out init, or pretrained')
+    if arch is None and init is None: raise InputError('arch=None takes the network of init: give init, or the name of a network')
+    kwargs = {k: getattr(c, k) for k in ('drop_path_rate', 'pos_scale', 'pos_offset') if hasattr(c, k)}
+    if pretrained: kwargs['pretrained'] = True
+    if arch is None: arch, own = network_of(init)
+    else: own = {}
+    encoder = arch if isinstance(arch, DenseEncoder) else dense_encoder(arch, img_size=c.img_size, **(kwargs | own | (model_kwargs or {})))
+    encoder.check_size(c.img_size, c.img_size, 'img_size')
+    if c.n_local: encoder.check_size(c.local_size, c.local_size, 'local_size')
+    check_exportable(encoder)
+    norm = init_backbone(encoder, init) if init is not None else encoder.net.pretrained_cfg if pretrained else {}
+    for k in ('mean', 'std'):
+        now = getattr(dls.recipe, k)
+        if k in norm and tuple(norm[k])!=tuple(now):
+            warnings.warn(f'the weights were trained on photographs of {k} {tuple(norm[k])}, the views have {tuple(now)}: '
+                          f'for equal input make the DataLoaders with replace(recipe, {k}={tuple(norm[k])})')
+    return encoder
 
 def _learner(dls, model, loss_func, schedules, monitor, metrics, lr, own=(), opt_func=adamw, cbs=(), bf16=False, **kwargs):
     "What every method's learner has; `own` are the method's callbacks, `cbs` the user's"
     cbs = [ManyProcesses(), schedules, StopIfNotFinite(), OutOfMemory(), TeacherEMA(cosine(*model.config.momentum)), monitor, *([AutocastBF16()] if bf16 else []), *own, *L(cbs)]
     learn = Learner(dls, model, loss_func=loss_func, opt_func=opt_func, splitter=lambda m: split_decay(get_model(m).student), lr=lr, metrics=[LossPart(k) for k in metrics], cbs=cbs, **kwargs)
     learn.recorder.train_metrics, learn.recorder.valid_metrics = True, len(dls.valid)>0
-    return learn
+    return show_progress(learn)
 
 def _batch(dls): return dls.bs*max(1, num_distrib())
 
@@ -128,11 +147,13 @@ def flsl_learner(
     bf16:bool=False,                # Forward pass in bfloat16
     monitor_every:int=10,           # Steps between two looks at the tokens
     cbs=(),                         # One more callback or several
+    pretrained:bool=False,          # Start from timm's published weights of `arch`
+    init=None,                      # Or from any backbone: a file, a timm name, `hf-hub:owner/name`; `arch=None` takes its network
     **kwargs,                       # Passed to `Learner`
 )->Learner:                         # Call `fit(n)`
     "A fastai Learner that pretrains with FLSL"
     c = _settings(config, flsl_presets, flsl_recipe, dls)
-    arch, bs = _encoder(arch, c, model_kwargs), _batch(dls)
+    arch, bs = _encoder(arch, c, model_kwargs, dls, pretrained, init), _batch(dls)
     queries = bs*count_queries(c, arch)
     if c.n_prototypes is None: c = replace(c, n_prototypes=choose_prototypes(queries))
     if c.n_prototypes>queries:
@@ -149,11 +170,13 @@ def clove_learner(
     bf16:bool=False,                # Forward pass in bfloat16
     monitor_every:int=10,           # Steps between two looks at the embeddings
     cbs=(),                         # One more callback or several
+    pretrained:bool=False,          # Start from timm's published weights of `arch`
+    init=None,                      # Or from any backbone: a file, a timm name, `hf-hub:owner/name`; `arch=None` takes its network
     **kwargs,                       # Passed to `Learner`
 )->Learner:                         # Call `fit(n)`
     "A fastai Learner that pretrains with CLoVE"
     c = _settings(config, clove_presets, clove_recipe, dls)
-    model = CLoVE(_encoder(arch, c, model_kwargs), c)
+    model = CLoVE(_encoder(arch, c, model_kwargs, dls, pretrained, init), c)
     schedules = Schedules(warmup_cosine(1., c.lr_floor, c.warmup, start=c.lr_floor), dict(wd=cosine(c.wd, c.wd)), {})
     monitor = CollapseMonitor(match_state, diagnose_matches, every=monitor_every)
     return _learner(dls, model, CLoVELoss(c), schedules, monitor, ('positive', 'negative', 'gap'), c.lr*_batch(dls)/256,
@@ -170,12 +193,14 @@ def dino_learner(
     bf16:bool=False,                # Forward pass in bfloat16
     monitor_every:int=10,           # Steps between two looks at the targets
     cbs=(),                         # One more callback or several
+    pretrained:bool=False,          # Start from timm's published weights of `arch`
+    init=None,                      # Or from any backbone: a file, a timm name, `hf-hub:owner/name`; `arch=None` takes its network
     **kwargs,                       # Passed to `Learner`
 )->Learner:                         # Call `fit(n)`
     "A fastai Learner that pretrains with DINO, the baseline"
     c = _settings(config, dino_presets, dino_recipe, dls)
     monitor = CollapseMonitor(_dino_numbers, diagnose_dino, every=monitor_every)
-    return _learner(dls, DINO(_encoder(arch, c, model_kwargs), c), DINOLoss(c), _head_schedules(c), monitor, ('entropy', 'kl', 'perplexity'), c.lr*_batch(dls)/256,
+    return _learner(dls, DINO(_encoder(arch, c, model_kwargs, dls, pretrained, init), c), DINOLoss(c), _head_schedules(c), monitor, ('entropy', 'kl', 'perplexity'), c.lr*_batch(dls)/256,
                     _head_callbacks(c), cbs=cbs, bf16=bf16, **kwargs)
 
 # %% ../nbs/56_learner.ipynb #fdc54f74

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_shard', 'Shard', 'count_images', 'shard_list', 'is_shards', 'write_shards', 'ShardImages', 'ShardLoader',
-           'shard_dls', 'densessl_shard']
+           'shard_dls']
 
 # %% ../nbs/23_shards.ipynb #bb5756a6
 import hashlib, json, math, os, random, re, sys, tarfile, time
@@ -19,9 +19,9 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.foundation import defaults
-from fastcore.script import call_parse
 from PIL import Image
 
+from .commands import densessl_shard
 from .core import InputError
 from .data import IMAGE_SUFFIXES, BadFiles, ViewLoader, _bad_note, _canvas, _loaders, _printable, _reason, find_images, load_canvas, read_photo
 from .views import Recipe
@@ -436,22 +436,3 @@ def shard_dls(
     for ds in (dls.train_ds, dls.valid_ds):          # one that can be read, or an error before the training starts
         if len(ds) and (note := ShardImages(ds.pieces, 8)[0][2]).startswith('\0'): bad.add([note])
     return dls
-
-# %% ../nbs/23_shards.ipynb #92a28d94
-@call_parse
-def densessl_shard(
-    folder:str,          # Folder of photographs, searched recursively
-    out:str,             # New folder for the shards
-    size:int=None,       # Reduce photographs whose shorter side is longer than this; by default all are copied
-    quality:int=90,      # Quality of the JPEGs that are written
-    per_shard:int=1000,  # Photographs in a shard
-    seed:int=0,          # Of their order
-    workers:int=None,    # Processes that read
-):
-    "Write a folder of photographs as tar files that densessl_pretrain and webdataset read"
-    began = time.monotonic()
-    try: d = write_shards(folder, out, size, quality, per_shard, seed, workers, say=lambda o: print(o, flush=True))
-    except InputError as e: sys.exit(f'densessl_shard: {e}')
-    sec = time.monotonic()-began
-    print(f'{d["images"]} photographs in {len(d["shardlist"])} shards, {d["bytes"]/1e6:.1f} MB, {d["images"]/sec:.0f} photographs a second. Written to {out}')
-    if d['left_out']: print(f'{len(d["left_out"])} files could not be read and were left out (all are in index.json):', *(f'{f}: {why}' for f,why in d['left_out'][:20]), sep='\n  ')

@@ -8,7 +8,7 @@ __all__ = ['propagate_frame', 'grid_labels', 'propagate_labels', 'upsample_label
            'davis_sequences', 'propagate_video', 'davis_score']
 
 # %% ../nbs/62_video.ipynb #313c5afb
-import math
+import math, re
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ from . import __version__
 from .core import InputError, fp32
 from .verdict import resampled_sums
 from .evaluation import Score, as_feature_map, extract, _bar, _common
-from .labelled import _read
+from .labelled import read_pair
+from .layouts import by_stem, files_of, photos_of
+from .masks import COLOR, MASK_SUFFIXES
 
 # %% ../nbs/62_video.ipynb #a3df16c7
 def _square(target, keys, labels, y0, x0, side, r, k, temp):
@@ -215,6 +217,14 @@ class Video:
     def __len__(self): return len(self.frames)
     def load(self): return self
 
+def _objects(masks, name):
+    "Numbers of objects; colors that are all grey are numbers"
+    grey = (masks>=COLOR) & ((masks-COLOR)%0x10101==0)
+    masks = torch.where(grey, (masks-COLOR)//0x10101, masks)
+    if masks.min()<0 or masks.max()>255:
+        raise InputError(f'{name}: masks hold colors, or labels over 255: a mask of a video holds the numbers of its objects, as a palette or grey PNG file')
+    return masks.byte()
+
 @dataclass(frozen=True)
 class DavisSequence:
     "Files of one sequence; `load()` reads them"
@@ -224,10 +234,10 @@ class DavisSequence:
     def __len__(self): return len(self.frames)
     def load(self)->Video:
         "Read frames and masks; 255 is the object if the first mask holds no other (DAVIS 2016), else unlabelled, which counts as background"
-        X, M = zip(*(_read(x, m, None) for x,m in zip(self.frames, self.masks)))
+        X, M = zip(*(read_pair(x, m) for x,m in zip(self.frames, self.masks)))
         shapes = {tuple(m.shape) for m in M}
         if len(shapes)>1: raise InputError(f'{self.name}: the frames have {len(shapes)} sizes, as {sorted(shapes)[:2]}: a video has one')
-        M = torch.stack(M)
+        M = _objects(torch.stack(M), self.name)
         return Video(torch.stack(X), M.masked_fill(M==255, int(set(M[0].unique().tolist())=={0,255})), self.name)
 
 # %% ../nbs/62_video.ipynb #1bc7dcfd
@@ -237,6 +247,11 @@ def _split_file(root, split, year):
     found = next((p for p in lists if p.is_file()), None)
     if found is None: raise InputError(f'{root} has no {" nor ".join(p.relative_to(root).as_posix() for p in lists)}: is it the folder of DAVIS, and does the split exist?')
     return found
+
+def _frames(files):
+    "Files by stem, in the order of the numbers in their names: 9 before 10"
+    number = lambda p: [int(o) if o.isdigit() else o for o in re.split(r'(\d+)', p.stem)]
+    return by_stem(sorted(files, key=number))
 
 def davis_sequences(
     root,                    # Folder with JPEGImages, Annotations and ImageSets
@@ -254,8 +269,8 @@ def davis_sequences(
     if not names: raise InputError(f'{found} names no sequence')
     out = []
     for n in names:
-        x, m = ({p.stem: p for p in sorted((root/kind/resolution/n).glob('*')) if p.suffix.lower() in ends and p.name[0]!='.'}
-                for kind,ends in (('JPEGImages', ('.jpg', '.jpeg', '.png')), ('Annotations', ('.png',))))
+        folders = root/'JPEGImages'/resolution/n, root/'Annotations'/resolution/n
+        x, m = _frames(photos_of(folders[0])), _frames(files_of(folders[1], MASK_SUFFIXES))
         if not x: raise InputError(f'{n}: no frame in {root/"JPEGImages"/resolution/n}')
         if gone := [s for s in x if s not in m]: raise InputError(f'{n}: {len(gone)} of {len(x)} frames have no mask, as {gone[0]}: a score needs one for every frame')
         if gone := [s for s in m if s not in x]: raise InputError(f'{n}: {len(gone)} of {len(m)} masks have no frame, as {gone[0]}: a video with a gap cannot be followed')

@@ -256,7 +256,7 @@ def test_run_equals_one_process(results, world, record_property):
     bad = world-1
     for g in got:
         text = g['stop loss']['text']
-        assert text==got[0]['stop loss']['text'] and f'the loss is nan at step 1 of epoch 0 in process {bad} of {world}' in text, text
+        assert text==got[0]['stop loss']['text'] and f'the loss is nan at step 1 of epoch 1 in process {bad} of {world}' in text, text
         assert g['skip loss']['skipped']==[(1, [bad])] and all(x==x for x in g['skip loss']['losses'])
         assert all(torch.isfinite(v).all() for v in g['skip loss']['state'].values())
         assert f'bs is {TOTAL//world} in each of {world} processes, {TOTAL} in all, but there are only {TOTAL-1} photographs' in g['few']
@@ -270,7 +270,7 @@ def test_two_processes_in_detail(results):
     for g in got:
         assert g['random']['rested'] and g['random']['moved'], 'prototypes rest in the first epoch only'
         text = g['stop gradient']['text']
-        assert text==got[0]['stop gradient']['text'] and 'the gradient is not finite at step 1 of epoch 0 in process 1 of 2, first in the parameter student.encoder' in text, text
+        assert text==got[0]['stop gradient']['text'] and 'the gradient is not finite at step 1 of epoch 1 in process 1 of 2, first in the parameter student.encoder' in text, text
         assert [s for s,_ in g['skip gradient']['skipped']]==[1] and g['skip accumulated']['skipped']==1
         for key in ('skip gradient', 'skip accumulated'): assert all(torch.isfinite(v).all() for v in g[key]['state'].values())
 

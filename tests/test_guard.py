@@ -73,7 +73,7 @@ def test_stops_and_names(name, what):
     learn = make(name, Spoil(what), keep := Keep())
     with pytest.raises(InputError) as e: fit(learn)
     text, names = str(e.value), [n for n,_ in learn.model.named_parameters()]
-    assert 'at step 3 of epoch 0' in text and ('lower the learning rate (now ' in text or what=='images') and '\n' not in text, text
+    assert 'at step 3 of epoch 1' in text and ('lower the learning rate (now ' in text or what=='images') and '\n' not in text, text
     assert dict(images='the views already hold', module='is student.encoder.net.blocks.1.mlp.fc1 (Linear)' if name!='clove' else 'is student.encoder.net.layer2.0.conv1 (Conv2d)',
                 gradient='first in the parameter student.encoder.net.' + ('norm.weight' if name!='clove' else 'bn1.weight'))[what] in text, text
     assert what=='gradient' or 'from its term' in text, text
@@ -102,7 +102,7 @@ class Full(Callback):
 def test_out_of_memory_names_settings(name):
     config = METHODS[name][2]
     with pytest.raises(InputError) as e: fit(learn := make(name, Full()))
-    for part in ('cpu is out of memory at step 0 of epoch 0', 'pass bf16=True', 'bs (now 4;', f'img_size (now {config.img_size})', f'n_local (now {config.n_local})'): assert part in str(e.value), str(e.value)
+    for part in ('cpu is out of memory at step 0 of epoch 1', 'pass bf16=True', 'bs (now 4;', f'img_size (now {config.img_size})', f'n_local (now {config.n_local})'): assert part in str(e.value), str(e.value)
     assert e.value.__context__ is None, 'the old error would hold the tensors of the step'
     with pytest.raises(InputError) as e: fit(make(name, Full(), GradientAccumulation(8), bf16=True))
     assert 'accumulated to 8' in str(e.value) and 'bf16=True' not in str(e.value)

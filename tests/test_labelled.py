@@ -7,7 +7,9 @@ from PIL import Image
 
 from densessl.core import InputError
 from densessl.labelled import *
-from densessl.labelled import _read_panoptic
+from densessl.coco import BACKGROUND, read_panoptic
+from densessl.data import read_photo
+from densessl.masks import color_label
 
 RNG = np.random.default_rng(0)
 IMAGES, MASKS = RNG.integers(0, 256, (12,9,14,3), dtype=np.uint8), RNG.integers(0, 4, (12,9,14), dtype=np.uint8)
@@ -75,8 +77,8 @@ def test_panoptic_numbers_in_one_byte_or_three(tmp_path, bytes_):
     own = [dict(image_id=5, file_name='00.png', segments_info=[dict(id=int(n), category_id=7*int(c)) for n,c in zip(np.unique(number)[1:], (1,2,3))])]
     (tmp_path/'panoptic.json').write_text(json.dumps(dict(images=[dict(id=5, file_name='00.png', split='train')], categories=[dict(id=7*c, name=str(c)) for c in (3,1,2)], annotations=own)))
     layout, _, found = find_layout(tmp_path)
-    assert layout=='coco-panoptic' and found.classes==('1','2','3') and found.table=={0: None, 7: 0, 14: 1, 21: 2}
-    assert (_read_panoptic(found.splits['train'][0][1])==7*MASKS[0].astype(int)).all()
+    assert layout=='coco-panoptic' and found.classes==('1','2','3') and found.table=={BACKGROUND: None, 7: 0, 14: 1, 21: 2}
+    assert (read_panoptic(found.splits['train'][0][1])==np.where(MASKS[0]==0, BACKGROUND, 7*MASKS[0].astype(int))).all()
 
 def test_small_instances_lie_on_large_ones_and_images_without_any_are_background(tmp_path):
     box = lambda x, s: [x,x, x+s,x, x+s,x+s, x,x+s]
@@ -114,7 +116,7 @@ def test_images_of_every_mode(tmp_path, mode, ext):
     im = Image.fromarray(IMAGES[0]).convert(mode)
     im.save(tmp_path/f'images/train/00.{ext}')
     got = quiet(tmp_path, (9,14))[0].images[0]
-    assert (got.permute(1,2,0).numpy()==np.array(Image.open(tmp_path/f'images/train/00.{ext}').convert('RGB'))).all()
+    assert (got.permute(1,2,0).numpy()==np.array(read_photo(tmp_path/f'images/train/00.{ext}', 2**16)[0])).all()
 
 def test_palettes_and_hidden_files(tmp_path):
     plain(tmp_path)
@@ -162,26 +164,249 @@ def test_the_parts(tmp_path):
     few = quiet(tmp_path/'set', (9,14), limit=2)
     assert [(d.images.permute(0,2,3,1).numpy()==IMAGES[i]).all() for d,i in zip(few, ([0,4], [8,10]))]==[True, True]
 
+# ---- folders and files as people have them
+
+PAINT = np.array([[0,0,0], [128,0,0], [0,128,0], [200,200,200]], np.uint8)
+GREYS = np.array([0, 85, 170, 255], np.uint8)
+def write(p, a, **kw):
+    p.parent.mkdir(parents=True, exist_ok=True)
+    (a if isinstance(a, Image.Image) else Image.fromarray(a)).save(p, **kw)
+
+def indexed(m):
+    im = Image.fromarray(m)
+    im.putpalette([int(v) for c in PAINT for v in c])
+    return im
+
+def pairs(root, photo='images/{part}/{n}.png', mask='masks/{part}/{n}.png', change=lambda m: m, parts=('train', 'val'), **kw):
+    "Twelve photographs and masks under any names: eight to learn from, four to score"
+    for i,n in enumerate(NAMES):
+        at = dict(n=n, part=parts[0 if i<8 else -1])
+        write(root/photo.format(**at), IMAGES[i]); write(root/mask.format(**at), change(MASKS[i]), **kw)
+    return root
+
+CUT = [i for i in range(12) if i%4!=3] + [3,7,11]      # what becomes of data in one part
+PLACES = {   # where photographs and masks are -> the order in which they are read
+    'parts outside':      (dict(photo='{part}/images/{n}.png', mask='{part}/masks/{n}.png'), None),
+    'parts inside':       (dict(), None),
+    'capitals':           (dict(photo='{part}/Images/{n}.png', mask='{part}/Masks/{n}.png', parts=('Train', 'Test')), None),
+    'training':           (dict(photo='imgs/{part}/{n}.png', mask='gt/{part}/{n}.png', parts=('training', 'validation')), None),
+    'like ADE20K':        (dict(mask='annotations/{part}/{n}.png', parts=('training', 'validation')), None),
+    'CamVid':             (dict(photo='{part}/{n}.png', mask='{part}annot/{n}.png'), None),
+    'CamVid of Kaggle':   (dict(photo='{part}/{n}.png', mask='{part}_labels/{n}_L.png'), None),
+    'mmsegmentation':     (dict(photo='img_dir/{part}/{n}.png', mask='ann_dir/{part}/{n}.png'), None),
+    'Roboflow':           (dict(photo='{part}/{n}.png', mask='{part}/{n}_mask.png', parts=('train', 'valid')), None),
+    'side by side':       (dict(photo='{n}.png', mask='{n}_label.png'), CUT),
+    'one part':           (dict(photo='image/{n}.png', mask='segmentation/{n}_seg.png'), CUT),
+    'cities':             (dict(photo='images/{part}/ulm/{n}_leftImg8bit.png', mask='labels/{part}/ulm/{n}_gtFine_labelTrainIds.png'), None),
+    'VOC without lists':  (dict(photo='JPEGImages/{n}.png', mask='SegmentationClass/{n}.png'), CUT),
+    'a word before':      (dict(photo='images/{part}/img_{n}.png', mask='masks/{part}/mask_{n}.png'), None),
+    'deep':               (dict(photo='a/b/images/{part}/{n}.png', mask='a/b/masks/{part}/{n}.png'), None),
+}
+@pytest.mark.parametrize('what', PLACES)
+def test_places(tmp_path, what, capsys):
+    kw, order = PLACES[what]
+    pairs(tmp_path, **kw)
+    for junk in ('.ipynb_checkpoints/00.png', '__MACOSX/images/train/00.png'): write(tmp_path/junk, IMAGES[0])
+    got = quiet(tmp_path, (9,14))
+    assert (torch.cat([d.masks for d in got]).numpy()==MASKS[order or range(12)]).all()
+    assert (torch.cat([d.images for d in got]).permute(0,2,3,1).numpy()==IMAGES[order or range(12)]).all()
+    line, = capsys.readouterr().out.splitlines()
+    assert line==got[0].read_as==got[1].read_as and line.startswith('read as folder: 4 classes (the labels 0 to 3 are classes, 0 is a class); 12 photographs with masks (')
+
+KINDS = {   # how masks are written -> arguments, list of classes, names
+    'tif':             (dict(mask='masks/{part}/{n}.tif'), None, None),
+    'bmp':             (dict(mask='masks/{part}/{n}.bmp'), None, None),
+    'gif':             (dict(mask='masks/{part}/{n}.gif'), None, None),
+    '16 bits':         (dict(change=lambda m: m.astype(np.uint16)), None, None),
+    'float':           (dict(mask='masks/{part}/{n}.tiff', change=lambda m: m.astype(np.float32)), None, None),
+    'palette':         (dict(change=indexed), None, None),
+    'RGB of numbers':  (dict(change=lambda m: np.stack([m]*3, -1)), None, None),
+    'RGBA of numbers': (dict(change=lambda m: np.stack([m]*3+[m*0+255], -1)), None, None),
+    'with alpha':      (dict(change=lambda m: Image.merge('LA', [Image.fromarray(m), Image.new('L', (14,9), 255)])), None, None),
+    'webp':            (dict(mask='masks/{part}/{n}.webp', change=lambda m: np.stack([m]*3, -1), lossless=True), None, None),
+    'grey scale':      (dict(change=lambda m: GREYS[m]), None, ('0','85','170','255')),
+    'grey and names':  (dict(change=lambda m: GREYS[m]), ('classes.txt', 'a\nb\nc\nd'), tuple('abcd')),
+    'grey gif':        (dict(mask='masks/{part}/{n}.gif', change=lambda m: GREYS[m]), None, ('0','85','170','255')),
+    'colors':          (dict(change=lambda m: PAINT[m]), ('classes.csv', 'name,r,g,b\n'+'\n'.join(f'{n},{r},{g},{b}' for n,(r,g,b) in zip('abcd', PAINT))), tuple('abcd')),
+    'colors, CVAT':    (dict(change=lambda m: PAINT[m]), ('labelmap.txt', '# label:color_rgb:parts:actions\n'+'\n'.join(f'{n}:{r},{g},{b}::' for n,(r,g,b) in zip('abcd', PAINT))), tuple('abcd')),
+    'Windows':         (dict(), ('classes.txt', '\ufeffa\r\nb\r\nc\r\nd\r\n\r\n'), tuple('abcd')),
+    'JSON':            (dict(), ('classes.json', '\ufeff["a", "b", "c", "d"]'), tuple('abcd')),
+    'far apart':       (dict(change=lambda m: m.astype(np.uint16)*20000), None, ('0','20000','40000','60000')),
+}
+@pytest.mark.parametrize('what', KINDS)
+def test_kinds_of_masks(tmp_path, what):
+    kw, listed, names = KINDS[what]
+    pairs(tmp_path, **kw)
+    if listed: (tmp_path/listed[0]).write_bytes(listed[1].encode())
+    got = quiet(tmp_path, (9,14))
+    assert (torch.cat([d.masks for d in got]).numpy()==MASKS).all() and got[0].classes==names
+
+def test_colors_without_a_list_are_classes_in_order(tmp_path):
+    got = quiet(pairs(tmp_path, change=lambda m: PAINT[m]), (9,14))
+    order = np.argsort(np.argsort(color_label(PAINT)))
+    assert (torch.cat([d.masks for d in got]).numpy()==order[MASKS]).all() and got[0].classes==('#000000', '#008000', '#800000', '#c8c8c8')
+
+@pytest.mark.parametrize('void,change', ((255, lambda m: np.where(m==3, 255, m).astype(np.uint8)), (65535, lambda m: np.where(m==3, 65535, m.astype(int)).astype(np.uint16))))
+def test_void_beside_labels(tmp_path, void, change):
+    got = quiet(pairs(tmp_path, change=change), (9,14))
+    assert got[0].n_classes==3 and (torch.cat([d.masks for d in got]).numpy()==np.where(MASKS==3, 255, MASKS)).all()
+    assert f'0 is a class, left out: {void}' in got[0].read_as
+
+@pytest.mark.parametrize('values', ((0,255), (0,1), (1,255*257)))
+def test_black_and_white(tmp_path, values):
+    change = lambda m: np.array(values, np.uint16 if values[1]>255 else np.uint8)[m//2]
+    if values[0]:                                                  # 1 and a void of 65535: one class is no score
+        with pytest.raises(InputError, match='only the label 1 beside what is left out'): quiet(pairs(tmp_path, change=change), 9)
+        return
+    got = quiet(pairs(tmp_path, change=change), (9,14))
+    assert got[0].n_classes==2 and (torch.cat([d.masks for d in got]).numpy()==MASKS//2).all()
+
+def test_jpeg_masks_of_black_and_white(tmp_path):
+    big = [np.kron(m//2, np.ones((24,24), np.uint8)) for m in MASKS]
+    for i,n in enumerate(NAMES): write(tmp_path/f'images/{n}.png', IMAGES[i].repeat(24, 0).repeat(24, 1)); write(tmp_path/f'masks/{n}.jpg', 255*big[i], quality=95)
+    got = quiet(tmp_path, (216,336))
+    assert (torch.cat([d.masks for d in got]).numpy()==np.stack(big)[CUT]).mean()>.99
+
+def test_many_classes_and_options(tmp_path):
+    wide = lambda m: (m.astype(np.uint16)*100+np.arange(14, dtype=np.uint16)*7)
+    pairs(tmp_path, change=wide)
+    got = quiet(tmp_path, (9,14), n_classes=1000)
+    assert got[0].n_classes==1000 and (got[1].masks.numpy()==wide(MASKS)[8:]).all()
+    with pytest.raises(InputError, match='outside 0 to 9'): quiet(tmp_path, 9, n_classes=10)
+    pairs(tmp_path/'b', change=lambda m: np.where(m>1, m.astype(int)*1000+7, m).astype(np.uint16))
+    got = quiet(tmp_path/'b', (9,14), divisor=1000)
+    assert (torch.cat([d.masks for d in got]).numpy()==MASKS).all()
+    got = quiet(tmp_path/'b', (9,14), divisor=1000, ignore_index=(0,2))
+    assert (torch.cat([d.masks for d in got]).numpy()==np.array([255,1,255,3])[MASKS]).all()
+    pairs(tmp_path/'c', 'set/{part}/a/{n}.png', 'set/{part}/b/{n}.png')
+    with pytest.raises(InputError, match='look like masks'): quiet(tmp_path/'c', 9)
+    assert (torch.cat([d.masks for d in quiet(tmp_path/'c', (9,14), **labelled_options('images=a,labels=b'))]).numpy()==MASKS).all()
+
+def test_what_is_missing_is_said(tmp_path, capsys):
+    pairs(tmp_path)
+    for p in ('masks/train/02.png', 'images/val/09.png'): (tmp_path/p).unlink()
+    write(tmp_path/'images/test/z.png', IMAGES[0])
+    got = quiet(tmp_path, (9,14))
+    line = capsys.readouterr().out
+    assert [len(d) for d in got]==[7,3] and '1 photographs of train without a mask are left out (02.png)' in line
+    assert '1 masks without a photograph are left out (09.png)' in line and 'no masks in test, which is skipped' in line
+    import shutil; shutil.rmtree(tmp_path/'masks/val'); shutil.rmtree(tmp_path/'images/val')
+    assert [d.name.split('-')[-1] for d in quiet(tmp_path, 9)]==['train 3 of 4', 'train every 4th']
+
+ADE = {'by list': lambda r: (r/'objectInfo150.txt').write_text('Idx\tName\n'), 'by name': None, 'own': None, 'own classes': lambda r: (r/'classes.txt').write_text('a\nb\nc\nd')}
+@pytest.mark.parametrize('what', ADE)
+def test_ade20k_is_told_by_its_files(tmp_path, what):
+    pre = 'ADE_' if what=='by name' else ''
+    pairs(tmp_path, f'images/{{part}}/{pre}{{n}}.png', f'annotations/{{part}}/{pre}{{n}}.png', parts=('training', 'validation'))
+    if ADE[what]: ADE[what](tmp_path)
+    got = quiet(tmp_path, (9,14))
+    own = what.startswith('own')
+    assert got[0].n_classes==(4 if own else 150) and got[0].classes==(tuple('abcd') if what=='own classes' else None)
+    assert (torch.cat([d.masks for d in got]).numpy()==(MASKS if own else np.array([255,0,1,2])[MASKS])).all()
+
+def test_labels_up_to_150_in_folders_of_ade20k_are_asked(tmp_path):
+    pairs(tmp_path, mask='annotations/{part}/{n}.png', change=lambda m: np.array([0,1,2,150], np.uint8)[m], parts=('training', 'validation'))
+    with pytest.raises(InputError, match='pass layout=ade20k'): quiet(tmp_path, 9)
+    a, b = (quiet(tmp_path, (9,14), layout=o)[0].masks.numpy() for o in ('ade20k', 'folder'))
+    assert (a==np.array([255,0,1,149])[MASKS[:8]]).all() and (b==np.array([0,1,2,150])[MASKS[:8]]).all()
+
+def voc(root, names, listed=None):
+    for i,n in enumerate(names): write(root/f'JPEGImages/{n}.png', IMAGES[i]); write(root/f'SegmentationClass/{n}.png', indexed(MASKS[i]))
+    (root/'ImageSets/Segmentation').mkdir(parents=True)
+    for s,i in dict(train=names[:8], val=names[8:], trainval=names).items(): (root/f'ImageSets/Segmentation/{s}.txt').write_text('\r\n'.join(i))
+    if listed: (root/'class_names.txt').write_text(listed)
+    return root
+
+def test_own_classes_in_the_folders_of_voc(tmp_path):
+    its, own, named = (quiet(voc(tmp_path/k, n, l), (9,14)) for k,n,l in (('a', [f'2007_0000{n}' for n in NAMES], None), ('b', NAMES, None), ('c', NAMES, 'w\nx\ny\nz')))
+    assert [o[0].n_classes for o in (its, own, named)]==[21,4,4] and named[0].classes==tuple('wxyz') and its[0].classes[1]=='aeroplane'
+    assert all((torch.cat([d.masks for d in o]).numpy()==MASKS).all() for o in (its, own, named))
+
+@pytest.mark.parametrize('end', ('labelIds', 'labelTrainIds', 'instanceIds'))
+def test_cityscapes_by_each_of_its_masks(tmp_path, end):
+    ids = np.array([*CITYSCAPES_CLASSES][:4], np.uint16)
+    write_as = {'labelIds': lambda m: ids[m].astype(np.uint8), 'labelTrainIds': lambda m: m, 'instanceIds': lambda m: np.where(m>1, ids[m]*1000+3, ids[m]).astype(np.uint16)}[end]
+    pairs(tmp_path, 'leftImg8bit/{part}/ulm/{n}_leftImg8bit.png', f'gtFine/{{part}}/ulm/{{n}}_gtFine_{end}.png', write_as)
+    got = quiet(tmp_path, (9,14))
+    assert (torch.cat([d.masks for d in got]).numpy()==MASKS).all() and got[0].n_classes==19 and f'masks are {end}' in got[0].read_as
+
+def coco(root, masks, ids, where='annotations/instances_{}.json', photos='images/{}'):
+    "COCO instances as run lengths"
+    for part,i in (('train', range(8)), ('val', range(8,12))):
+        for j in i: write(root/photos.format(part)/f'{NAMES[j]}.png', IMAGES[j])
+        anns = [dict(image_id=j, category_id=ids[c-1], area=1, segmentation=dict(counts=runs_of(masks[j]==c), size=[9,14])) for j in i for c in (1,2,3)]
+        f = root/where.format(part)
+        f.parent.mkdir(parents=True, exist_ok=True)
+        f.write_bytes(('\ufeff'+json.dumps(dict(images=[dict(id=j, file_name=f'{NAMES[j]}.png', height=9, width=14) for j in i], annotations=anns, categories=[dict(id=c, name=f'c{c}') for c in ids]))).encode())
+    return root
+
+@pytest.mark.parametrize('ids', ((0,1,2), (1,2,3), (0,7,90)))
+@pytest.mark.parametrize('place', (dict(), dict(where='{}/_annotations.coco.json', photos='{}'), dict(where='annotations/{}.json')))
+def test_coco_ids_from_zero_leave_the_background(tmp_path, ids, place):
+    got = quiet(coco(tmp_path, MASKS, ids, **place), (9,14))
+    assert got[0].classes==('background', *(f'c{i}' for i in ids)) and (torch.cat([d.masks for d in got]).numpy()==MASKS).all()
+
+def test_coco_boxes_are_no_masks(tmp_path):
+    (tmp_path/'images').mkdir(); write(tmp_path/'images/a.png', IMAGES[0])
+    (tmp_path/'instances.json').write_text(json.dumps(dict(images=[dict(id=0, file_name='a.png', height=9, width=14)], annotations=[dict(image_id=0, category_id=1, bbox=[0,0,1,1])], categories=[dict(id=1, name='a')])))
+    with pytest.raises(InputError, match='boxes are not scored here, a mask for each photograph is needed'): quiet(tmp_path)
+
+# ---- photographs turned by their EXIF tag
+
+TURN = {3: 3, 6: 2, 8: 4, 5: 5}           # orientation -> what Pillow does to the upright photograph to store it
+def turned(root, tags, drawn):
+    "Photographs with these tags; masks drawn on the upright photograph, or on the stored pixels"
+    for i,n in enumerate(NAMES):
+        t = tags[i%len(tags)]
+        store = (lambda a: Image.fromarray(a).transpose(Image.Transpose(TURN[t]))) if t!=1 else Image.fromarray
+        tag = Image.Exif(); tag[0x0112] = t
+        write(root/f'images/{n}.png', store(IMAGES[i]), exif=tag)
+        write(root/f'masks/{n}.png', store(MASKS[i]) if drawn=='stored' else MASKS[i])
+    return root
+
+@pytest.mark.parametrize('tags', ((1,6), (8,), (1,3,6), (5,1)))
+@pytest.mark.parametrize('drawn', ('upright', 'stored'))
+def test_masks_turn_with_their_photographs(tmp_path, tags, drawn, capsys):
+    "Sizes of photographs turned by a right angle tell it for those turned by 180 degrees"
+    got = quiet(turned(tmp_path, tags, drawn), (9,14))
+    assert (torch.cat([d.masks for d in got]).numpy()==MASKS[CUT]).all() and (torch.cat([d.images for d in got]).permute(0,2,3,1).numpy()==IMAGES[CUT]).all()
+    assert 'photographs are turned by their EXIF tag, masks count as drawn on the '+drawn in capsys.readouterr().out
+
+def test_half_turns_count_as_upright_unless_said(tmp_path):
+    for drawn in ('upright', 'stored'):
+        got = quiet(turned(tmp_path/drawn, (3,1), drawn), (9,14), orientation=None if drawn=='upright' else 'stored')
+        assert (torch.cat([d.masks for d in got]).numpy()==MASKS[CUT]).all()
+    assert 'masks count as drawn on the upright ones' in quiet(tmp_path/'upright', 9)[0].read_as
+
 # ---- hostile folders: one sentence that says what is wrong and where
 
 HOSTILE = {
-    'mask missing':     (lambda r: (r/'labels/val/09.png').unlink(), '1 of 4 files have no mask: 09; add them'),
-    'no image':         (lambda r: [p.unlink() for p in (r/'images/val').iterdir()], 'no image in'),
+    'no image':         (lambda r: [p.unlink() for p in (r/'images/val').iterdir()], 'has masks for val, but none of their photographs'),
     'another size':     (lambda r: Image.new('L', (14,8)).save(r/'labels/train/03.png'), '03.png is 14x8, its image 14x9: they must have the same size'),
-    'colour mask':      (lambda r: Image.new('RGB', (14,9)).save(r/'labels/train/03.png'), '03.png has mode RGB'),
+    'one color mask':   (lambda r: Image.new('RGB', (14,9), (9,8,7)).save(r/'labels/train/03.png'), 'some masks hold colors and some numbers (1, 2, 3)'),
     'broken image':     (lambda r: (r/'images/train/03.png').write_bytes(b'x'), 'cannot read'),
     'cut mask':         (lambda r: (r/'labels/train/03.png').write_bytes((r/'labels/train/03.png').read_bytes()[:60]), 'cannot read'),
     'only ignored':     (lambda r: [Image.new('L', (14,9), 255).save(p) for p in (r/'labels/val').iterdir()], 'every pixel has the ignored label 255'),
     'all ignored':      (lambda r: [Image.new('L', (14,9), 255).save(p) for p in (r/'labels').glob('*/*')], 'every pixel has the ignored label 255'),
-    'outside the list': (lambda r: (r/'classes.txt').write_text('a\nb\n'), 'which are no class of set-train: set n_classes or ignore_index, or pass remap'),
+    'outside the list': (lambda r: (r/'classes.txt').write_text('a\nb\n'), 'masks hold the labels 2, 3, which are no class of classes.txt: add them there'),
     'one split':        (lambda r: [(r/k/'val').rename(r/k/'other') for k in ('images','labels')], 'has no split val or test: it has other, train'),
-    'labels elsewhere': (lambda r: (r/'labels').rename(r/'truth'), 'is not laid out as labelled data'),
-    'split unlabelled': (lambda r: [p.unlink() for p in (r/'labels/val').iterdir()] and (r/'labels/val').rmdir(), 'is not a folder'),
+    'labels elsewhere': (lambda r: (r/'labels').rename(r/'elsewhere'), 'look like masks, as elsewhere/'),
+    'two stems':        (lambda r: Image.new('RGB', (14,9)).save(r/'images/train/03.jpg'), '03.jpg and 03.png have the same name'),
+    'one class':        (lambda r: [Image.new('L', (14,9), 7).save(p) for p in (r/'labels').glob('*/*')], 'the masks hold only the label 7: a score needs at least two classes'),
+    'one and void':     (lambda r: [Image.fromarray(np.where(m, 3, 255).astype(np.uint8)).save(p) for p,m in zip((r/'labels').glob('*/*'), MASKS)], 'hold only the label 3 beside what is left out'),
+    'instance numbers': (lambda r: [Image.fromarray(np.where(m==3, 26001, m.astype(int)).astype(np.uint16)).save(p) for p,m in zip((r/'labels').glob('*/*'), MASKS)], 'pass divisor=1000'),
+    'smoothed':         (lambda r: [Image.fromarray(m).resize((14,9), 3).save(p) for p,m in zip((r/'labels').glob('*/*'), blots(12))], 'as if smoothed: pass threshold=128'),
+    'JPEG':             (lambda r: [(p.unlink(), Image.fromarray(50*m).save(p.with_suffix('.jpg'))) for p,m in zip([*(r/'labels').glob('*/*')], MASKS)], 'compressed in a way that changes labels'),
     'bad list':         (lambda r: (r/'classes.tsv').write_text('sky road tree'), 'must hold a label, a tab and a name'),
     'bad json':         (lambda r: (r/'panoptic.json').write_text('['), 'cannot read'),
     'json of numbers':  (lambda r: (r/'panoptic.json').write_text('[1]'), 'is no COCO panoptic file'),
     'json without ids': (lambda r: (r/'instances.json').write_text('{"images": [{}], "annotations": [], "categories": []}'), 'is no COCO instances file'),
 }
+def blots(n):
+    "Black masks with a white disk, six times as large"
+    y, x = np.indices((54,84))
+    return [(np.hypot(y-27, x-30-i)<12).astype(np.uint8)*255 for i in range(n)]
+
 @pytest.mark.parametrize('what', HOSTILE)
 def test_hostile_folders(tmp_path, what):
     spoil, said = HOSTILE[what]
@@ -210,6 +435,6 @@ def test_coco_as_it_lies():
     "Its panoptic masks are its semantic masks; instances cover the things of the panoptic masks"
     train, test = quiet(DATA/'coco_mini')
     assert (len(train), len(test), train.n_classes)==(57, 47, 133)
-    for im,mask in find_layout(DATA/'coco_mini')[2].splits['val2017'][:10]: assert (_read_panoptic(mask)==np.array(Image.open(DATA/'coco_mini/semantic'/mask.file.name))).all()
+    for im,mask in find_layout(DATA/'coco_mini')[2].splits['val2017'][:10]: assert ((m := read_panoptic(mask))[m!=BACKGROUND]==np.array(Image.open(DATA/'coco_mini/semantic'/mask.file.name))[m!=BACKGROUND]).all()
     things = quiet(DATA/'coco_mini', layout='coco-instances')
     assert [len(d) for d in things]==[167, 67] and things[0].n_classes==81

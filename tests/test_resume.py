@@ -1,17 +1,19 @@
 "A run that is killed and goes on is the run that was never killed, to the last bit"
-import errno, gc, multiprocessing as mp, os, random, shutil, signal, sys, time, warnings
-from contextlib import nullcontext
+import csv, errno, gc, json, multiprocessing as mp, os, pty, random, resource, shutil, signal, subprocess, sys, threading, time, warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.training import GradientAccumulation
 from PIL import Image
 
 from densessl.callback import checkpoint
-from densessl.callback.checkpoint import (RunStopped, SaveRun, gather_state, newest_checkpoint, read_checkpoint, read_header, restore_state, run_checkpoints,
-                                          write_checkpoint)
+from densessl.callback.checkpoint import (RunStopped, SaveRun, gather_state, newest_checkpoint, numerics, read_checkpoint, read_header, restore_state, run_checkpoints,
+                                          writable_folder, write_checkpoint)
+from densessl.cli import absolute_paths, pretrain
 from densessl.core import InputError
 from densessl.data import image_dls, scene_dls
 from densessl.learner import methods
@@ -30,6 +32,14 @@ def interruptible():
     was = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, was)
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Sums have other last digits with another number of threads, and a forked process must not have more than one"
+    was = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(was)
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
@@ -50,9 +60,7 @@ def make(method, photos=None, workers=0, accumulate=False, seed=0, bs=4):
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
     dls = (scene_dls(4*STEPS, m.recipe(config), bs=bs, seed=0, num_workers=workers) if photos is None else
            image_dls(photos, m.recipe(config), bs=4, seed=0, num_workers=workers, valid_pct=.21))
-    learn = m.learner(dls, arch, config, model_kwargs=kwargs, monitor_every=2, cbs=[GradientAccumulation(12)] if accumulate else [])
-    learn.remove_cb(learn.progress)
-    return learn
+    return m.learner(dls, arch, config, model_kwargs=kwargs, monitor_every=2, cbs=[GradientAccumulation(12)] if accumulate else [])
 
 
 def fit(learn, *cbs):
@@ -379,9 +387,8 @@ def test_shards(photos, tmp_path):
     config = replace(m.presets['scenes'], img_size=32, local_size=16, **change)
     def shards(workers=2, seed=0):
         torch.manual_seed(seed)
-        learn = m.learner(shard_dls(tmp_path/'tars', m.recipe(config), bs=4, seed=0, num_workers=workers, shuffle=8), arch, config, model_kwargs=kwargs, monitor_every=2)
-        learn.remove_cb(learn.progress)
-        return learn
+        dls = shard_dls(tmp_path/'tars', m.recipe(config), bs=4, seed=0, num_workers=workers, shuffle=8)
+        return m.learner(dls, arch, config, model_kwargs=kwargs, monitor_every=2)
     learn = shards()
     fit(learn)
     want = everything(learn)[0]
@@ -391,3 +398,205 @@ def test_shards(photos, tmp_path):
     got = everything(learn)[0]
     assert not [k for k in want if not torch.equal(got[k], want[k])]
     with learn.no_logging(), pytest.warns(UserWarning, match='workers was 2, now 1'): shards(0).fit(EPOCHS, cbs=SaveRun(tmp_path/'copy', resume=True))
+
+
+def test_threads(tmp_path):
+    "Two threads give the same bits as two threads, and another number is said aloud"
+    torch.set_num_threads(2)
+    learn = make('flsl')
+    fit(learn)
+    want = everything(learn)
+    for k in ('run', 'copy'): assert fit(make('flsl'), SaveRun(tmp_path/k), At(STEPS+1, term))==143
+    assert read_header(run_checkpoints(tmp_path/'run')[0])['versions']==numerics() | dict(threads=2)
+    learn = make('flsl', seed=1)
+    fit(learn, SaveRun(tmp_path/'run', resume=True))
+    assert_same(everything(learn), want)
+    torch.set_num_threads(1)
+    learn = make('flsl', seed=1)
+    with learn.no_logging(), pytest.warns(UserWarning, match='threads was 2, now 1.*last digits.*OMP_NUM_THREADS=2'):
+        learn.fit(EPOCHS, cbs=SaveRun(tmp_path/'copy', resume=True))
+
+
+class Bars(Callback):
+    "Where the bars of fastai stand at the first batch"
+    order = 2000
+    def before_fit(self): self.seen = None
+    def after_batch(self):
+        if self.seen: return
+        main, inner = self.progress.mbar.main_bar, self.progress.pbar
+        self.seen = main.last_v, time.time()-main.start_t, inner.last_v, time.time()-inner.start_t
+
+
+@pytest.mark.parametrize('step,epoch,batch', ((2, 0, 3), (STEPS, 1, 1), (STEPS+2, 1, 3)))
+def test_bars_stand_where_the_run_stands(step, epoch, batch, tmp_path):
+    "Epoch, batch and the time they took, so that the estimate of the rest counts all of it"
+    fit(make('flsl'), SaveRun(tmp_path/'run'), At(step, term))
+    path, header, state = newest_checkpoint(tmp_path/'run')
+    assert 0<state['seconds']<60
+    state['seconds'], state['recorder']['seconds'] = 1000., 100.
+    write_checkpoint(path, header, state)
+    bars, learn = Bars(), make('flsl', seed=1)
+    fit(learn, SaveRun(tmp_path/'run', resume=True), bars)
+    assert bars.seen[0]==epoch and bars.seen[2]==batch
+    assert 1000<bars.seen[1]<1060 and (100<bars.seen[3]<160 if step!=STEPS else bars.seen[3]<60)
+
+
+def test_tables_and_curves_of_fastai_lose_no_epoch(photos, tmp_path, monkeypatch):
+    "The file of CSVLogger is whole, and ShowGraphCallback has a place for every value"
+    curves = []
+    monkeypatch.setattr('fastprogress.fastprogress.ConsoleMasterBar.update_graph', lambda self, graphs, *bounds: curves.append([(len(x), len(y)) for x,y in graphs]))
+    def run(*cbs, seed=0):
+        learn = make('flsl', photos, seed=seed)
+        learn.path = tmp_path
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            try: learn.fit(3, cbs=[CSVLogger(), ShowGraphCallback(), *cbs])
+            except RunStopped: pass
+        return [row[:-1] for row in csv.reader(open(tmp_path/'history.csv'))]     # without the time
+    want, drawn = run(), list(curves)
+    curves.clear()
+    for step in (STEPS+1, 2*STEPS, 2*STEPS+3): run(SaveRun(tmp_path/'run', resume=True), At(step, term), seed=step//(2*STEPS))
+    assert run(SaveRun(tmp_path/'run', resume=True), seed=1)==want and len(want)==4
+    assert curves==drawn and drawn[-1]==[(3*STEPS, 3*STEPS), (3, 3)]
+
+
+@contextmanager
+def file_limit(size):
+    "No file may be larger: what writing to a full disk is like"
+    was, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, was[1]))
+    try: yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, was)
+        signal.signal(signal.SIGXFSZ, heard)
+
+@contextmanager
+def small_disk(folder, size='2m'):
+    "A file system of its own"
+    folder.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'none', folder], capture_output=True).returncode: pytest.skip('may not mount')
+    try: yield folder
+    finally: subprocess.run(['umount', folder], check=True)
+
+
+class Between(Callback):
+    "Begin something at one step and end it at another"
+    order, run_valid = 900, False
+    def __init__(self, first, last, begin, end): self.at = {first: begin, last: end}
+    def after_batch(self): self.at.get(self.train_iter, lambda: None)()
+
+
+def test_full_disk_does_not_end_the_run(tmp_path):
+    "A real write that fails in the middle of torch's: a warning for each, and the run is the run"
+    want, learn, limit = straight('flsl', None), make('flsl'), file_limit(30_000)
+    with learn.no_logging(), pytest.warns(UserWarning, match='step 4 could not be written .File too large.; step-00000003.run is whole'):
+        learn.fit(EPOCHS, cbs=[SaveRun(tmp_path/'run', every=1), Between(4, 9, limit.__enter__, lambda: limit.__exit__(None, None, None))])
+    assert_same(everything(learn), want)
+    assert sorted(p.name for p in (tmp_path/'run').iterdir())==['step-00000011.run', 'step-00000012.run']
+    with file_limit(30_000), pytest.raises(InputError, match='no checkpoint can be written.*File too large'): fit(make('flsl'), SaveRun(tmp_path/'new'))
+
+
+def test_file_system_without_room(tmp_path):
+    with small_disk(tmp_path/'disk') as disk:
+        learn = make('flsl')
+        fill = lambda: (disk/'other').write_bytes(bytes(os.statvfs(disk).f_bavail*os.statvfs(disk).f_frsize))
+        with learn.no_logging(), pytest.warns(UserWarning, match='No space left on device'):
+            learn.fit(EPOCHS, cbs=[SaveRun(disk/'run', every=1), Between(4, 9, fill, (disk/'other').unlink)])
+        assert_same(everything(learn), straight('flsl', None))
+        assert len(run_checkpoints(disk/'run'))==2
+
+
+def test_folders_that_cannot_be_written_are_found_before_the_work(tmp_path):
+    (tmp_path/'file').write_text('')
+    with pytest.raises(InputError, match='file. is a file'): SaveRun(tmp_path/'file')
+    with pytest.raises(InputError, match='file. is a file'): SaveRun(tmp_path/'file'/'a'/'b')
+    if os.getuid():                                            # root may write anywhere but on what is read-only
+        (tmp_path/'locked').mkdir(mode=0o500)
+        with pytest.raises(InputError, match='cannot be written to'): SaveRun(tmp_path/'locked'/'run')
+    else:
+        with small_disk(tmp_path/'disk') as disk:
+            subprocess.run(['mount', '-o', 'remount,ro', disk], check=True)
+            with pytest.raises(InputError, match='cannot be written to'): SaveRun(disk/'run')
+    assert writable_folder(tmp_path/'a'/'b')==tmp_path/'a'/'b' and not (tmp_path/'a').exists()
+
+
+def test_files_have_the_mode_of_the_umask(tmp_path):
+    was = os.umask(0o027)
+    try: write_checkpoint(tmp_path/'a.run', {}, {})
+    finally: os.umask(was)
+    assert (tmp_path/'a.run').stat().st_mode & 0o777==0o640
+
+
+# --- the command, as a user starts and stops it -------------------------------------------------------------------------------------------------------------
+
+COMMAND = """import sys, time
+from densessl.callback.teacher import TeacherEMA
+from densessl.cli import densessl_pretrain
+update = TeacherEMA.after_step
+def after_step(self):
+    update(self)
+    time.sleep(.1)        # so that a signal hits the epoch that it is meant for
+TeacherEMA.after_step = after_step
+sys.exit(densessl_pretrain())
+"""
+RUN = ('--epochs 5 --bs 8 --workers 0 --preset scenes --img_size 32 --settings local_size=16,hidden_dim=32,bottleneck_dim=16,n_prototypes=16 --score_every 0 '
+       '--arch vit_tiny_patch16_224 --model_kwargs patch_size=8,embed_dim=24,depth=2,num_heads=3').split()
+
+
+class Process:
+    "The command in a process, with a terminal or without; `says` is what it has printed"
+    def __init__(self, home, args, threads, terminal):
+        (home/'command.py').write_text(COMMAND)
+        env = os.environ | dict(OMP_NUM_THREADS=str(threads), MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore')
+        self.ours, theirs = pty.openpty() if terminal else os.pipe()
+        heard = dict(stdin=theirs if terminal else subprocess.DEVNULL, stdout=theirs, stderr=theirs)
+        as_in_a_terminal = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.p = subprocess.Popen([sys.executable, 'command.py', *args], cwd=home, env=env, preexec_fn=as_in_a_terminal, **heard)
+        os.close(theirs)
+        self.says, self.reader = '', threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self):
+        while True:
+            try: part = os.read(self.ours, 4096)
+            except OSError: part = b''            # a terminal whose other side is closed
+            if not part: return os.close(self.ours)
+            self.says += part.decode(errors='replace')
+
+    def kill(self, signum, epoch, run):
+        "Send a signal when so many epochs have been saved"
+        def saved(): return max((read_header(p)['epoch'] for p in run_checkpoints(run/'checkpoints')), default=-1)
+        while self.p.poll() is None and saved()<epoch: time.sleep(.02)
+        self.p.send_signal(signum)
+        return self.end()
+
+    def end(self):
+        code = self.p.wait(200)
+        self.reader.join(10)
+        return code
+
+
+@pytest.mark.parametrize('threads,terminal,plan', (
+    (1, False, ((signal.SIGINT, 0), (signal.SIGTERM, 2), (signal.SIGKILL, 4))),
+    (2, True, ((signal.SIGKILL, 0), (signal.SIGINT, 2), (signal.SIGTERM, 4)))))
+def test_the_command_is_killed_and_resumed(threads, terminal, plan, tmp_path):
+    "In the first, a middle and the last epoch, with other numbers of workers after each, from another working directory, and with photographs that have moved"
+    home, here, out = tmp_path/'home', tmp_path/'here', tmp_path/'home'/'my run'
+    for d in (home, here): d.mkdir()
+    rng = np.random.default_rng(0)
+    (home/'few').mkdir()
+    for i in range(24): Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((40+i, 40), Image.Resampling.BICUBIC).save(home/'few'/f'{i:02}.jpg')
+    def start(*args, where=home): return Process(where, args, threads, terminal)
+    whole = start('few', *RUN, '--out', 'whole')
+    assert whole.end()==0, whole.says
+    p = start('few', *RUN, '--save_minutes', '0.0001', '--out', 'my run')
+    for i,(signum, epoch) in enumerate(plan):
+        code = p.kill(signum, epoch, out)
+        assert code==(-9 if signum==signal.SIGKILL else 128+signum) and 'Traceback' not in p.says, p.says
+        assert read_header(run_checkpoints(out/'checkpoints')[0])['epoch']==epoch
+        if signum!=signal.SIGKILL: assert f"To go on from there: densessl_pretrain --resume --out '{'my run' if i==0 else out}'" in p.says, p.says
+        if i==1: (home/'few').rename(here/'moved')
+        p = start('--resume', '--workers', str((2, 1, 0)[i]), '--out', str(out), *(['moved'] if i==1 else []), where=here)
+    assert p.end()==0 and 'Traceback' not in p.says, p.says
+    for name in ('backbone.safetensors', 'history.csv'): assert (out/name).read_bytes()==(home/'whole'/name).read_bytes(), name
+    assert not (out/'checkpoints').exists()

@@ -231,8 +231,8 @@ def test_reader_says_what_is_wrong(tmp_path):
     with pytest.raises(InputError, match='has no sequence x: it has drifting'): davis_sequences(tmp_path, names='x')
     Image.new('L', (10,10)).save(tmp_path/'Annotations/480p/drifting/00003.png')
     with pytest.raises(InputError, match='00003.png is 10x10, its image 48x32'): davis_score(colours, tmp_path, multiple=4)
-    Image.new('RGB', (48,32)).save(tmp_path/'Annotations/480p/drifting/00003.png')
-    with pytest.raises(InputError, match='has mode RGB'): davis_score(colours, tmp_path, multiple=4)
+    Image.new('RGB', (48,32), 'red').save(tmp_path/'Annotations/480p/drifting/00003.png')
+    with pytest.raises(InputError, match='holds the numbers of its objects'): davis_score(colours, tmp_path, multiple=4)
     (tmp_path/'Annotations/480p/drifting/00003.png').write_bytes(b'none')
     with pytest.raises(InputError, match='cannot read'): davis_score(colours, tmp_path, multiple=4)
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['random_states', 'set_random_states', 'DamagedCheckpoint', 'write_checkpoint', 'read_header', 'read_checkpoint',
-           'data_identity', 'run_settings', 'compare_settings', 'gather_state', 'restore_state', 'rest_of_epoch',
-           'RunStopped', 'run_checkpoints', 'newest_checkpoint', 'SaveRun']
+           'without_stopping', 'writable_folder', 'data_identity', 'run_settings', 'compare_settings', 'numerics',
+           'other_digits', 'gather_state', 'restore_state', 'show_skipped', 'rest_of_epoch', 'RunStopped',
+           'run_checkpoints', 'newest_checkpoint', 'check_data', 'SaveRun']
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #0cb2834b
 import hashlib, io, json, os, pickle, random, re, signal, threading, time, warnings
@@ -19,9 +20,11 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.torch_core import get_model
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .. import __version__
@@ -55,10 +58,13 @@ class DamagedCheckpoint(InputError):
 
 class _Hashed:
     "A file that sums up what is written to it"
-    def __init__(self, f): self.f, self.sha = f, hashlib.sha256()
+    def __init__(self, f): self.f, self.sha, self.error = f, hashlib.sha256(), None
     def write(self, b):
         self.sha.update(b)
-        return self.f.write(b)
+        try: return self.f.write(b)
+        except OSError as e:
+            self.error = e
+            raise
     def flush(self): self.f.flush()
 
 def write_checkpoint(
@@ -73,7 +79,9 @@ def write_checkpoint(
         with open(part, 'wb') as f:
             out = _Hashed(f)
             out.write(_MAGIC + b' ' + json.dumps(dict(format=_FORMAT)|header).encode() + b'\n')
-            torch.save(_plain(state), out)
+            try: torch.save(_plain(state), out)
+            except RuntimeError as e:                  # torch hides the error of the file behind one of its own
+                raise out.error or e
             f.write(out.sha.digest())
             f.flush()
             os.fsync(f.fileno())
@@ -125,6 +133,30 @@ def read_checkpoint(
     except pickle.UnpicklingError as e: raise InputError(f'{str(path)!r} holds code where only tensors and numbers belong, and was not opened: do not use it') from e
     return header, state
 
+# %% ../../nbs/57_callback.checkpoint.ipynb #6694d358
+@contextmanager
+def without_stopping(
+    what:str,  # What is written, for the warning
+):
+    "A file that cannot be written costs a warning, and not the run"
+    try: yield
+    except (OSError, SafetensorError) as e:
+        reason = getattr(e, 'strerror', None) or e
+        warnings.warn(f'{what} could not be written ({reason}), and training goes on: make room for the next time')
+
+# %% ../../nbs/57_callback.checkpoint.ipynb #6c2e9c81
+def writable_folder(
+    path,    # A folder, or the name of one that is to be made
+)->Path:     # The same
+    "A folder that can be written to, or one sentence that says why not"
+    path = Path(path).expanduser()
+    there = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+    if not there.is_dir():
+        raise InputError(f'{str(there)!r} is a file: choose a folder that can be made')
+    if not os.access(there, os.W_OK|os.X_OK):
+        raise InputError(f'{str(there)!r} cannot be written to (no permission, or a file system that is read-only): choose another folder than {str(path)!r}')
+    return path
+
 # %% ../../nbs/57_callback.checkpoint.ipynb #c0d5ae68
 def _inner(dl): return vars(dl).get('dl', dl)    # a loader may be wrapped for many processes
 
@@ -162,8 +194,6 @@ def run_settings(
         data=data_identity(dl.dataset), shuffle=_inner(dl).shuffle, drop_last=dl.drop_last, canvas=getattr(dl.dataset, 'size', None), recipe=learn.dls.recipe.to_dict() if hasattr(learn.dls, 'recipe') else None)
     return json.loads(json.dumps(_flat(settings), default=str))
 
-def _versions(): return {k: version(k) for k in ('torch', 'fastai', 'timm', 'numpy')} | dict(densessl=__version__)
-
 def compare_settings(
     old:dict,  # Of the run
     new:dict,  # Of this learner
@@ -171,6 +201,22 @@ def compare_settings(
     "What differs between two sets of settings"
     def show(s, k): return repr(s[k]) if k in s else 'nothing'
     return '; '.join(f'{k} was {show(old, k)}, now {show(new, k)}' for k in dict.fromkeys([*old, *new]) if show(old, k)!=show(new, k))
+
+# %% ../../nbs/57_callback.checkpoint.ipynb #b403253a
+def numerics()->dict:  # One level, what JSON can hold
+    "What the last digits of a result depend on, beside the settings: versions, threads, instructions of the CPU"
+    versions = {k: version(k) for k in ('torch', 'fastai', 'timm', 'numpy', 'pillow')} | dict(densessl=__version__)
+    return versions | dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
+
+def other_digits(
+    old:dict,  # From `numerics`, when the checkpoint was written; what it lacks is not compared
+    new:dict,  # From `numerics`, now
+)->str:        # '' if nothing differs
+    "The sentence that says what differs and what it means"
+    differ = compare_settings(old, {k: v for k,v in new.items() if k in old})
+    if not differ: return ''
+    threads = f'; OMP_NUM_THREADS={old["threads"]} sets the threads' if 'threads was' in differ else ''
+    return f'the checkpoint was computed with something else ({differ}): sums are added in another order, so the numbers may differ in the last digits from those of a run without a stop{threads}'
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #644e5285
 def _stateful(learn, but=None):
@@ -238,6 +284,32 @@ def restore_state(
     for cb,n in zip([cb for cb in learn.cbs if isinstance(cb, GradientAccumulation)], state['accumulated']): cb.count = n
     _load_recorder(learn.recorder, state['recorder'])
     learn.train_iter, learn.pct_train = state['step'], state['pct']
+
+# %% ../../nbs/57_callback.checkpoint.ipynb #e1f22ecc
+def show_skipped(
+    learn,          # Learner inside a fit, with the recorder as it was
+    epochs:int,     # Epochs that are not trained again
+    seconds:float,  # What the run has taken so far
+    rows:list,      # Rows of fastai's table
+):
+    "Tell bars, curves and tables what was there before"
+    for cb in learn.cbs:
+        bar = vars(cb).get('mbar')
+        if hasattr(type(cb), 'skip_epochs'): cb.skip_epochs(epochs, seconds)
+        elif bar and epochs:
+            bar.update(0)                          # fastprogress takes its start from here
+            _set_clock(cb, seconds)
+            bar.update(epochs)
+        if isinstance(cb, ShowGraphCallback):
+            cb.nb_batches = [(i+1)*len(learn.dls.train) for i in range(epochs)]
+        if isinstance(cb, CSVLogger) and not cb.append:
+            cb.file.writelines(','.join(map(str, row))+'\n' for row in rows)
+
+def _set_clock(cb, run, epoch=None):
+    "Let the bars of `cb` count from so many seconds ago"
+    main = getattr(vars(cb).get('mbar'), 'main_bar', None)
+    for bar,seconds in ((main, run), (vars(cb).get('pbar'), epoch)):
+        if seconds is not None and hasattr(bar, 'start_t'): bar.start_t = time.time()-seconds
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #7afec5a9
 class _First:
@@ -328,6 +400,21 @@ def newest_checkpoint(
 
 def _place(h): return f'after {h["epoch"]} of {h["epochs"]} epochs' + (f' and {h["batch"]} of {h["batches"]} batches' if h['batch'] else '')
 
+# %% ../../nbs/57_callback.checkpoint.ipynb #81748925
+def check_data(
+    folder,  # Folder of `SaveRun`; without a checkpoint in it there is nothing to compare
+    ds,      # Data set to go on with
+):
+    "An error if the newest checkpoint was trained on other photographs"
+    for path in run_checkpoints(folder):
+        try: old = read_header(path)['settings']
+        except DamagedCheckpoint: continue
+        new = {f'data.{k}': v for k,v in data_identity(ds).items()}
+        if not compare_settings({k: v for k,v in old.items() if k.startswith('data.')}, new): return
+        n, m = old.get('data.images'), new.get('data.images')
+        count = f'{n} then, {m} now' if n!=m else f'{n} as before, but with other names'
+        raise InputError(f'the run in {str(folder)!r} was trained on other photographs ({count}): name the folder that holds them, or begin another run')
+
 # %% ../../nbs/57_callback.checkpoint.ipynb #862fda0e
 def _order_settings(dl): return dl.order_settings() if hasattr(type(dl), 'order_settings') else {}   # a loader of shards
 
@@ -349,19 +436,21 @@ class SaveRun(Callback):
         keep:int=2,           # Checkpoints to keep, the newest
         resume:bool=False,    # Go on with the run in `folder`; an empty folder starts one
         settings:dict=None,   # More settings that must be the same, e.g. dict(seed=0)
+        command:str=None,     # What resumes the run, printed when it is stopped; None: the call of Python
     ):
         super().__init__()
         for k,v in dict(minutes=minutes, every=every).items():
             if v is not None and not v>0: raise InputError(f'{k} must be > 0, got {v}: None leaves it out')
         if keep<1: raise InputError(f'keep must be at least 1, got {keep}')
-        self.folder, self.minutes, self.every, self.keep, self.resume, self.more = Path(folder), minutes, every, keep, resume, settings or {}
+        self.folder, self.minutes, self.every, self.keep, self.resume, self.more = writable_folder(folder), minutes, every, keep, resume, settings or {}
+        self.command = command or f'the same fit with SaveRun({str(folder)!r}, resume=True)'
         self.stopped, self.pending, self.handlers, self.held, self.seconds = None, None, {}, False, []
 
     def before_fit(self):
         "Go on or begin, and listen for signals"
         self.run = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())   # not for lr_find, validate, get_preds
         if not self.run: return
-        self.stopped, self.pending, self.first = None, None, 0
+        self.stopped, self.pending, self.first, self.began, self.rows = None, None, 0, time.time(), []
         self.mine = run_settings(self.learn) | json.loads(json.dumps(_flat(self.more), default=str))
         path = _from_first(self._open)
         if path is None: self._save(0, 0, must=True)
@@ -374,7 +463,6 @@ class SaveRun(Callback):
     def _open(self):
         "Path of the checkpoint to go on with, or None; an error if the folder is not for this run"
         d, found = self.folder, run_checkpoints(self.folder)
-        if d.is_file(): raise InputError(f'{str(d)!r} is a file: give a folder for the checkpoints')
         strange = sorted(p.name for p in d.iterdir() if not p.name.startswith('step-')) if d.exists() else []
         if strange and not found: raise InputError(f'{str(d)!r} holds {_some(strange, 3)} but no checkpoint of a run: choose another folder')
         if found and not self.resume: raise InputError(f'{str(d)!r} holds checkpoints already, the newest is {found[0].name}: go on with that run (resume=True) or choose another folder')
@@ -393,7 +481,7 @@ class SaveRun(Callback):
         if header['method']!=self.mine['method']: raise InputError(f'{path!r} is a run of {header["method"]}, but this learner trains {self.mine["method"]}: choose another folder')
         if differ := compare_settings(header['settings'], self.mine): raise InputError(f'{path!r} is of a run with other settings: {differ}. Give it the same settings to go on, or choose another folder')
         _check_state(state, self.learn)
-        if differ := compare_settings(header['versions'], _versions()): warnings.warn(f'the run was begun with other versions ({differ}): it goes on, but its numbers may differ in the last digits')
+        if differ := other_digits(header['versions'], numerics()): warnings.warn(differ)
         if differ := compare_settings(header['loader'], _order_settings(_inner(self.dls.train))): warnings.warn(f'the order of the photographs depends on settings that have changed ({differ}): the rest of the epoch sees others, everything else goes on as it was')
         for p in self.folder.glob('step-*.run.part') if not _rank() else (): p.unlink()       # a write that was killed
         if not _rank(): print(f'going on with {path}, {_place(header)}', flush=True)
@@ -402,7 +490,9 @@ class SaveRun(Callback):
         if state['bad_files']: self.dls.bad_files.load_state_dict(state['bad_files'])
         for dl,s in zip(self.dls.loaders, own['loaders']): _inner(dl).rng.setstate(s)
         set_random_states(own['now'])
-        self.first, self.last = header['epoch'], (state['step'], time.monotonic())
+        self.first, self.last, self.saved = header['epoch'], (state['step'], time.monotonic()), (Path(path), header)
+        self.rows, self.began = state.get('rows', []), time.time()-state.get('seconds', 0.)
+        show_skipped(self.learn, self.first, time.time()-self.began, self.rows)
         n = len(self.dls.train)
         if header['batch']: self.pending = min(n, header['batch']*n//header['batches']), state, own     # another number of processes may have other epochs
 
@@ -450,6 +540,7 @@ class SaveRun(Callback):
             state, own = held
             restore_state(state, learn, self)        # again, as the events that begin an epoch set sums and progress back
             set_random_states(own['now'])
+            for cb in learn.cbs: _set_clock(cb, time.time()-self.began, state['recorder']['seconds'])
             held.clear()
         self.start = held[1]['start']
         _inner(dl).rng.setstate(self.start['loader'])
@@ -459,13 +550,16 @@ class SaveRun(Callback):
         finally: vars(learn).pop('one_batch', None)
 
     def after_batch(self): self._save_or_stop(self.epoch, self.iter+1)
-    def after_epoch(self): self._save_or_stop(self.epoch+1, 0, self.epoch+1==self.n_epoch)
+    def after_epoch(self):
+        self.rows = [*self.rows, list(self.learn.recorder.log)]
+        self._save_or_stop(self.epoch+1, 0, self.epoch+1==self.n_epoch)
 
     def _save_or_stop(self, epoch, batch, must=False):
         "Save if it is time, stop if told to"
         step, moment = self.last
         due = self.every is not None and self.train_iter-step>=self.every or self.minutes is not None and time.monotonic()-moment>=60*self.minutes
-        due, stop = (_ranks_where(o, self.learn.loss.device) for o in (due, self.stopped is not None))
+        device = next(self.learn.model.parameters()).device      # the loss is a zero on the CPU before the first batch
+        due, stop = (_ranks_where(o, device) for o in (due, self.stopped is not None))
         if due or stop or must: self._save(epoch, batch)
         if stop: self._stop()
 
@@ -476,10 +570,11 @@ class SaveRun(Callback):
         ranks = _all(dict(now=random_states(), loaders=[_inner(dl).rng.getstate() for dl in learn.dls.loaders], start=self.start if batch else None))
         if _rank(): return
         header = dict(version=__version__, method=self.mine['method'], epoch=epoch, epochs=learn.n_epoch, batch=batch, batches=len(learn.dls.train), step=learn.train_iter,
-                      processes=len(ranks), loader=_order_settings(_inner(learn.dls.train)), settings=self.mine, versions=_versions())
+                      processes=len(ranks), loader=_order_settings(_inner(learn.dls.train)), settings=self.mine, versions=numerics())
         path = self.folder/f'step-{learn.train_iter:08}.run'
         bad = learn.dls.bad_files.state_dict() if hasattr(learn.dls, 'bad_files') else {}
-        try: write_checkpoint(path, header, gather_state(learn, self) | dict(ranks=ranks, bad_files=bad))
+        state = gather_state(learn, self) | dict(ranks=ranks, bad_files=bad, rows=self.rows, seconds=time.time()-self.began)
+        try: write_checkpoint(path, header, state)
         except OSError as e:
             if must: raise InputError(f'no checkpoint can be written to {str(self.folder)!r} ({e.strerror}): choose another folder') from e
             warnings.warn(f'the checkpoint of step {learn.train_iter} could not be written ({e.strerror}); {run_checkpoints(self.folder)[0].name} is whole, and training goes on. Make room: a checkpoint is kept until the next one is complete')
@@ -513,7 +608,7 @@ class SaveRun(Callback):
     def _stop(self):
         "End the fit as fastai does"
         if self.stopped is None: self.stopped = signal.SIGTERM     # another process was told
-        if not _rank(): print(f'stopped; the state {_place(self.saved[1])} is in {self.saved[0]}, and resume=True goes on from there', flush=True)
+        if not _rank(): print(f'stopped; the state {_place(self.saved[1])} is in {self.saved[0]}. To go on from there: {self.command}', flush=True)
         raise CancelFitException
 
     def after_fit(self):

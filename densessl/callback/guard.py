@@ -130,10 +130,10 @@ class StopIfNotFinite(Callback):
         self.row += 1
         if self.row<=self.skip:
             for b,was in self.kept: b.data.copy_(was)
-            self.skipped.append(dict(step=self.train_iter, epoch=self.epoch, what=what, terms=self._terms(), ranks=ranks))
+            self.skipped.append(dict(step=self.train_iter, epoch=self.epoch+1, what=what, terms=self._terms(), ranks=ranks))
             if what=='loss': self.learn.yb = ()      # the recorder passes over it
             raise cancel()
-        where = f'step {self.train_iter} of epoch {self.epoch}' + (f' in process {", ".join(map(str, ranks))} of {_world()}' if _world()>1 else '')
+        where = f'step {self.train_iter} of epoch {self.epoch+1}' + (f' in process {", ".join(map(str, ranks))} of {_world()}' if _world()>1 else '')
         again = f'; {self.skip} steps before it were left out' if self.skip else ''
         raise InputError(_all(text(where))[ranks[0]] + again)
 
@@ -168,8 +168,8 @@ class StopIfNotFinite(Callback):
 
     def after_train(self):
         "Say how many steps of the epoch were left out"
-        n = sum(o['epoch']==self.epoch for o in self.skipped)
-        if n and not _rank(): warnings.warn(f'epoch {self.epoch}: {n} steps were left out because loss or gradient were not finite')
+        n = sum(o['epoch']==self.epoch+1 for o in self.skipped)
+        if n and not _rank(): warnings.warn(f'epoch {self.epoch+1}: {n} steps were left out because loss or gradient were not finite')
 
 # %% ../../nbs/54_callback.guard.ipynb #38a6a9f7
 def is_out_of_memory(
@@ -222,4 +222,4 @@ class OutOfMemory(Callback):
         acc = next((cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
         half = any(isinstance(cb, MixedPrecision) or type(cb).__name__=='AutocastBF16' for cb in self.learn.cbs)
         advice = memory_advice(self.dls.bs, getattr(config, 'img_size', None), getattr(config, 'n_local', None), acc, half)
-        return f'{next(self.learn.model.parameters()).device} is out of memory at step {self.train_iter} of epoch {self.epoch}: {advice}'
+        return f'{next(self.learn.model.parameters()).device} is out of memory at step {self.train_iter} of epoch {self.epoch+1}: {advice}'

@@ -136,14 +136,14 @@ class CollapseMonitor(Callback):
         "Measure what the model has just put out"
         if not torch.isfinite(self.learn.loss.detach()).all(): return
         if (self.train_iter-1)%self.every==0 or self.iter+1==self.n_iter:
-            self.history.append(dict(step=self.train_iter, epoch=self.epoch, progress=float(self.pct_train), loss=self.learn.loss.item()) | self.measure(self.learn))
+            self.history.append(dict(step=self.train_iter, epoch=self.epoch+1, progress=float(self.pct_train), loss=self.learn.loss.item()) | self.measure(self.learn))
 
     def after_train(self):
         "Say what the mean of the epoch means, each sentence once"
-        rows = [h for h in self.history if h['epoch']==self.epoch]
+        rows = [h for h in self.history if h['epoch']==self.epoch+1]
         if not rows: return
         for s in self.diagnose({k: sum(r[k] for r in rows)/len(rows) for k in rows[0]}):
-            if s[:12] not in self._said: warnings.warn(f'epoch {self.epoch}: {s}')
+            if s[:12] not in self._said: warnings.warn(f'epoch {self.epoch+1}: {s}')
             self._said.add(s[:12])
 
     def state_dict(self):

@@ -1,0 +1,89 @@
+"The progress of a run as a user sees it: a real process in a terminal of 80 columns, and one whose output goes to a file"
+import os, re, signal, subprocess, sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SCRIPT = 'import sys\nfrom densessl.cli import densessl_pretrain\nsys.exit(densessl_pretrain())\n'
+ARGS = ('photos --arch vit_tiny_patch16_224 --preset scenes --img_size 32 --model_kwargs patch_size=8,embed_dim=24,depth=1,num_heads=3 '
+        '--bs 8 --workers 0 --epochs 5 --score_every 2 --out run').split()
+ENV = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore::FutureWarning')
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A folder with photographs"
+    home, rng = tmp_path_factory.mktemp('progress'), np.random.default_rng(0)
+    (home/'photos').mkdir()
+    for i in range(44):
+        Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((64, 48), Image.Resampling.BICUBIC).save(home/f'photos/{i}.jpg')
+    (home/'script.py').write_text(SCRIPT)
+    return home
+
+
+def in_terminal(home, args, columns=80, stop_at=None):
+    "All that a command writes to a terminal; SIGINT once `stop_at` is seen"
+    pty = pytest.importorskip('pty')
+    import fcntl, struct, termios
+    mine, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
+    env = {k: v for k,v in ENV.items() if k not in ('COLUMNS', 'LINES')}
+    p = subprocess.Popen([sys.executable, 'script.py', *args], cwd=home, env=env, stdin=its, stdout=its, stderr=its, start_new_session=True)
+    os.close(its)
+    out = b''
+    while True:
+        try: new = os.read(mine, 2**16)
+        except OSError: break                # the other end is closed
+        if not new: break
+        out += new
+        if stop_at and re.search(stop_at, out):
+            p.send_signal(signal.SIGINT)
+            stop_at = None
+    os.close(mine)
+    return p.wait(60), out.decode()
+
+
+def screen(text):
+    "The lines that are left on a screen that does not wrap: a carriage return goes back to the first column"
+    lines = []
+    for raw in text.replace('\r\n', '\n').split('\n'):
+        line = []
+        for part in raw.split('\r'): line[:len(part)] = part
+        lines.append(''.join(line).rstrip())
+    return lines
+
+
+@pytest.fixture(scope='module')
+def runs(home):
+    "A run in a terminal, stopped in its third epoch; and the rest of it, into a file"
+    code, terminal = in_terminal(home, ARGS, stop_at=rb'epoch 3 of 5 [^\r]*[23]/5')
+    with open(home/'log.txt', 'w') as f:
+        rest = subprocess.run([sys.executable, 'script.py', '--resume', '--out', 'run'], cwd=home, env=ENV, stdout=f, stderr=subprocess.STDOUT, timeout=300)
+    log = (home/'log.txt').read_bytes().decode()
+    assert (code, rest.returncode) == (128+signal.SIGINT, 0), terminal + log
+    return terminal, log
+
+
+def test_bar_fits_the_terminal(runs):
+    bars = re.findall(r'\r(epoch \d+ of 5 [^\r\n]*)', runs[0])
+    assert bars and max(map(len, bars)) < 80
+    numbers = r'epoch 2 of 5 \[[#.]+\] \d/5  \d\d:\d\d left  [\d.]+ img/s  data \d+ %  \d+\.\d GB'
+    assert any(re.match(numbers, b) for b in bars), bars
+
+
+def test_finished_epochs_and_other_lines_stand_alone(runs):
+    lines = screen(runs[0])
+    assert sum(bool(re.match(r'epoch [12] of 5: loss [\d.]+, valid loss ', l)) for l in lines) == 2, lines
+    assert not [l for l in lines if re.match(r'epoch \d of 5 ', l) and 'SIGINT' not in l and not l.startswith('epoch 3')], lines
+    assert all(len(l) < 80 for l in lines if l.startswith('epoch 1 of 5') or l.startswith('epoch 2 of 5'))
+    assert any(l.startswith('before training: ') for l in lines) and any(l.startswith('stopped') for l in lines), lines
+
+
+def test_a_file_gets_one_line_an_epoch(runs):
+    "Also after a resume: it begins with the epoch that was stopped"
+    assert '\r' not in runs[1]
+    said = [l for l in runs[1].splitlines() if l.startswith('epoch ') and ' of 5' in l]
+    assert [l.split(':')[0] for l in said] == ['epoch 3 of 5', 'epoch 4 of 5', 'epoch 5 of 5'], runs[1]
+    assert 'left' in said[1] and 'left' not in said[2]
+    assert all('waiting for data' in l and 'img/s' in l and 'valid loss' in l for l in said), said
