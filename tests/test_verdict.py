@@ -16,7 +16,7 @@ from densessl.report import evaluate
 from densessl.synthetic import CLASSES, draw_scenes
 from densessl.transfer import export_backbone
 from densessl.verdict import GAUGE_NAMES, diverged_loss, gain_over_starts, gather_statistics, judge_training, random_start
-from test_score import LABELLED, fit, learner, photos
+from test_score import LABELLED, TINY, fit, learner, photos
 
 SMALL = dict(
     clove=dict(arch='test_resnet', model_kwargs='output_stride=8,stem_width=8,channels=[16,16,16,24]', settings='local_size=16,n_local=1,hidden_dim=32,out_dim=16,num_heads=2,k=4'),
@@ -183,3 +183,10 @@ def test_gathering_is_torchs_average_and_no_weight_changes():
     gather_statistics(enc, [torch.randn(4, 3, 32, 32)]*2)
     changed = {k.rsplit('.', 1)[1] for k,v in enc.state_dict().items() if not torch.equal(v, was[k])}
     assert changed=={'running_mean', 'running_var', 'num_batches_tracked'} and not enc.training
+
+def test_a_learner_knows_that_its_weights_were_published(tmp_path):
+    config, arch, kwargs = TINY['flsl']
+    enc = dense_encoder(arch, img_size=32, pos_scale=config.pos_scale, **kwargs)
+    export_backbone(random_start(enc, 5), tmp_path/'b.safetensors')
+    cb = fit(learner('flsl', None, DenseScore(labelled=LABELLED, verbose=False), init=tmp_path/'b.safetensors'), 1, lr=0., wd=0.).dense_score
+    assert 'against published weights' in cb.conclusion.said and cb.conclusion.gains[0].gain==0. and cb.conclusion.gains[0].seeds==0.
