@@ -179,7 +179,7 @@ class DenseScore(Callback):
         gauges:dict=None,   # Arguments of the gauges, as dict(things=4, beta=10.)
         verbose:bool=True,  # Print a line a scoring
         starts:int=5,       # Random starts to compare with, the own one included
-        published:bool=False, # Training starts from published weights: these are what it is compared with
+        published:bool=None, # Training starts from published weights, which it is compared with; default as the learner says
         say:bool=True,      # Say the verdict at the end of a fit; False leaves it to `conclude`
     ):
         super().__init__()
@@ -337,10 +337,11 @@ class DenseScore(Callback):
 
     def after_fit(self):
         "Say what it came to, if it has come to its end"
-        if self.say and len(self.history)>1 and self.done[0]==self.base[0]+self.n_epoch: _from_first(self._say)
+        if self.say and self.done[0]==self.base[0]+self.n_epoch: _from_first(self._say)
 
     def _say(self):
         "The verdict as a warning if something is wrong, or else as a line"
+        if len(self.history)<2: return
         words = self.conclude()
         if self.conclusion.answer=='harmed' or any(self._trouble().values()): warnings.warn(words)
         elif self.verbose: print(words, flush=True)
@@ -361,7 +362,8 @@ class DenseScore(Callback):
     def _score_start(self):
         if self.history: return      # by a fit that was broken off before its first step
         product = self.method.product
-        if self.published: self.start_name = 'published weights'
+        published = getattr(product, 'published', False) if self.published is None else self.published
+        if published: self.start_name = 'published weights'
         elif getattr(getattr(self.learn, 'collapse_monitor', None), 'history', []): self.start_name = 'the start of this fit'   # trained before
         fresh = self.start_name=='random start' and isinstance(product, DenseEncoder) and has_batch_norm(product)
         self._start = (self.gathered(product) if fresh else copy.deepcopy(product)).cpu().eval().requires_grad_(False)
