@@ -26,7 +26,8 @@ def _first(names, n=4):
 def _is_pickle(path):
     "Was the file written by `torch.save` or pickle?"
     with open(path, 'rb') as f: head = f.read(512)
-    return head[:4]==b'PK\x03\x04' or head[:1]==b'\x80' or b'ustar' in head
+    if head[8:9]==b'{': return False    # safetensors: eight bytes for the length, of any value, then JSON
+    return head[:4]==b'PK\x03\x04' or head[:1]==b'\x80' or head[257:262]==b'ustar'
 
 def _read(path):
     "Header and tensors of a safetensors file, or one sentence"
@@ -314,7 +315,7 @@ def open_backbone(
         if arch or named or model_kwargs: raise InputError(f'{str(path)!r} says itself which network it holds: leave the architecture out')
         encoder = load_backbone(path)
         with safe_open(path, 'pt') as f: card = json.loads(f.metadata()['densessl'])
-        return encoder, {k: tuple(card[k]) for k in ('mean', 'std') if card.get(k)}
+        return encoder, {k: tuple(card.get(k) or _IMAGENET[k]) for k in ('mean', 'std')}
     encoder, said = _foreign(path, arch or named, size, **model_kwargs)
     if verbose: print(f"{said}. Its input is normalised with ImageNet's mean and standard deviation.", flush=True)
     return encoder.eval(), dict(_IMAGENET)
