@@ -6,7 +6,7 @@
 __all__ = ['load_backbone', 'read_checkpoint', 'open_backbone', 'init_backbone', 'network_of']
 
 # %% ../nbs/33_weights.ipynb #dd780f0b
-import argparse, json, math, re, sys
+import argparse, functools, json, math, re, sys
 from pathlib import Path
 
 import numpy as np
@@ -235,18 +235,23 @@ def _guess_vit(state):
     if arch=='vit_small_patch16_224' and any('base_encoder' in p for p in places): kwargs['num_heads'] = 12   # MoCo v3
     return arch, kwargs
 
+@functools.lru_cache
+def _shapes(arch):
+    "Name -> shape of the tensors of a network of timm without classifier"
+    with torch.device('meta'): return {k: v.shape for k,v in timm.create_model(arch, num_classes=0).state_dict().items()}
+
 def _guess_cnn(state):
     "timm names of the usual networks that have these tensors"
     found = []
     for arch in _CNNS:
-        with torch.device('meta'): want = timm.create_model(arch, num_classes=0).state_dict()
+        want = _shapes(arch)
         anchor = next(iter(want))
         for place in (k[:-len(anchor)] for k in state if k==anchor or k.endswith('.'+anchor)):
             have = {k[len(place):]: v.shape for k,v in state.items() if k.startswith(place)}
             roots = {k.partition('.')[0] for k in want} - set(_HEADS)
             body = {k for k in have if k.partition('.')[0] in roots}
             counted = {k for k in want if not k.endswith('num_batches_tracked')}
-            if body<=set(want) and all(have.get(k)==want[k].shape for k in counted): found.append(arch)
+            if body<=set(want) and all(have.get(k)==want[k] for k in counted): found.append(arch)
     return list(dict.fromkeys(found))
 
 def _foreign(path, arch=None, size=None, **model_kwargs):
