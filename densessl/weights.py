@@ -199,7 +199,7 @@ def _fill(encoder, state, source, arch=None):
         if 'pos_embed' in fitted: _keep_fixed(encoder)
         said = f'{source}: {encoder.arch}' + (f', its weights from {place.rstrip(".")!r}' if place else '')
         if others := [p.rstrip('.') for p in places if p!=place]: said += f', not from {_first(map(repr, others))}'
-        if left: said += f'; left out: {_first(left, 3)}'
+        if heads := [k for k in left if k!='cls_token']: said += f'; left out: {_first(heads, 3)}'
         return said + ('; the class token is dropped' if place+'cls_token' in state and 'cls_token' not in want else '')
     raise InputError(f'the weights of {source} are not those of {arch or encoder.arch} with {encoder.model_kwargs}; {why}')
 
