@@ -177,7 +177,12 @@ def test_the_plain_name_of_timm_loads_and_the_record_says_how_to_have_equal_feat
         own.load_state_dict({k: v[:,1:] if k=='pos_embed' else v for k,v in state.items() if k!='cls_token'})
         assert .99<near<1
         torch.testing.assert_close(own.forward_features(x), e(x), rtol=0, atol=0)
-    assert 'model_kwargs' in card['note']
+    assert 'model_kwargs' in card['note'] and transfer.plain_arguments(e)==VIT | dict(num_classes=0, dynamic_img_size=True)
+    for arch in ('test_vit', 'vit_base_patch16_clip_224', 'vit_medium_patch16_gap_256', 'vit_wee_patch16_reg1_gap_256', 'deit_tiny_distilled_patch16_224'):
+        other = dense_encoder(arch, img_size=64, depth=1)
+        export_backbone(other, f, overwrite=True)
+        timm.create_model(arch, checkpoint_path=f, **transfer.plain_arguments(other))
+        load_backbone(f)
     e = dense_encoder('test_resnet', img_size=64).eval()
     export_backbone(e, tmp_path/'cnn.safetensors')
     net = timm.create_model('test_resnet', num_classes=0, checkpoint_path=tmp_path/'cnn.safetensors').eval()
