@@ -39,7 +39,7 @@ from .callback.score import DenseScore, kept_photographs
 from .report import open_backbone
 from .learner import dense_picture, methods, similarity_picture
 from .synthetic import CLASSES, draw_scenes
-from .transfer import export_backbone
+from .transfer import export_backbone, plain_arguments
 
 # %% ../nbs/70_cli.ipynb #2e0e8fdd
 def run_folder(
@@ -365,8 +365,10 @@ def _job(**arguments):
 
 def _how_to_load(encoder, path):
     "Lines of Python that give the backbone"
-    kwargs = ''.join(f', {k}={v!r}' for k,v in encoder.model_kwargs.items())
-    return ['Load the backbone with', f'  from densessl.all import load_backbone; encoder = load_backbone({str(path)!r})', 'or without densessl',
+    plain = plain_arguments(encoder)
+    kwargs = ''.join(f', {k}={v!r}' for k,v in plain.items())
+    nearly = '' if plain==encoder.model_kwargs else ' (with a class token of zeros, so nearly the same features)'
+    return ['Load the backbone with', f'  from densessl.all import load_backbone; encoder = load_backbone({str(path)!r})', f'or without densessl{nearly}',
             f'  timm.create_model({encoder.arch!r}, checkpoint_path={str(path)!r}{kwargs})']
 
 # %% ../nbs/70_cli.ipynb #82f71418
