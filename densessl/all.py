@@ -42,7 +42,9 @@ from .video import *
 from .figures import *
 from .gauges import *
 from .callback.score import *
+from .verdict import *
 from .report import *
+from .run_report import *
 
 # %% ../nbs/80_all.ipynb #6804bf04
 __all__ = [o for o in globals() if not o.startswith('_') and o!='fastai']

@@ -37,6 +37,7 @@ from .callback.checkpoint import SaveRun, check_data, run_checkpoints
 from .callback.progress import memory_in_use
 from .callback.score import DenseScore, kept_photographs
 from .report import open_backbone
+from .run_report import run_report
 from .learner import dense_picture, methods, similarity_picture
 from .synthetic import CLASSES, draw_scenes
 from .transfer import export_backbone, plain_arguments
@@ -263,12 +264,17 @@ def _report(learn, score, out, photos, minutes, method, epochs, others, say):
     after = [replace(s, model=last) for s in score.scores if s.model==f'epoch {epochs}' and s.probe in SCORES]
     scores = [*starts, *others, *after]
     write_scores(scores, out/'scores.json')
-    dense_picture(photos, dict(before=start, after=trained), model.mask_beta, recipe).savefig(out/'picture.png')
-    similarity_picture(photos, dict(before=start, after=trained), recipe).savefig(out/'similarity.png')
+    dense_picture(photos, dict(before=start, after=trained), model.mask_beta, recipe).savefig(out/'picture.png', dpi=144)
+    similarity_picture(photos, dict(before=start, after=trained), recipe).savefig(out/'similarity.png', dpi=144)
     score.plot().savefig(out/'curves.png')
     words = score.conclude(last, others)
-    say(f'\ntrained for {minutes:.1f} minutes; the frozen baselines and the trained backbone:\n{scores_table(scores)}\n\n{words}')
-    if dls.bad_files: say(f'{len(dls.bad_files)} files could not be read and were left out:\n{dls.bad_files.report()}')
+    table = scores_table(scores, protocol=False)
+    say(f'\ntrained for {minutes:.1f} minutes; the frozen baselines and the trained backbone:\n{table}\n\n{words}')
+    bad = f'{len(dls.bad_files)} files could not be read and were left out:\n{dls.bad_files.report()}' if dls.bad_files else ''
+    if bad: say(bad)
+    load = _how_to_load(trained, out/'backbone.safetensors')
+    run_report(out, words, score.conclusion.answer, [bad] if bad else [], load)
+    say(*load, f'All of it on one page: {out/"report.html"}')
     return scores
 
 # %% ../nbs/70_cli.ipynb #1a87dd0d
@@ -360,7 +366,7 @@ def _job(**arguments):
     if not first: return out, [], learn
     scores = _report(learn, score, out, photos, minutes, job.method, job.epochs, others, say)
     shutil.rmtree(out/'checkpoints')
-    say(f'written to {out}: ' + ', '.join(sorted(p.name for p in out.iterdir())), *_how_to_load(learn.model.product, out/'backbone.safetensors'))
+    say(f'written to {out}: ' + ', '.join(sorted(p.name for p in out.iterdir())))
     return out, scores, learn
 
 def _how_to_load(encoder, path):
