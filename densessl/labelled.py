@@ -44,13 +44,17 @@ class SegmentationData:
         if x.dtype!=torch.uint8 or x.ndim!=4 or x.shape[1]!=3:
             raise InputError(f'images must be uint8 (n,3,h,w), got {x.dtype} {tuple(x.shape)}')
         if m.is_floating_point() or m.ndim!=3 or len(m)!=len(x):
-            raise InputError(f'masks must be integers ({len(x)},H,W), one for each image, got {m.dtype} {tuple(m.shape)}')
+            raise InputError(f'masks must be integers ({len(x)},H,W), one for each image, got {m.dtype} '
+                             f'{tuple(m.shape)}')
         if not len(x): raise InputError(f'{self.name} holds no image')
         if C<1: raise InputError(f'n_classes must be at least 1, got {C}')
         found = _labels_in(m) - {self.ignore_index}
-        if not found: raise InputError(f'{self.name}: every pixel has the ignored label {self.ignore_index}, nothing can be scored')
+        if not found:
+            raise InputError(f'{self.name}: every pixel has the ignored label {self.ignore_index}, nothing can be '
+                             f'scored')
         if bad := sorted(l for l in found if not 0<=l<C):
-            raise InputError(f'{self.name}: masks hold the labels {bad[:8]}, outside 0..{C-1}: set n_classes or ignore_index, or pass remap')
+            raise InputError(f'{self.name}: masks hold the labels {bad[:8]}, outside 0..{C-1}: set n_classes or '
+                             f'ignore_index, or pass remap')
         _check_names(self.classes, C)
     def __len__(self): return len(self.images)
     def __getitem__(self, i):
@@ -66,7 +70,8 @@ class SegmentationData:
 def _labels_in(masks): return {l for part in masks.split(64) for l in part.unique().tolist()}
 
 def _check_names(classes, C):
-    if classes is not None and len(classes)!=C: raise InputError(f'classes must name all {C} classes, got {len(classes)} names')
+    if classes is not None and len(classes)!=C:
+        raise InputError(f'classes must name all {C} classes, got {len(classes)} names')
 
 def _part_name(name, i):
     if not isinstance(i, slice): raise TypeError('labelled data take slices: data[:10], data[::2]')
@@ -140,7 +145,8 @@ class SegmentationFiles:
     read_as:str=None         # How the files are read, in words
     def __post_init__(self):
         if not self.pairs: raise InputError(f'{self.name} holds no image')
-        if self.n_classes>MAX_CLASSES: raise InputError(f'{self.name}: at most {MAX_CLASSES} classes can be scored, got {self.n_classes}')
+        if self.n_classes>MAX_CLASSES:
+            raise InputError(f'{self.name}: at most {MAX_CLASSES} classes can be scored, got {self.n_classes}')
         _check_names(self.classes, self.n_classes)
     def __len__(self): return len(self.pairs)
     def __getitem__(self, i): return replace(self, name=_part_name(self.name, i), pairs=self.pairs[i])
@@ -154,7 +160,8 @@ class SegmentationFiles:
         found, where = m.unique(return_inverse=True)
         if lost := [l for l in found.tolist() if l not in self.table]:
             listed = ', '.join(map(label_name, lost[:8]))
-            raise InputError(f'{_file_of(mask)}: masks hold the labels [{listed}], which are no class of {self.name}: set n_classes or ignore_index, or pass remap')
+            raise InputError(f'{_file_of(mask)}: masks hold the labels [{listed}], which are no class of {self.name}: '
+                             f'set n_classes or ignore_index, or pass remap')
         new = [self.ignore_index if (c := self.table[l]) is None else c for l in found.tolist()]
         return x, torch.tensor(new, dtype=torch.uint8 if self.n_classes<256 else torch.int16)[where]
     def batches(self, n=32, ahead=2):
@@ -184,7 +191,9 @@ def _folder_pairs(root, split, images, labels, stems):
     if gone := [d for d in folders if not d.is_dir()]: raise InputError(f'{gone[0]} is not a folder')
     photos, masks = by_stem(p for p in photos_of(folders[0]) if p.parent==folders[0]), by_stem(p for p in files_of(folders[1], MASK_SUFFIXES) if p.parent==folders[1])
     pairs, lone = match_stems(photos, masks, folders[0], stems and [str(s) for s in stems])
-    if lone: raise InputError(f'{len(lone)} of {len(lone)+len(pairs)} files have no mask: {", ".join(lone[:5])}{" ..." if lone[5:] else ""}; add them or pass stems')
+    if lone:
+        raise InputError(f'{len(lone)} of {len(lone)+len(pairs)} files have no mask: '
+                         f'{", ".join(lone[:5])}{" ..." if lone[5:] else ""}; add them or pass stems')
     if not pairs: raise InputError(f'no image in {folders[0]}')
     return pairs
 
@@ -205,18 +214,21 @@ def segmentation_folder(
     root = Path(root)
     X, M = zip(*[read_pair(*p, _pair(size)) for p in _folder_pairs(root, split, images, labels, stems)])
     shapes = {tuple(m.shape) for m in M}
-    if len(shapes)>1: raise InputError(f'the images have {len(shapes)} sizes, as {sorted(shapes)[:3]}: pass size=(height, width)')
+    if len(shapes)>1:
+        raise InputError(f'the images have {len(shapes)} sizes, as {sorted(shapes)[:3]}: pass size=(height, width)')
     X, M = torch.stack(X), torch.stack(M)
     if remap is not None:
         n_classes = n_classes or max(remap.values())+1
         table = {int(k): v for k,v in remap.items()} | ({} if ignore_index is None else {ignore_index: 255 if n_classes<256 else MAX_CLASSES})
         found, where = M.unique(return_inverse=True)
-        if lost := [l for l in found.tolist() if l not in table]: raise InputError(f'remap has no class for the labels {lost[:8]}: add them or make them ignore_index')
+        if lost := [l for l in found.tolist() if l not in table]:
+            raise InputError(f'remap has no class for the labels {lost[:8]}: add them or make them ignore_index')
         M = torch.tensor([table[l] for l in found.tolist()], dtype=torch.uint8 if n_classes<256 else torch.int16)[where]
         ignore_index = table.get(ignore_index)
     if n_classes is None:
         n_classes = 1 + max(_labels_in(M)-{ignore_index}, default=0)
-        if n_classes>MAX_CLASSES: raise InputError(f'masks hold labels up to {n_classes-1}: pass ignore_index, remap or n_classes')
+        if n_classes>MAX_CLASSES:
+            raise InputError(f'masks hold labels up to {n_classes-1}: pass ignore_index, remap or n_classes')
     return SegmentationData(X, M, n_classes, ignore_index, name or '-'.join(filter(None, [root.name, split])), classes)
 
 # %% ../nbs/59_labelled.ipynb #2644cabd
@@ -233,9 +245,12 @@ def labelled_options(
     out = {}
     for part in filter(None, (p.strip() for p in (text or '').split(','))):
         name, eq, value = part.partition('=')
-        if not eq or name not in READING: raise InputError(f'{part!r} in --labelled_as is not one of {", ".join(READING)} with = and its value, as ignore_index=255 or splits=a:b')
+        if not eq or name not in READING:
+            raise InputError(f'{part!r} in --labelled_as is not one of {", ".join(READING)} with = and its value, as '
+                             f'ignore_index=255 or splits=a:b')
         kind, value = READING[name], value.strip()
-        if kind is int and not isinstance(_whole(value), int): raise InputError(f'{name} in --labelled_as must be a whole number, got {value!r}')
+        if kind is int and not isinstance(_whole(value), int):
+            raise InputError(f'{name} in --labelled_as must be a whole number, got {value!r}')
         values = tuple(map(_whole, value.split(':')))
         out[name] = value if kind is str else values[0] if kind is int or len(values)==1 and name in ('ignore_index', 'mask_size') else values
     return out
@@ -245,13 +260,17 @@ def _choose(splits, wanted, root):
     "Files of the two splits under their names"
     if len(splits)==1 and wanted is None:
         (name, pairs), = splits.items()
-        if len(pairs)<4: raise InputError(f'{root}: {len(pairs)} photographs with masks in {name} are too few to learn from some and score others: at least 4 are needed')
+        if len(pairs)<4:
+            raise InputError(f'{root}: {len(pairs)} photographs with masks in {name} are too few to learn from some '
+                             f'and score others: at least 4 are needed')
         name = '' if name=='all' else f'{name} '
         return {f'{name}3 of 4': tuple(p for i,p in enumerate(pairs) if i%4!=3), f'{name}every 4th': pairs[3::4]}
     out = {}
     for options in (('train',), ('val', 'test')) if wanted is None else ((s,) for s in wanted):
         name = next((s for o in options for s in (o, *sorted(splits)) if s in splits and (s.startswith(o) or wanted is None and part_of(s)==o)), None)
-        if name is None: raise InputError(f'{root} has no split {" or ".join(options)}: it has {", ".join(splits)}; {option("splits=TRAIN:TEST")}')
+        if name is None:
+            raise InputError(f'{root} has no split {" or ".join(options)}: it has {", ".join(splits)}; '
+                             f'{option("splits=TRAIN:TEST")}')
         out[name] = splits[name]
     if len(out)<2: raise InputError(f'splits must name two different parts, got {wanted}')
     return out
@@ -284,7 +303,8 @@ def mask_orientation(
     lying = [(hw, _mask_size(p[1])) for (turn, hw), p in turned if turn>4 and hw[0]!=hw[1]]
     votes = {'stored' if size==hw else 'upright' for hw,size in lying if size in (hw, hw[::-1])}
     if len(votes)>1 and len(lying)<len(turned):
-        raise InputError(f'{len(turned)} photographs are turned by their EXIF tag, and some masks fit the upright photograph, some the stored one: {option("orientation=upright")}, or stored')
+        raise InputError(f'{len(turned)} photographs are turned by their EXIF tag, and some masks fit the upright '
+                         f'photograph, some the stored one: {option("orientation=upright")}, or stored')
     orientation = next(iter(votes)) if len(votes)==1 else None if votes else 'upright'
     drawn = dict(upright='on the upright ones', stored='on the stored pixels and turned alike').get(orientation, 'on either, told by their size')
     return orientation, f'{len(turned)} photographs are turned by their EXIF tag, masks count as drawn {drawn}'
@@ -297,7 +317,9 @@ def _palettes(files, lists):
         for f,own in zip(files, pool.map(palette_colors, files)):
             for i,c in own.items():
                 if colors.setdefault(i, c)!=c:
-                    raise InputError(f'the palettes of {where[i]} and {f.name} differ: index {i} is {label_name(colors[i])} and {label_name(c)}; {option("palette=color")} if the colors are the classes, or palette=index')
+                    raise InputError(f'the palettes of {where[i]} and {f.name} differ: index {i} is '
+                                     f'{label_name(colors[i])} and {label_name(c)}; {option("palette=color")} if the '
+                                     f'colors are the classes, or palette=index')
                 where.setdefault(i, f.name)
     listed = next(({l: int(color_label(c)) for l,c in o.colors.items()} for o in lists if o.colors), {})
     return 'color' if colors and {*colors.values()}<={*listed.values()} and any(listed.get(i)!=c for i,c in colors.items()) else 'index'
@@ -306,7 +328,8 @@ def _reader(found, parts, divisor, threshold, palette):
     "How masks are read, changed by options"
     if palette not in (None, 'index', 'color'): raise InputError(f"palette must be 'index' or 'color', got {palette!r}")
     given = [k for k,v in dict(divisor=divisor, threshold=threshold, palette=palette).items() if v is not None]
-    if given and found.read not in (read_mask, divided_mask): raise InputError(f'{given[0]} is for masks that are image files of labels')
+    if given and found.read not in (read_mask, divided_mask):
+        raise InputError(f'{given[0]} is for masks that are image files of labels')
     if divisor is not None: return partial(divided_mask, divisor=divisor)
     if threshold is not None: return partial(read_mask, threshold=threshold)
     if found.table is None and palette is None: palette = _palettes([m for v in parts.values() for _,m in v], found.lists)
@@ -315,19 +338,23 @@ def _reader(found, parts, divisor, threshold, palette):
 def _meaning(root, layout, found, parts, read, n_classes, ignore_index, named):
     "Table, names, and in words how they were decided"
     if found.table is not None:
-        if n_classes is not None: raise InputError(f'{root} is read as {layout}, whose classes are known: leave out n_classes, or {option("layout=folder")}')
+        if n_classes is not None:
+            raise InputError(f'{root} is read as {layout}, whose classes are known: leave out n_classes, or '
+                             f'{option("layout=folder")}')
         ignored = {l: None for l in several(ignore_index) if l!='none'}
         return found.table | ignored, found.classes, f'those of {layout}' + (f', {", ".join(map(str, ignored))} left out' if ignored else '')
     counts = _count_labels([p for v in parts.values() for p in v], read)
     if not named and max(counts)==150 and n_classes is None and not found.lists and (root/'annotations/training').is_dir():
-        raise InputError(f'{root} has the folders of ADE20K and labels up to 150, but none of its lists: {option("layout=ade20k")} if label 0 is no class, or layout=folder')
+        raise InputError(f'{root} has the folders of ADE20K and labels up to 150, but none of its lists: '
+                         f'{option("layout=ade20k")} if label 0 is no class, or layout=folder')
     table, names, how = mask_classes(counts, found.lists, n_classes, ignore_index)
     used, out = {table[l] for l in counts} - {None}, [l for l in counts if table[l] is None]
     if len(used)<2:
         only = ', '.join(label_name(l) for l in counts if table[l] is not None)
         rest = ', '.join(map(label_name, out))
         beside, advice = (f' beside {rest}, which is left out', f'; if that is one, {option("ignore_index=none")}') if out else ('', '')
-        raise InputError(f'{root}: the masks hold only the label {only}{beside}: a score needs at least two classes{advice}')
+        raise InputError(f'{root}: the masks hold only the label {only}{beside}: a score needs at least two '
+                         f'classes{advice}')
     if found.lists and table.get(0) is not None: how += ', 0 is a class'
     return table, names, how + (f', left out: {", ".join(map(label_name, sorted(out)[:6]))}' if out else '')
 
@@ -353,7 +380,8 @@ def labelled_data(
 ):                          # (train, test): two `SegmentationData`, or two `SegmentationFiles`
     "The labelled images of a folder, whatever its layout"
     named = layout is not None
-    if orientation not in (None, 'upright', 'stored'): raise InputError(f"orientation must be 'upright' or 'stored', got {orientation!r}")
+    if orientation not in (None, 'upright', 'stored'):
+        raise InputError(f"orientation must be 'upright' or 'stored', got {orientation!r}")
     if limit is not None and limit<1: raise InputError(f'limit must be at least 1 image, got {limit}')
     layout, root, found = find_layout(path, layout, images=images, labels=labels, parts=tuple(splits or ()))
     parts = _choose(found.splits, splits, root)
@@ -376,7 +404,10 @@ def _report_classes(train, test):
     "Say which classes cannot be scored"
     a, b = (_labels_in(o.masks) - {o.ignore_index} for o in (train, test))
     name = lambda ls: ', '.join(str(train.classes[l] if train.classes else l) for l in sorted(ls)[:6]) + (' ...' if len(ls)>6 else '')
-    if not a&b: raise InputError(f'no class occurs in both {train.name} and {test.name}: nothing can be learned for the score')
-    if len(a|b)<2: raise InputError(f'{train.name} and {test.name} hold only the class {name(a)}: a score needs at least two classes')
+    if not a&b:
+        raise InputError(f'no class occurs in both {train.name} and {test.name}: nothing can be learned for the score')
+    if len(a|b)<2:
+        raise InputError(f'{train.name} and {test.name} hold only the class {name(a)}: a score needs at least two '
+                         f'classes')
     if never := set(range(train.n_classes))-a-b: warnings.warn(f'{len(never)} of {train.n_classes} classes occur in no mask of {train.name} and {test.name} and are left out of the mean ({name(never)})', stacklevel=3)
     if new := b-a: warnings.warn(f'{len(new)} of {train.n_classes} classes occur in {test.name} but not in {train.name}, so they count as 0 ({name(new)})', stacklevel=3)

@@ -63,7 +63,9 @@ def by_stem(
     out = {}
     for p in files:
         k = p.stem if key is None else key(p)
-        if k in out: raise InputError(f'{out[k]} and {p.name} have the same name: which belongs to the mask? Rename or remove one')
+        if k in out:
+            raise InputError(f'{out[k]} and {p.name} have the same name: which belongs to the mask? Rename or remove '
+                             f'one')
         out[k] = p
     return out
 
@@ -139,7 +141,8 @@ def _one_mask(masks):
     if len(masks)==1: return masks[0]
     for end in _BEST:
         if len(fit := [m for m in masks if m.stem.lower().endswith(f'_{end}')])==1: return fit[0]
-    raise InputError(f'{masks[0]} and {masks[1].name} both look like the mask of one photograph: keep one of them, or {option("labels=FOLDER")}')
+    raise InputError(f'{masks[0]} and {masks[1].name} both look like the mask of one photograph: keep one of them, or '
+                     f'{option("labels=FOLDER")}')
 
 def _sort_files(root, images, labels, parts):
     "Photographs and masks as lists of (place, path)"
@@ -189,10 +192,13 @@ def plain_folder(
     if not pairs:
         raise InputError(f'{root} holds photographs, as {photos[0][1].relative_to(root)}, and masks, as {masks[0][1].relative_to(root)}, but no mask has the name of a photograph: '
                          f'name them alike (a.jpg and a.png, or a_mask.png), or {option("images=FOLDER,labels=FOLDER")}')
-    if len(left)>len(masks)/2: raise InputError(f'{len(left)} of {len(masks)} masks have no photograph, as {left[0].relative_to(root)}: name both alike, or remove these masks')
+    if len(left)>len(masks)/2:
+        raise InputError(f'{len(left)} of {len(masks)} masks have no photograph, as {left[0].relative_to(root)}: name '
+                         f'both alike, or remove these masks')
     having = {part_of(w.part) for w,*_ in pairs}
     if gone := [w.part for w,m in masks if m in left and part_of(w.part) and part_of(w.part) not in having]:
-        raise InputError(f'{root} has masks for {gone[0]}, but none of their photographs: add them, or remove these masks')
+        raise InputError(f'{root} has masks for {gone[0]}, but none of their photographs: add them, or remove these '
+                         f'masks')
     known, splits, without = any(w.part for w,*_ in pairs), {}, {}
     name = lambda w: w.part or (w.rest[0] if known and w.rest else 'all')
     for w,p,m in pairs: splits.setdefault(name(w), []).append((p, m))
@@ -274,7 +280,8 @@ def _json_files(root, kind):
 def _is_coco(file, kind):
     try: d = json.loads(read_text(file))
     except ValueError: return False
-    if not isinstance(d, dict) or not all(isinstance(d.get(k), list) for k in ('images', 'annotations', 'categories')): return False
+    if not isinstance(d, dict) or not all(isinstance(d.get(k), list) for k in ('images', 'annotations', 'categories')):
+        return False
     field = 'segments_info' if kind=='panoptic' else 'segmentation'
     return any(isinstance(a, dict) and a.get(field) for a in d['annotations'])
 
@@ -284,7 +291,8 @@ def _photo_folder(root, f, part, images):
     return next((d for d in options if d.is_dir() and (not images or (d/images[0]['file_name']).is_file())), root/'images')
 
 def _panoptic_mask(f, image, own):
-    if not own: raise InputError(f'{f} has no panoptic mask for {image["file_name"]}: add it or remove the image from the list')
+    if not own:
+        raise InputError(f'{f} has no panoptic mask for {image["file_name"]}: add it or remove the image from the list')
     folders = f.with_suffix(''), f.parent/'panoptic'
     folder = next((d for d in folders if d.is_dir()), folders[0])
     return Segments(folder/own[0]['file_name'], {s['id']: s['category_id'] for s in own[0]['segments_info']})
@@ -306,7 +314,8 @@ def coco(
             d = json.loads(read_text(f))
             new = {c['id']: c['name'] for c in d['categories']}
             if differ := [i for i in new if names.get(i, new[i])!=new[i]]:
-                raise InputError(f'{f} calls the category {differ[0]} {new[differ[0]]!r}, another file {names[differ[0]]!r}: the parts must have the same categories')
+                raise InputError(f'{f} calls the category {differ[0]} {new[differ[0]]!r}, another file '
+                                 f'{names[differ[0]]!r}: the parts must have the same categories')
             names |= new
             part = next((w for w in (f.stem.removeprefix(kind).strip('_'), f.parent.name) if part_of(w)), f.stem.removeprefix(kind).strip('_') if f.stem.startswith(kind) else '')
             folder, of = _photo_folder(root, f, part, d['images']), {}
@@ -317,7 +326,8 @@ def coco(
         except (KeyError, TypeError) as e: raise InputError(f'{f} is no COCO {kind} file: {e!r}') from None
     ids, things = sorted(names), kind=='instances'
     if things and not any(a.get('segmentation') for v in splits.values() for _,m in v for a in m.annotations):
-        raise InputError(f'{files[0]} holds boxes without outlines: boxes are not scored here, a mask for each photograph is needed')
+        raise InputError(f'{files[0]} holds boxes without outlines: boxes are not scored here, a mask for each '
+                         f'photograph is needed')
     table = {BACKGROUND: 0 if things else None} | {c: i+things for i,c in enumerate(ids)}
     notes = ('what is in no instance is the class background',) if things else ()
     return Found({k: tuple(v) for k,v in splits.items()}, table, ('background',)*things + tuple(names[c] for c in ids), read_instances if things else read_panoptic, notes=notes)
@@ -336,13 +346,19 @@ def other_labels(
     first = lambda suffix: [(p, _starts(p)) for p in files if p.suffix.lower()==suffix][:20]
     for p,text in first('.xml'):
         if '<annotations>' in text: return f'CVAT outlines ({p.name}): export them as "Segmentation mask 1.1"'
-        if '<annotation' in text: return f'boxes of Pascal VOC (as {p.name}): boxes are not scored here, a mask for each photograph is needed (SegmentationClass)'
+        if '<annotation' in text:
+            return f'boxes of Pascal VOC (as {p.name}): boxes are not scored here, a mask for each photograph is needed (SegmentationClass)'
     for p,text in first('.json'):
-        if '"shapes"' in text or '"imagePath"' in text: return f'outlines of LabelMe (as {p.name}): convert them to masks, for example with labelme2voc'
-        if '"objects"' in text and '"geometryType"' in text or p.parent.name=='ann': return f'outlines of Supervisely (as {p.name}): export them as masks'
-        if '"objects"' in text and '"polygon"' in text: return f'polygons of Cityscapes (as {p.name}): make label images of them with cityscapesscripts'
-        if '"bbox"' in text and '"categories"' in text or '"image_id"' in text: return f'boxes of COCO (as {p.name}): boxes are not scored here, a mask for each photograph is needed'
-        if '"regions"' in text and '"shape_attributes"' in text: return f'outlines of the VGG annotator (as {p.name}): convert them to masks or to COCO instances'
+        if '"shapes"' in text or '"imagePath"' in text:
+            return f'outlines of LabelMe (as {p.name}): convert them to masks, for example with labelme2voc'
+        if '"objects"' in text and '"geometryType"' in text or p.parent.name=='ann':
+            return f'outlines of Supervisely (as {p.name}): export them as masks'
+        if '"objects"' in text and '"polygon"' in text:
+            return f'polygons of Cityscapes (as {p.name}): make label images of them with cityscapesscripts'
+        if '"bbox"' in text and '"categories"' in text or '"image_id"' in text:
+            return f'boxes of COCO (as {p.name}): boxes are not scored here, a mask for each photograph is needed'
+        if '"regions"' in text and '"shape_attributes"' in text:
+            return f'outlines of the VGG annotator (as {p.name}): convert them to masks or to COCO instances'
     for p,text in first('.txt'):
         lines = [l for l in text.splitlines()[:-1] or text.splitlines() if l.strip()]
         if lines and p.stem not in ('classes', 'labels') and all(_YOLO.fullmatch(l) for l in lines):
@@ -387,19 +403,27 @@ def find_layout(
     "Which layout a folder has; where it holds nothing but one folder, that one is looked into"
     root = Path(path).expanduser()
     if not root.is_dir(): raise InputError(f'{path} is not a folder')
-    if layout is not None and layout not in LAYOUTS: raise InputError(f'there is no layout {layout!r}: use one of {", ".join(LAYOUTS)}')
+    if layout is not None and layout not in LAYOUTS:
+        raise InputError(f'there is no layout {layout!r}: use one of {", ".join(LAYOUTS)}')
     inside = sorted(p for p in root.iterdir() if not _hidden(p.name))
-    if len(inside)==1 and inside[0].is_dir() and not _place(inside[0].parts[-1:]).role: return find_layout(inside[0], layout, **kwargs)
+    if len(inside)==1 and inside[0].is_dir() and not _place(inside[0].parts[-1:]).role:
+        return find_layout(inside[0], layout, **kwargs)
     named = any(kwargs.get(k) for k in ('images', 'labels'))
     for name,(_,reader) in LAYOUTS.items():
         if layout not in (None, name) or named and name!='folder': continue
-        if found := reader(root, **kwargs) if name=='folder' else reader(root, sure=layout is not None): return name, root, found
+        if found := reader(root, **kwargs) if name=='folder' else reader(root, sure=layout is not None):
+            return name, root, found
     known = '; '.join(f'{k}: {v}' for k,(v,_) in LAYOUTS.items() if layout in (None, k))
     holds = _some((p.name for p in inside), 8) or 'nothing'
     message = f'{path} is not laid out as labelled data ({known}): it holds {holds}.'
     if layout is not None: raise InputError(message)
     if other := other_labels(root): raise InputError(f'{path} holds {other}')
-    if (root/'Annotations').is_dir() and (root/'JPEGImages').is_dir(): raise InputError(f'{message} Videos in the layout of DAVIS (JPEGImages/480p/NAME and Annotations/480p/NAME) are scored by davis_score.')
+    if (root/'Annotations').is_dir() and (root/'JPEGImages').is_dir():
+        raise InputError(f'{message} Videos in the layout of DAVIS (JPEGImages/480p/NAME and Annotations/480p/NAME) '
+                         f'are scored by davis_score.')
     n, of, first = _masks_among(root)
-    if n>max(1, of//5): raise InputError(f'{n} of {of} images look like masks, as {first.relative_to(root)}, but their photographs are not found: put them into images and masks under the same names, or {option("images=FOLDER,labels=FOLDER")}')
+    if n>max(1, of//5):
+        raise InputError(f'{n} of {of} images look like masks, as {first.relative_to(root)}, but their photographs '
+                         f'are not found: put them into images and masks under the same names, or '
+                         f'{option("images=FOLDER,labels=FOLDER")}')
     raise Unlabelled(message)

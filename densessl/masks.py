@@ -94,7 +94,8 @@ def _values(im, path, by_color):
     a = np.array(im)
     if _lossy(im, path): return _black_and_white(a, path)
     if im.mode=='F' and not (a==a.round()).all():
-        raise InputError(f'{path} holds numbers that are not whole, as {a[a!=a.round()][0]:g}: a mask holds one whole number a pixel')
+        raise InputError(f'{path} holds numbers that are not whole, as {a[a!=a.round()][0]:g}: a mask holds one whole '
+                         f'number a pixel')
     if im.mode in ('1', 'LA'): return (a if a.ndim==2 else a[...,0]).astype(np.uint8)
     if a.ndim==2: return a if a.dtype==np.uint8 else a.astype(np.int64)
     labels = color_label(a[...,:3])
@@ -155,7 +156,8 @@ def _row(line):
     cells = [c.strip(' "') for c in line.split(mark)]
     numbers, words = sum(map(_numbers, cells), ()), [c for c in cells if c and not _numbers(c)]
     first = bool(_numbers(cells[0]))
-    if not words or len(numbers) not in (1,3,4) or mark is None and len(numbers)==1 and not first: return None, None, line.strip()
+    if not words or len(numbers) not in (1,3,4) or mark is None and len(numbers)==1 and not first:
+        return None, None, line.strip()
     color = numbers[-3:] if len(numbers)>1 else None
     if len(numbers)==4 and not first: return None, None, line.strip()
     return (numbers[0] if len(numbers)!=3 else None), color, ' '.join(words) if mark is None else words[0]
@@ -177,14 +179,16 @@ def read_classes(
     needs = f'{file} must hold a label, a tab and a name in each line' if file.suffix=='.tsv' else f'{file} must hold a name a line, alone, or with its label, its color or both'
     if file.suffix=='.json':
         try: rows = _json_rows(json.loads(read_text(file)))
-        except (ValueError, TypeError, KeyError, AttributeError) as e: raise InputError(f'{file} is no list of classes: {e}') from None
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            raise InputError(f'{file} is no list of classes: {e}') from None
     else:
         lines = [l for l in read_text(file).splitlines() if l.strip() and not l.startswith(('# ', '//'))]
         rows = [_row(l) for l in lines]
         kind = lambda r: (r[0] is not None, r[1] is not None)
         if len(rows)>1 and kind(rows[0])==(False, False)!=kind(rows[1]): rows = rows[1:]                 # a heading
         if len(set(map(kind, rows)))>1 and file.suffix=='.txt': rows = [(None, None, l.strip()) for l in lines]  # numbers are part of the names
-        if not rows or len(set(map(kind, rows)))>1 or file.suffix=='.tsv' and not kind(rows[0])[0]: raise InputError(needs)
+        if not rows or len(set(map(kind, rows)))>1 or file.suffix=='.tsv' and not kind(rows[0])[0]:
+            raise InputError(needs)
     names, colors = {}, {}
     for i,(label,color,name) in enumerate(rows):
         label = i if label is None else label
@@ -235,7 +239,8 @@ def _listed_classes(found, listed, none=False):
         table, names = class_table(dict(zip(sorted(found), (listed.names[l] for l in sorted(listed.names)))))
         return table, names, f'the values {_listing(found)} stand for them in order'
     if lost := extra - (set() if none else {255}):
-        raise InputError(f'masks hold the labels {_listing(lost)}, which are no class of {listed.file.name} (labels {_listing(listed.names)}): add them there, or {option(f"ignore_index={min(lost)}")}')
+        raise InputError(f'masks hold the labels {_listing(lost)}, which are no class of {listed.file.name} (labels '
+                         f'{_listing(listed.names)}): add them there, or {option(f"ignore_index={min(lost)}")}')
     return {255: None} | class_table(listed.names)[0], class_table(listed.names)[1], ''
 
 def _free_classes(found, ignored):
@@ -246,21 +251,28 @@ def _free_classes(found, ignored):
     if even or not found & void: rest, void = found, set()
     if not rest: raise InputError(f'every pixel has the ignored label {min(found)}, nothing can be scored')
     void, top, apart = void & found, max(rest), len(rest)>1 and _least_gap(rest)>=10
-    if void and apart: raise InputError(f'masks hold the values {_listing(found)}: is {min(void)} a class? If not, {option(f"ignore_index={min(void)}")}; if it is, {option("ignore_index=none")}')
+    if void and apart:
+        raise InputError(f'masks hold the values {_listing(found)}: is {min(void)} a class? If not, '
+                         f'{option(f"ignore_index={min(void)}")}; if it is, {option("ignore_index=none")}')
     if even or apart and top<256: return *_in_order(rest), f'the values {_listing(rest)} are classes in order'
     if top>=256 and top>2*len(rest):
         advice = option('divisor=1000')+' if they are class*1000 + instance' if top>=1000 else option(f'n_classes={top+1}')+' if there are so many classes'
-        raise InputError(f'masks hold labels up to {top}, but only {len(rest)} of them ({_listing(rest)}): {advice}, or add classes.tsv with a label, a tab and a name in each line')
+        raise InputError(f'masks hold labels up to {top}, but only {len(rest)} of them ({_listing(rest)}): {advice}, '
+                         f'or add classes.tsv with a label, a tab and a name in each line')
     return {v: None for v in void} | {l: l for l in range(top+1)}, None, f'the labels {min(rest) if 0 in ignored else 0} to {top} are classes'
 
 def _color_classes(found, lists):
     "Colors, by a list or in order"
     listed = next((o for o in lists if o.colors), None)
     if listed is None:
-        if len(found)>64: raise InputError(f'masks hold {len(found)} different colors: add classes.csv with a name and r,g,b in each line, or save masks as PNG files of one number a pixel, not smoothed')
+        if len(found)>64:
+            raise InputError(f'masks hold {len(found)} different colors: add classes.csv with a name and r,g,b in '
+                             f'each line, or save masks as PNG files of one number a pixel, not smoothed')
         return *_in_order(found), f'the colors {_listing(found)} are classes in order'
     label = {int(color_label(c)): l for l,c in listed.colors.items()}
-    if lost := found - {*label}: raise InputError(f'masks hold the colors {_listing(lost)}, which {listed.file.name} does not list: add them there, or {option(f"ignore_index={label_name(min(lost))}")}')
+    if lost := found - {*label}:
+        raise InputError(f'masks hold the colors {_listing(lost)}, which {listed.file.name} does not list: add them '
+                         f'there, or {option(f"ignore_index={label_name(min(lost))}")}')
     table, names = class_table({l: listed.names[l] for l in label.values()})
     return {c: table[l] for c,l in label.items()}, names, f'{listed.file.name} by color'
 
@@ -269,7 +281,8 @@ def _refuse_blurred(counts):
     top, total = max(counts), sum(counts.values())
     between = [l for l in counts if 32<l<min(top, 224)]
     if 200<top<256 and len(between)>=16 and counts.get(0, 0)+counts[top]>.8*total:
-        raise InputError(f'masks are black and white with {len(between)} grey values between, as if smoothed: {option("threshold=128")}')
+        raise InputError(f'masks are black and white with {len(between)} grey values between, as if smoothed: '
+                         f'{option("threshold=128")}')
 
 # %% ../nbs/24_masks.ipynb #b0718131
 def mask_classes(
@@ -289,7 +302,9 @@ def mask_classes(
     colored = max(value.values(), default=0)>=COLOR
     found = {*value.values()} - ignored
     if not found: raise InputError(f'every pixel has the ignored label {_listing(ignored)}, nothing can be scored')
-    if (low := min(found))<0: raise InputError(f'masks hold the label {low}: labels begin at 0; {option(f"ignore_index={low}")} to leave it out')
+    if (low := min(found))<0:
+        raise InputError(f'masks hold the label {low}: labels begin at 0; {option(f"ignore_index={low}")} to leave it '
+                         f'out')
     if colored: table, names, how = _color_classes(found, lists)
     elif lists and n_classes is None:
         table, names, how = _listed_classes(found, lists[0], none)
@@ -297,7 +312,9 @@ def mask_classes(
     elif n_classes is not None:
         table, names, how = {255: None} | {l: l for l in range(n_classes)}, None, f'n_classes={n_classes}'
         if lost := found - {*table}:
-            if len(found)!=n_classes or _least_gap(found)<10: raise InputError(f'masks hold the labels {_listing(lost)}, outside 0 to {n_classes-1}: choose another n_classes, or {option(f"ignore_index={min(lost)}")}')
+            if len(found)!=n_classes or _least_gap(found)<10:
+                raise InputError(f'masks hold the labels {_listing(lost)}, outside 0 to {n_classes-1}: choose another '
+                                 f'n_classes, or {option(f"ignore_index={min(lost)}")}')
             table, names, how = *_in_order(found), f'the values {_listing(found)} in order'
     elif none and (max(found)>255 or _least_gap(found)>=10): table, names, how = *_in_order(found), f'the values {_listing(found)} in order'
     elif none: table, names, how = {l: l for l in range(max(found)+1)}, None, f'the labels 0 to {max(found)}'
