@@ -50,7 +50,7 @@ class Schedules(Callback):
         lr,     # Factor of the learning rate of the fit, function of progress
         opt,    # Name of an optimiser value -> function of progress
         loss,   # Name of an attribute of the loss -> function of progress
-    ): self.lr,self.opt_values,self.loss_values,self.history,self.wd,self.began = lr,opt,loss,[],None,0
+    ): self.lr,self.opt_values,self.loss_values,self.history,self.fixed_wd,self.began = lr,opt,loss,[],None,0
 
     def before_fit(self):
         "The values that the fit asks for, and those that another schedule of fastai's sets"
@@ -63,7 +63,7 @@ class Schedules(Callback):
         "Read every schedule"
         now = {k: f(self.pct_train) for k,f in (self.opt_values|self.loss_values).items()}
         now['lr'] = self.base*self.lr(self.pct_train)
-        if self.wd is not None: now['wd'] = self.wd
+        if self.fixed_wd is not None: now['wd'] = self.fixed_wd
         for k in ('lr', *self.opt_values):
             if k not in self.others: self.opt.set_hyper(k, now[k])
         for k in self.loss_values: setattr(self.learn.loss_func, k, now[k])
@@ -81,11 +81,11 @@ class Schedules(Callback):
 
     def state_dict(self):
         "What was set so far, for a checkpoint; the schedules themselves have no state"
-        return dict(history=pack_rows(self.history), wd=self.wd)
+        return dict(history=pack_rows(self.history), wd=self.fixed_wd)
     def load_state_dict(self, state):
         "Take it up again"
-        if state.get('wd')!=self.wd:
-            raise InputError(f'the run was begun with wd={state.get("wd")}, now wd={self.wd} (None: the schedule): give `fit` the same wd to resume')
+        if state.get('wd')!=self.fixed_wd:
+            raise InputError(f'the run was begun with wd={state.get("wd")}, now wd={self.fixed_wd} (None: the schedule): give `fit` the same wd to resume')
         self.history = unpack_rows(state['history'])
 
 # %% ../nbs/56_learner.ipynb #308c9499
@@ -212,7 +212,7 @@ class DenseLearner(Learner):
         wd = self.wd if wd is None else wd
         if wd is not None and not (isinstance(wd, (int, float)) and 0<=wd<float('inf')):
             raise InputError(f'wd must be one number, 0 or more, got {wd}')
-        for cb in self._grab_cbs(Schedules): cb.wd = wd
+        for cb in self._grab_cbs(Schedules): cb.fixed_wd = wd
         logger = self.logger
         try: super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
         except BaseException:
