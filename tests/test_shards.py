@@ -472,7 +472,7 @@ def test_command_with_bad_input(photos, tmp_path, capsys):
     "One sentence as the exit of the process, nothing written (called from Python, the command is a function)"
     (tmp_path/'full').mkdir(); (tmp_path/'full/a').touch()
     for args, words in ((dict(folder='nowhere', out=tmp_path/'o'), ("'nowhere'", 'does not exist')), (dict(folder=photos, out=tmp_path/'full'), (str(tmp_path/'full'), 'not an empty folder')),
-                        (dict(folder=photos, out=tmp_path/'o', size=0), ('size', '0')), (dict(folder=photos, out=tmp_path/'full/a/b'), ('cannot write to', 'not a directory'))):
+                        (dict(folder=photos, out=tmp_path/'o', size=0), ('size', '0')), (dict(folder=photos, out=tmp_path/'full/a/b'), ('cannot be written', 'is a file'))):
         with pytest.raises(SystemExit) as e: S.densessl_shard(**args, workers=0)
         assert e.value.code.startswith('densessl_shard: ') and '\n' not in e.value.code and all(w in e.value.code for w in words), e.value.code
     assert not (tmp_path/'o').exists() and capsys.readouterr() == ('', '')
