@@ -324,6 +324,7 @@ def _encoder(arch, c, model_kwargs, dls, pretrained=False, init=None):
     encoder.check_size(c.img_size, c.img_size, 'img_size')
     if c.n_local: encoder.check_size(c.local_size, c.local_size, 'local_size')
     check_exportable(encoder)
+    encoder.published = getattr(encoder, 'published', False) or init is not None
     norm = init_backbone(encoder, init) if init is not None else encoder.net.pretrained_cfg if pretrained else {}
     for k in ('mean', 'std'):
         now = getattr(dls.recipe, k)
