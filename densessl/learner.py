@@ -71,7 +71,7 @@ class Schedules(Callback):
 
     def after_batch(self):
         "Remember what another schedule has set"
-        for k in self.others & self.history[-1].keys(): self.history[-1][k] = float(self.opt.hypers[-1][k])
+        for row in self.history[-1:]: row.update({k: float(self.opt.hypers[-1][k]) for k in self.others & row.keys()})
 
     def after_fit(self):
         "Give back the learning rate, for the next fit, and the curves, for `learn.recorder.plot_sched()`"
