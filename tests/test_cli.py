@@ -169,7 +169,7 @@ def test_a_folder_of_photographs(home, method):
     assert r.stdout.index('before training: ') < r.stdout.index('epoch 1: ') < r.stdout.index('| random start') < r.stdout.index(f'{method}, 1 epoch') < r.stdout.index('points against random start')
 
     s = json.loads((out/'settings.json').read_text())
-    assert (s['folder'], s['method'], s['preset'], s['bs'], s['epochs']) == ('photos', method, 'scenes', 8, 1)
+    assert (s['folder'], s['method'], s['preset'], s['bs'], s['epochs']) == (str(home/'photos'), method, 'scenes', 8, 1)
     assert s['config']['img_size']==32
     scores = json.loads((out/'scores.json').read_text())
     assert len(scores)>=2
