@@ -352,7 +352,8 @@ def _job(**arguments):
 
 def _how_to_load(encoder, path):
     "Lines of Python that give the backbone"
-    kwargs = ''.join(f', {k}={v!r}' for k,v in encoder.model_kwargs.items())
+    plain = ('class_token', 'reg_tokens', 'fc_norm', 'global_pool')   # the file has what the plain name expects of these
+    kwargs = ''.join(f', {k}={v!r}' for k,v in encoder.model_kwargs.items() if k not in plain)
     return ['Load the backbone with', f'  from densessl.all import load_backbone; encoder = load_backbone({str(path)!r})', 'or without densessl',
             f'  timm.create_model({encoder.arch!r}, checkpoint_path={str(path)!r}{kwargs})']
 
