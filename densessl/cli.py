@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENOUGH_STEPS', 'FEW_PHOTOGRAPHS', 'SCORES', 'run_folder', 'parse_kwargs', 'scene_data', 'suited_batch', 'photo_data',
-           'change_settings', 'outline', 'fit_local_views', 'Forecast', 'absolute_paths', 'note_places', 'resumed',
-           'pretrain']
+           'change_settings', 'outline', 'fit_local_views', 'Forecast', 'absolute_paths', 'check_places', 'note_places',
+           'resumed', 'pretrain']
 
 # %% ../nbs/70_cli.ipynb #f40de7d7
 import warnings
@@ -39,7 +39,7 @@ from .callback.score import DenseScore, kept_photographs
 from .report import open_backbone
 from .learner import dense_picture, methods, similarity_picture
 from .synthetic import CLASSES, draw_scenes
-from .transfer import export_backbone
+from .transfer import export_backbone, plain_arguments
 
 # %% ../nbs/70_cli.ipynb #2e0e8fdd
 def run_folder(
@@ -285,6 +285,18 @@ def absolute_paths(
     args = {k: str(v) if isinstance(v, Path) else v for k,v in args.items()}
     return {k: place(k, v) if k in _PLACES and isinstance(v, str) else v for k,v in args.items()}
 
+# %% ../nbs/70_cli.ipynb #46f5e3a5
+def check_places(
+    out,             # Folder of a run
+    arguments:dict,  # Of `absolute_paths`, for this resume
+):
+    "An error if what the run reads is not there any more"
+    for k,option in dict(folder='', labelled='--labelled ').items():
+        place = arguments.get(k)
+        if place and not os.path.exists(place):
+            again = f'densessl_pretrain {option}NEW_PLACE --resume --out {shlex.quote(str(out))}'
+            raise InputError(f'the run in {str(out)!r} reads {place!r}, which is not there now: name its new place, {again}')
+
 # %% ../nbs/70_cli.ipynb #9e6f00fe
 def note_places(
     out,             # Folder of a run
@@ -328,6 +340,7 @@ def _record(job, arguments, learn):
 def _job(**arguments):
     "Decide, open, say, train, report"
     arguments = absolute_paths(arguments)
+    if arguments['resume']: check_places(arguments['out'], arguments)
     job, first = SimpleNamespace(**arguments), not rank_distrib()
     def say(*lines):
         if first: print(*lines, sep='\n', flush=True)
@@ -352,9 +365,10 @@ def _job(**arguments):
 
 def _how_to_load(encoder, path):
     "Lines of Python that give the backbone"
-    plain = ('class_token', 'reg_tokens', 'fc_norm', 'global_pool')   # the file has what the plain name expects of these
-    kwargs = ''.join(f', {k}={v!r}' for k,v in encoder.model_kwargs.items() if k not in plain)
-    return ['Load the backbone with', f'  from densessl.all import load_backbone; encoder = load_backbone({str(path)!r})', 'or without densessl',
+    plain = plain_arguments(encoder)
+    kwargs = ''.join(f', {k}={v!r}' for k,v in plain.items())
+    nearly = '' if plain==encoder.model_kwargs else ' (with a class token of zeros, so nearly the same features)'
+    return ['Load the backbone with', f'  from densessl.all import load_backbone; encoder = load_backbone({str(path)!r})', f'or without densessl{nearly}',
             f'  timm.create_model({encoder.arch!r}, checkpoint_path={str(path)!r}{kwargs})']
 
 # %% ../nbs/70_cli.ipynb #82f71418
@@ -374,12 +388,7 @@ def resumed(
     def same(k, v): return v in (defaults[k], old[k]) or k in _PLACES and old[k] and os.path.exists(v)    # it may have moved
     if differ := [f'{k} was {old[k]!r}, now {v!r}' for k,v in args.items() if k in old and k not in own and not same(k, v)]:
         raise InputError(f'the run in {str(out)!r} has other settings: {", ".join(differ)}; leave them out to go on, or choose another --out')
-    res = {k: v if k in ('out', 'resume', 'overwrite') or v!=defaults[k] else old.get(k, v) for k,v in args.items()}
-    for k,option in dict(folder='', labelled='--labelled ').items():
-        if res.get(k) and not os.path.exists(res[k]):
-            again = f'densessl_pretrain {option}NEW_PLACE --resume --out {shlex.quote(str(out))}'
-            raise InputError(f'the run in {str(out)!r} reads {res[k]!r}, which is not there now: name its new place, {again}')
-    return res
+    return {k: v if k in ('out', 'resume', 'overwrite') or v!=defaults[k] else old.get(k, v) for k,v in args.items()}
 
 # %% ../nbs/70_cli.ipynb #8fb1d596
 def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs=None, settings=None, img_size=None, bs=None, epochs=None, lr=None,
