@@ -3,7 +3,6 @@ import csv
 import inspect
 import json
 import os
-import signal
 import subprocess
 import sys
 from types import SimpleNamespace
