@@ -157,8 +157,8 @@ def _resolve(arch, kwargs):
     "timm's name, arguments and settings of the weights that a name stands for: of timm, of the Hugging Face Hub or of a folder"
     source, _, place = arch.partition(':')
     if source in ('hf-hub', 'hf_hub', 'local-dir'):
-        load = timm.models.load_model_config_from_path if source=='local-dir' else timm.models.load_model_config_from_hf
-        try: cfg, arch, args = load(place)
+        hub = timm.models._hub
+        try: cfg, arch, args = (hub.load_model_config_from_path if source=='local-dir' else hub.load_model_config_from_hf)(place)
         except Exception as e:
             raise InputError(f'{source}:{place} could not be had ({type(e).__name__}): check the name and the connection, '
                              'or download its weights and give the file') from e

@@ -30,7 +30,7 @@ from .core import InputError, fp32
 from .encoders import DenseEncoder, dense_encoder
 from .evaluation import _eval_mode, carry_centres, patch_labels
 from .softmask import suggest_beta
-from .transfer import backbone_labels, load_backbone
+from .transfer import backbone_labels, open_backbone
 from .views import crop_resize, flip_boxes, random_boxes
 from .visualise import LABELS, colour, overlay_mask, pca_rgb
 
@@ -94,6 +94,10 @@ def _normalised(photos, mean, std):
     mean, std = (torch.tensor(t, device=photos.device)[:,None,None] for t in (mean, std))
     return (photos.float()/255-mean)/std
 
+def _of(norm, name):
+    "The mean or standard deviation of one encoder's input"
+    return norm[name] if isinstance(norm, dict) else norm
+
 def _layers(encoder, photos, layers, mean, std):
     "`layer_tokens` of photographs, on the CPU; by default at most four, from the first to the last"
     found = layer_tokens(encoder, _normalised(photos, mean, std))
@@ -123,12 +127,12 @@ def show_ass(
     photos:Tensor,             # uint8 (B,3,h,w), one a row
     layers=None,               # Indices, from 0; default at most four, from the first to the last
     size:float=1.15,           # Side of one picture, inches
-    mean=(.485,.456,.406),     # Normalisation that the encoders expect
+    mean=(.485,.456,.406),     # Normalisation that the encoders expect, or name -> normalisation
     std=(.229,.224,.225),
 ):                             # Figure; the number is the mean of the map, colours go from its smallest to its largest value
     "Maps of the aggregated similarity score, layer by layer: bright patches are like the rest of the photograph, dark ones stand out"
     photos = _photos(photos)
-    cols = [(name, l) for name,e in _titled(encoders).items() for l in _layers(e, photos, layers, mean, std)]
+    cols = [(name, l) for name,e in _titled(encoders).items() for l in _layers(e, photos, layers, _of(mean, name), _of(std, name))]
     fig, axs = _figure(len(photos), 1+len(cols), size, extra=.45)
     for r,p in enumerate(photos):
         _photo(axs[r,0], p)
@@ -179,12 +183,12 @@ def show_probing(
     patch=(.5,.5),          # The patch that looks, its (x, y) in [0,1] of the photograph
     layer:int=-1,           # Block, from 0; -1 is the last
     size:float=1.15,        # Side of one picture, inches
-    mean=(.485,.456,.406),  # Normalisation that the encoders expect
+    mean=(.485,.456,.406),  # Normalisation that the encoders expect, or name -> normalisation
     std=(.229,.224,.225),
 ):                          # Figure; the number says over how many patches the attention spreads, exp of its entropy
     "The attention of one patch to all patches: mean over the heads, then every head; each scaled to its largest weight"
     photos = _photos(photo[None])
-    maps = {n: attention_maps(e, _normalised(photos, mean, std), layer)[0].cpu() for n,e in _titled(encoders).items()}
+    maps = {n: attention_maps(e, _normalised(photos, _of(mean, n), _of(std, n)), layer)[0].cpu() for n,e in _titled(encoders).items()}
     fig, axs = _figure(len(maps), 2+max(len(a) for a in maps.values()), size)
     for row,(name,a) in zip(axs, maps.items()):
         e, grid = _titled(encoders)[name], _titled(encoders)[name].grid(*photo.shape[-2:])
@@ -215,7 +219,7 @@ def show_segments(
     beta:float=None,        # Inverse temperature; default suggested for each encoder
     things:float=4,         # How many things the photograph holds, about, where `beta` is not given
     size:float=1.3,         # Side of one picture, inches
-    mean=(.485,.456,.406),  # Normalisation that the encoders expect
+    mean=(.485,.456,.406),  # Normalisation that the encoders expect, or name -> normalisation
     std=(.229,.224,.225),
 ):                          # Figure
     "Soft masks of some patches over the photograph, and the segments of patches that share a mode"
@@ -223,7 +227,7 @@ def show_segments(
     encoders = _titled(encoders)
     fig, axs = _figure(len(encoders), 2+len(patches), size)
     for row,(name,e) in zip(axs, encoders.items()):
-        (_, z, grid), = _layers(e, photos, [-1], mean, std)
+        (_, z, grid), = _layers(e, photos, [-1], _of(mean, name), _of(std, name))
         z = unit(z[0])
         b = beta or suggest_beta(z, things=things)
         labels, n = mode_segments(z, b)
@@ -293,17 +297,17 @@ def tsne_layers(
     perplexity:float=20.,    # Of t-SNE: about how many neighbours count, below the number of patches
     seed:int=0,              # Of the choice and of t-SNE
     size:float=1.7,          # Side of one picture, inches
-    mean=(.485,.456,.406),   # Normalisation that the encoders expect
+    mean=(.485,.456,.406),   # Normalisation that the encoders expect, or name -> normalisation
     std=(.229,.224,.225),
 ):                           # Figure; its numbers are `neighbour_agreement` on the features of the patches drawn, and chance: neighbours in other photographs if coloured by class, within the photograph if by segment
     "t-SNE of the patches' features, layer by layer, coloured by class or by segment, and how often the nearest patch has the same"
     photos, encoders, own = _photos(photos), _titled(encoders), masks is None
     if own and classes is not None: raise InputError('classes are the names of the labels in masks: give masks too')
-    found = {n: _layers(e, photos, layers, mean, std) for n,e in encoders.items()}
+    found = {n: _layers(e, photos, layers, _of(mean, n), _of(std, n)) for n,e in encoders.items()}
     fig, axs = _figure(len(found), own+max(map(len, found.values())), size)
     shown = set()
     for row,(name,ls) in zip(axs, found.items()):
-        m = _segments(encoders[name], photos, mean, std) if own else masks
+        m = _segments(encoders[name], photos, _of(mean, name), _of(std, name)) if own else masks
         names = range(classes or int(m.max())+1) if classes is None or isinstance(classes, int) else list(classes)
         if own:
             overlay_mask(torch.cat([*photos], 1), torch.cat([*m]), axes=row[0])
@@ -349,7 +353,7 @@ def show_retrieval(
     masks:Tensor=None,       # Class of each pixel, integer (B,H,W): frames tell whether the classes agree
     context:int=1,           # Patches shown around each patch, on every side
     size:float=1.15,         # Side of one picture, inches
-    mean=(.485,.456,.406),   # Normalisation that the encoders expect
+    mean=(.485,.456,.406),   # Normalisation that the encoders expect, or name -> normalisation
     std=(.229,.224,.225),
 ):                           # Figure; the numbers are cosine similarities
     "A patch and the most similar patches of other photographs; with masks a frame is blue where the class is the query's and red where not"
@@ -357,7 +361,7 @@ def show_retrieval(
     if len(photos)<2: raise InputError('retrieval looks in other photographs: give two or more')
     fig, axs = _figure(len(encoders), 1+k, size)
     for row,(name,e) in zip(axs, encoders.items()):
-        (_, z, (h, w)), = _layers(e, photos, [-1], mean, std)
+        (_, z, (h, w)), = _layers(e, photos, [-1], _of(mean, name), _of(std, name))
         q = _cell(patch, (h, w))
         near, at, sim = nearest_patches(z, image, q, k)
         label = None if masks is None else patch_labels(masks, (h, w), int(masks.max())+1)[0].flatten(2).argmax(1)
@@ -377,7 +381,7 @@ def show_pca(
     photos:Tensor,             # uint8 (B,3,h,w), one a row
     layer:int=-1,              # Index, from 0
     size:float=1.15,           # Side of one picture, inches
-    mean=(.485,.456,.406),     # Normalisation that the encoders expect
+    mean=(.485,.456,.406),     # Normalisation that the encoders expect, or name -> normalisation
     std=(.229,.224,.225),
 ):                             # Figure
     "The first three principal components of the unit tokens as red, green and blue"
@@ -385,7 +389,7 @@ def show_pca(
     fig, axs = _figure(len(photos), 1+len(encoders), size)
     for ax,p in zip(axs[:,0], photos): _photo(ax, p)
     for col,(name,e) in zip(axs.T[1:], encoders.items()):
-        (_, z, grid), = _layers(e, photos, [layer], mean, std)
+        (_, z, grid), = _layers(e, photos, [layer], _of(mean, name), _of(std, name))
         for ax,im in zip(col, pca_rgb(unit(z).mT.unflatten(-1, grid))): ax.imshow(im.permute(1,2,0), interpolation='nearest')
         col[0].set_title(name, fontsize=8)
     return fig
@@ -399,7 +403,7 @@ def show_correspondence(
     scale=(.35,.7),          # Range of a view's share of the photograph's area
     seed:int=0,              # Of the views and of the choice
     size:float=1.6,          # Side of one view, inches
-    mean=(.485,.456,.406),   # Normalisation that the encoders expect
+    mean=(.485,.456,.406),   # Normalisation that the encoders expect, or name -> normalisation
     std=(.229,.224,.225),
 ):                           # Figure; the numbers count all patches that both views show
     "Patches of one view joined with the most similar patch of another view of the photograph: blue where that is right, red where not"
@@ -412,7 +416,7 @@ def show_correspondence(
     fig.set_size_inches(2.1*size, len(encoders)*(size+.25))
     pair = torch.cat([v1[0], torch.full((3,S,S//16), 255, dtype=torch.uint8), v2[0]], -1)
     for ax,(name,e) in zip(axs[:,0], encoders.items()):
-        (_, z, (h, w)), = _layers(e, torch.cat([v1, v2]), [-1], mean, std)
+        (_, z, (h, w)), = _layers(e, torch.cat([v1, v2]), [-1], _of(mean, name), _of(std, name))
         cells, at = torch.tensor([w, h]), carry_centres(b1, b2, (h, w))[0]
         both = ((at>0)&(at<1)).all(-1).nonzero()[:,0]
         if not len(both): raise InputError(f'the two views of seed {seed} do not overlap: choose another seed or a larger scale')
@@ -437,22 +441,35 @@ _captions = dict(
     retrieval='The marked patch of the first photograph and the most similar patches of the others, with their cosine similarity.')
 
 # %% ../nbs/63_figures.ipynb #d5f09b34
-def _encoder(name, size):
-    "A backbone file or a timm name -> DenseEncoder"
-    return load_backbone(name) if Path(name).exists() or '/' in name or name.endswith('.safetensors') else dense_encoder(name, img_size=size, pretrained=True)
+def _photo_names(paths):
+    "Photographs by the shortest ends of their paths that are all different"
+    stems = [p.stem for p in paths]
+    if len(set(stems))==len(stems): return stems
+    return next((n for k in (1, 2, 3) if len(set(n := ['/'.join(p.parts[-k:]) for p in paths]))==len(n)), [str(p) for p in paths])
 
 def _read_photos(paths, size):
+    "Photographs as squares, their names, and a note for each that cannot be read"
     from densessl.data import find_images, load_canvas   # loads fastai, which the pictures do without
-    paths = [q for p in map(Path, paths) for q in (find_images(p) if p.is_dir() else [p])]
-    if not paths: raise InputError('no image was given: name image files or folders of them')
-    try: return torch.stack([load_canvas(p, size)[0] for p in paths]), [p.stem for p in paths]
-    except OSError as e: raise InputError(f'an image cannot be read: {e}') from None
+    paths = [Path(p).expanduser() for p in paths]
+    if missing := [str(p) for p in paths if not p.exists()]: raise InputError(f'an image cannot be read: there is no file {missing[0]!r}')
+    files = list(dict.fromkeys(q for p in paths for q in (find_images(p) if p.is_dir() else [p])))
+    if not files: raise InputError('no image was given: name image files or folders of them')
+    photos, kept, notes = [], [], []
+    for p in files:
+        try: photos.append(load_canvas(p, size)[0])
+        except Exception as e: notes.append(f'left out, an image cannot be read: {p} ({str(e).replace(str(p), p.name)})')
+        else: kept.append(p)
+    if not photos: raise InputError('; '.join(notes))
+    return torch.stack(photos), _photo_names(kept), notes
 
-def _draw(kind, encoders, photos, names, xy, layer):
+def _draw(kind, encoders, photos, names, xy, layer, norm):
     "Pictures of one kind: name of the photograph, or none, and figure"
-    whole = dict(ass=show_ass, pca=show_pca, tsne=lambda e, p: tsne_layers(e, p[:3]), retrieval=lambda e, p: show_retrieval(e, p, 0, xy, min(5, max(1, len(p)-1))))
+    whole = dict(ass=lambda e, p: show_ass(e, p, **norm), pca=lambda e, p: show_pca(e, p, **norm),
+                 tsne=lambda e, p: tsne_layers(e, p[:3], **norm),
+                 retrieval=lambda e, p: show_retrieval(e, p, 0, xy, min(5, max(1, len(p)-1)), **norm))
     if kind in whole: return [('', whole[kind](encoders, photos))]
-    each = dict(probing=lambda e, p: show_probing(e, p, xy, layer), segments=lambda e, p: show_segments(e, p, [xy]), correspondence=show_correspondence)[kind]
+    each = dict(probing=lambda e, p: show_probing(e, p, xy, layer, **norm), segments=lambda e, p: show_segments(e, p, [xy], **norm),
+                correspondence=lambda e, p: show_correspondence(e, p, **norm))[kind]
     return [(n, each(encoders, p)) for p,n in zip(photos, names)]
 
 def _page(figures, notes, title):
@@ -471,28 +488,35 @@ def _page(figures, notes, title):
 # %% ../nbs/63_figures.ipynb #3e7a61d0
 def show_backbone(backbone, images, other=None, picture=None, patch='0.5,0.5', layer=-1, size=None, out='show.html', overwrite=False):
     "What `densessl_show` does; returns the path written, and what could not be drawn"
-    out, kinds = Path(out), list(_captions)
+    out, kinds = Path(out).expanduser(), list(_captions)
     if out.suffix not in ('.html', '.png'): raise InputError(f'--out must end in .html (a page) or .png (one picture), got {str(out)!r}')
     if out.exists() and not overwrite: raise InputError(f'{str(out)!r} exists: choose another --out, or pass --overwrite to replace it')
     if picture is not None and picture not in kinds: raise InputError(f'--picture must be one of {", ".join(kinds)}, got {picture!r}')
     try: x, y = (float(o) for o in patch.split(','))
-    except ValueError: raise InputError(f'--patch must be two numbers x,y in [0,1], as 0.5,0.5, got {patch!r}') from None
+    except (ValueError, AttributeError): raise InputError(f'--patch must be two numbers x,y in [0,1], as 0.5,0.5, got {patch!r}') from None
     _cell((x,y), (1,1))
     wanted = [picture or 'ass'] if out.suffix=='.png' else [picture] if picture else kinds
-    first = _encoder(backbone, size)
+    first, first_norm = open_backbone(backbone, size)
     side = size or (first.img_size if isinstance(first.img_size, int) else first.img_size[0])
-    both = [backbone, other] if other else [backbone]
-    encoders = dict(zip(backbone_labels(both), [first, *(_encoder(n, side) for n in both[1:])]))
-    photos, names = _read_photos(images, side)
-    figures, notes = [], []
+    both = [str(backbone), str(other)] if other else [str(backbone)]
+    if len(set(both))<len(both): raise InputError(f'--other is the backbone itself, {other!r}: name another one, or leave it out')
+    opened = [(first, first_norm), *(open_backbone(n, side) for n in both[1:])]
+    labels = backbone_labels(both)
+    encoders = {l: e for l,(e,_) in zip(labels, opened)}
+    norm = {k: {l: n[k] for l,(_,n) in zip(labels, opened) if k in n} for k in ('mean', 'std')}
+    for e in encoders.values(): e.check_size(side, side, '--size')
+    photos, names, notes = _read_photos(images, side)
+    figures = []
     for kind in wanted:
-        try: figures += [(kind, *o) for o in _draw(kind, encoders, photos, names, (x,y), layer)]
+        try: figures += [(kind, *o) for o in _draw(kind, encoders, photos, names, (x,y), layer, norm)]
         except InputError as e:
             if len(wanted)==1: raise
             notes.append(f'no {kind}: {e}')
     if not figures: raise InputError('; '.join(notes))
     if out.suffix=='.png' and len(figures)>1: raise InputError(f'{len(figures)} pictures of {picture} do not fit one PNG file: give one image, or --out show.html')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix=='.png': figures[0][2].savefig(out, dpi=120)
-    else: out.write_text(_page(figures, notes, ' and '.join(encoders)), encoding='utf-8')
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix=='.png': figures[0][2].savefig(out, dpi=120)
+        else: out.write_text(_page(figures, notes, ' and '.join(encoders)), encoding='utf-8')
+    except OSError as e: raise InputError(f'{str(out)!r} cannot be written ({e.strerror or e}): choose another --out') from None
     return out, notes

@@ -6,7 +6,7 @@
 __all__ = ['load_backbone', 'read_checkpoint', 'open_backbone', 'init_backbone', 'network_of']
 
 # %% ../nbs/33_weights.ipynb #dd780f0b
-import argparse, json, math, re, sys
+import argparse, functools, json, math, re, sys
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,8 @@ def _first(names, n=4):
 def _is_pickle(path):
     "Was the file written by `torch.save` or pickle?"
     with open(path, 'rb') as f: head = f.read(512)
-    return head[:4]==b'PK\x03\x04' or head[:1]==b'\x80' or b'ustar' in head
+    if head[8:9]==b'{': return False    # safetensors: eight bytes for the length, of any value, then JSON
+    return head[:4]==b'PK\x03\x04' or head[:1]==b'\x80' or head[257:262]==b'ustar'
 
 def _read(path):
     "Header and tensors of a safetensors file, or one sentence"
@@ -198,7 +199,7 @@ def _fill(encoder, state, source, arch=None):
         if 'pos_embed' in fitted: _keep_fixed(encoder)
         said = f'{source}: {encoder.arch}' + (f', its weights from {place.rstrip(".")!r}' if place else '')
         if others := [p.rstrip('.') for p in places if p!=place]: said += f', not from {_first(map(repr, others))}'
-        if left: said += f'; left out: {_first(left, 3)}'
+        if heads := [k for k in left if k!='cls_token']: said += f'; left out: {_first(heads, 3)}'
         return said + ('; the class token is dropped' if place+'cls_token' in state and 'cls_token' not in want else '')
     raise InputError(f'the weights of {source} are not those of {arch or encoder.arch} with {encoder.model_kwargs}; {why}')
 
@@ -234,18 +235,23 @@ def _guess_vit(state):
     if arch=='vit_small_patch16_224' and any('base_encoder' in p for p in places): kwargs['num_heads'] = 12   # MoCo v3
     return arch, kwargs
 
+@functools.lru_cache
+def _shapes(arch):
+    "Name -> shape of the tensors of a network of timm without classifier"
+    with torch.device('meta'): return {k: v.shape for k,v in timm.create_model(arch, num_classes=0).state_dict().items()}
+
 def _guess_cnn(state):
     "timm names of the usual networks that have these tensors"
     found = []
     for arch in _CNNS:
-        with torch.device('meta'): want = timm.create_model(arch, num_classes=0).state_dict()
+        want = _shapes(arch)
         anchor = next(iter(want))
         for place in (k[:-len(anchor)] for k in state if k==anchor or k.endswith('.'+anchor)):
             have = {k[len(place):]: v.shape for k,v in state.items() if k.startswith(place)}
             roots = {k.partition('.')[0] for k in want} - set(_HEADS)
             body = {k for k in have if k.partition('.')[0] in roots}
             counted = {k for k in want if not k.endswith('num_batches_tracked')}
-            if body<=set(want) and all(have.get(k)==want[k].shape for k in counted): found.append(arch)
+            if body<=set(want) and all(have.get(k)==want[k] for k in counted): found.append(arch)
     return list(dict.fromkeys(found))
 
 def _foreign(path, arch=None, size=None, **model_kwargs):
@@ -314,7 +320,7 @@ def open_backbone(
         if arch or named or model_kwargs: raise InputError(f'{str(path)!r} says itself which network it holds: leave the architecture out')
         encoder = load_backbone(path)
         with safe_open(path, 'pt') as f: card = json.loads(f.metadata()['densessl'])
-        return encoder, {k: tuple(card[k]) for k in ('mean', 'std') if card.get(k)}
+        return encoder, {k: tuple(card.get(k) or _IMAGENET[k]) for k in ('mean', 'std')}
     encoder, said = _foreign(path, arch or named, size, **model_kwargs)
     if verbose: print(f"{said}. Its input is normalised with ImageNet's mean and standard deviation.", flush=True)
     return encoder.eval(), dict(_IMAGENET)

@@ -86,7 +86,7 @@ def test_tsne_is_seeded():
 def test_tsne_from_the_shell_is_of_the_first_three_photographs(home):
     seen = []
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(figures, 'tsne_layers', lambda e, p: seen.append(p) or tsne_layers(e, p))
+        m.setattr(figures, 'tsne_layers', lambda e, p, **kw: seen.append(p) or tsne_layers(e, p, **kw))
         show_backbone(str(home/'a.safetensors'), names(home, 3)+names(home, 2), picture='tsne', out=home/'tsne.png')
     assert torch.equal(seen[0], photos) and Image.open(home/'tsne.png').size[0]>300
 
@@ -134,3 +134,37 @@ def test_gpu_gives_the_same_pictures():
     torch.testing.assert_close(attention_maps(e, x).cpu(), A, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(layer_tokens(e, x)[0].tokens.cpu(), t[0].tokens, rtol=1e-3, atol=1e-3)
     show_ass(e, photos), show_probing(e, photos[0]), tsne_layers(e, photos, masks, CLASSES, n_tokens=40, perplexity=5)
+
+def test_each_backbone_sees_its_own_normalisation(home, monkeypatch):
+    export_backbone(vit(), home/'half.safetensors', overwrite=True, mean=(.5,.4,.3), std=(.2,.2,.1))
+    seen, layers = {}, figures._layers
+    def spy(e, p, l, mean, std, *a):
+        seen.setdefault(e.arch+str(tuple(mean)), tuple(std))
+        return layers(e, p, l, mean, std, *a)
+    monkeypatch.setattr(figures, '_layers', spy)
+    show_backbone(str(home/'half.safetensors'), names(home, 2), other=str(home/'cnn.safetensors'), out=home/'norms.html')
+    assert seen=={'vit_tiny_patch16_224(0.5, 0.4, 0.3)': (.2,.2,.1), 'test_resnet(0.485, 0.456, 0.406)': (.229,.224,.225)}
+
+def test_damaged_photographs_are_named_and_left_out(home, tmp_path):
+    (tmp_path/'in').mkdir()
+    for i in range(2): Image.open(home/f'photo{i}.png').save(tmp_path/'in'/f'{i}.jpg')
+    (tmp_path/'in'/'2.jpg').write_bytes((tmp_path/'in'/'0.jpg').read_bytes()[:400])
+    (tmp_path/'in'/'3.tif').write_bytes(b'II*\0')
+    path, notes = show_backbone(str(home/'a.safetensors'), [str(tmp_path/'in')], picture='pca', out=tmp_path/'p.html')
+    assert len(notes)==2 and '2.jpg' in notes[0] and '3.tif' in notes[1] and all('left out' in n and '\n' not in n for n in notes)
+    assert notes[0].split('(')[0].strip() in path.read_text()
+
+def test_two_photographs_of_one_name_are_told_apart(home, tmp_path):
+    for i,d in enumerate('xy'):
+        (tmp_path/d).mkdir()
+        Image.open(home/f'photo{i}.png').save(tmp_path/d/'img.png')
+    path, _ = show_backbone(str(home/'a.safetensors'), [str(tmp_path/'x'/'img.png'), str(tmp_path/'y'/'img.png')], picture='segments', out=tmp_path/'p.html')
+    assert '>x/img.png<' in path.read_text() and '>y/img.png<' in path.read_text()
+
+def test_the_home_folder_in_every_path(home, monkeypatch):
+    monkeypatch.setenv('HOME', str(home))
+    path, _ = show_backbone('~/a.safetensors', ['~/photo0.png'], picture='pca', out='~/tilde.html')
+    assert path==home/'tilde.html' and path.is_file()
+
+def test_a_backbone_beside_itself_is_refused(home):
+    with pytest.raises(InputError, match='the backbone itself'): show_backbone(str(home/'a.safetensors'), names(home, 1), other=str(home/'a.safetensors'), out=home/'twice.html')
