@@ -106,7 +106,8 @@ def _images_half_width(trained, starts):
     if n<2: return math.inf
     t, *s = (torch.tensor(k, dtype=torch.float64) for k in kept)
     gains = t-torch.stack(s).mean(0)
-    return _t(n-1)*gains[gains.isfinite()].std().item()*math.sqrt(n/(n-1))   # a draw of images without a label has no score
+    gains = gains[gains.isfinite()]   # a draw of images without a label has no score
+    return _t(n-1)*gains.std().item()*math.sqrt(n/(n-1))
 
 def gain_over_starts(
     trained,          # Score of the trained backbone
@@ -160,13 +161,17 @@ def _to_tell(gains):
     if all(g.start>=.9995 and abs(g.gain)<LEAST for g in gains):
         return 'Every backbone scores 100 %: the test images show one class, or are too easy. Label more classes.'
     g = max(gains, key=lambda g: abs(g.gain)/g.margin)
-    if g.starts==1 and math.isinf(g.seeds): return 'One start says nothing of what other seeds give: score at least three.'
+    if g.starts==1 and math.isinf(g.seeds):
+        return 'One start says nothing of what other seeds give: score at least three.'
     if abs(g.gain)<LEAST: return 'To gain more, train longer or on more photographs.'
     kind = 'photographs' if g.probe in GAUGE_NAMES else 'labelled test photographs'
-    if abs(g.gain)<=g.seeds: return f'Other seeds of the start differ by as much, so more {kind} would not tell: train longer, or on more photographs.'
+    if abs(g.gain)<=g.seeds:
+        return (f'Other seeds of the start differ by as much, so more {kind} would not tell: '
+                'train longer, or on more photographs.')
     if math.isinf(g.images): return f'One test photograph says nothing of others: take at least 20 {kind}.'
     need = math.ceil((g.n or 1)*g.images**2/(g.gain**2-g.seeds**2))
-    return f'About {need} {kind} (there are {g.n}) would tell a difference of this size, or a longer training that makes it larger.'
+    return (f'About {need} {kind} (there are {g.n}) would tell a difference of this size, '
+            'or a longer training that makes it larger.')
 
 def verdict(
     gains,           # A `Gain` each score
@@ -175,18 +180,27 @@ def verdict(
     collapsed='',    # From `seen_collapse`
 )->Verdict:
     "Whether training helped: helped, harmed, or cannot tell and what it would take"
-    counted = tuple(g for g in gains if g.probe not in GAUGE_NAMES) or tuple(g for g in gains if g.probe=='correspondence')
-    if not counted: raise InputError(f'there is no score that orders backbones: got {", ".join(g.probe for g in gains) or "none"}')
-    up, down, fell = ([g for g in counted if o(g)] for o in (lambda g: g.sign>0, lambda g: g.sign<0, lambda g: g.gain<=-LEAST))
+    labelled = tuple(g for g in gains if g.probe not in GAUGE_NAMES)
+    counted = labelled or tuple(g for g in gains if g.probe=='correspondence')
+    if not counted:
+        names = ', '.join(g.probe for g in gains) or 'none'
+        raise InputError(f'there is no score that orders backbones: got {names}')
+    up = any(g.sign>0 for g in counted)
+    down = any(g.sign<0 for g in counted)
+    fell = any(g.gain<=-LEAST for g in counted)
     wrong = ' and '.join(filter(None, [diverged, collapsed and f'the monitor saw a collapse ({collapsed})']))
     against = f'{_points(counted)} points against {_against(counted, start)}'
     if down and not up:
         because = f' In this run {wrong}.' if wrong else ''
-        return Verdict('harmed', f'Training harmed the features: {against}.{because} Do not use this backbone; look at the monitors and the settings.', counted)
-    if wrong: return Verdict('cannot tell', f'This run went wrong: {wrong}. Whatever the scores ({against}), do not rely on it: lower the learning rate.', counted)
+        advice = 'Do not use this backbone; look at the monitors and the settings.'
+        return Verdict('harmed', f'Training harmed the features: {against}.{because} {advice}', counted)
+    if wrong:
+        said = f'This run went wrong: {wrong}. Whatever the scores ({against}), do not rely on it: lower the learning rate.'
+        return Verdict('cannot tell', said, counted)
     if up and not fell: return Verdict('helped', f'Training helped: {against}.', counted)
-    if up: return Verdict('cannot tell', f'Scores disagree, so there is no saying whether the features are better: {against}.', counted)
-    return Verdict('cannot tell', f'It cannot be told whether training made a difference: {against}. {_to_tell(counted)}', counted)
+    if up: said = f'Scores disagree, so there is no saying whether the features are better: {against}.'
+    else: said = f'It cannot be told whether training made a difference: {against}. {_to_tell(counted)}'
+    return Verdict('cannot tell', said, counted)
 
 # %% ../nbs/58_verdict.ipynb #76f2a083
 def gains_over(
@@ -201,14 +215,19 @@ def gains_over(
     ordering = [s for s in of(trained) if s.probe not in GAUGE_NAMES or s.probe=='correspondence']
     gains = [gain_over_starts(s, same(s), fixed) for s in ordering if same(s)]
     if gains: return gains
-    raise InputError(f'{trained!r} and {start!r} have no score of the same protocol: there are {", ".join(dict.fromkeys(s.model for s in scores))}')
+    models = ', '.join(dict.fromkeys(s.model for s in scores))
+    raise InputError(f'{trained!r} and {start!r} have no score of the same protocol: there are {models}')
 
 def _compared(gains, other, answer):
     "One sentence on a backbone that could be used instead"
     gains = [g for g in gains if g.probe not in GAUGE_NAMES] or gains
     signs = {g.sign for g in gains}
-    if signs=={-1}: return f'{other} is better without any training of yours ({_points([g._replace(gain=-g.gain) for g in gains])} points): use it, or start from it.'
-    if signs=={1}: return f'The trained backbone is better than {other} ({_points(gains)} points)' + (': it was worth training.' if answer=='helped' else '.')
+    if signs=={-1}:
+        lead = _points([g._replace(gain=-g.gain) for g in gains])
+        return f'{other} is better without any training of yours ({lead} points): use it, or start from it.'
+    if signs=={1}:
+        end = ': it was worth training.' if answer=='helped' else '.'
+        return f'The trained backbone is better than {other} ({_points(gains)} points){end}'
     return f'Against {other}: {_points(gains)} points, which does not tell them apart.'
 
 def judge_training(
@@ -223,7 +242,8 @@ def judge_training(
     "Whether training helped, and whether it was worth it"
     v = verdict(gains_over(scores, trained, start, fixed), start, diverged, collapsed)
     said = [v.said, *(_compared(gains_over(scores, trained, o, True), o, v.answer) for o in others)]
-    if all(g.probe in GAUGE_NAMES for g in v.gains): said.append('Without labels this is a hint and no score: label a few photographs before you rely on it.')
+    if all(g.probe in GAUGE_NAMES for g in v.gains):
+        said.append('Without labels this is a hint and no score: label a few photographs before you rely on it.')
     return v._replace(said=' '.join(said))
 
 def confirmed(
@@ -232,7 +252,8 @@ def confirmed(
 )->Verdict:     # `v`, unless `w` has another answer
     "A gain or loss that batch-norm statistics alone have made is none of training's"
     if v.answer==w.answer: return v
-    said = f'It cannot be told whether training made a difference: {_points(v.gains)} points, but {_points(w.gains)} with the batch-norm statistics gathered as those of the starts.'
+    said = (f'It cannot be told whether training made a difference: {_points(v.gains)} points, '
+            f'but {_points(w.gains)} with the batch-norm statistics gathered as those of the starts.')
     return Verdict('cannot tell', said, v.gains)
 
 def worth_training(scores, trained, start='random start', others=(), **kwargs)->str:

@@ -137,7 +137,7 @@ def test_one_class_is_no_success(tmp_path):
     from densessl.core import InputError
     try: said = evaluate(str(tmp_path/'b.safetensors'), tmp_path/'lab')[1]
     except InputError as e: said = str(e)
-    assert 'one class' in said and 'helped' not in said
+    assert ('one class' in said or 'two classes' in said) and 'helped' not in said
 
 @pytest.mark.parametrize('published', [False, True])
 def test_published_weights_are_their_own_start(published):
