@@ -165,10 +165,9 @@ def query_mask(
     "Masks that pick one query token from each window of the grid (FLSL, random pooling)"
     if not 1<=window<=min(H,W): raise InputError(f'window must be between 1 and {min(H,W)} on a grid of {H}x{W} tokens, got {window}')
     dev = generator.device if generator is not None else device
-    draw = dict(device=dev) if generator is None else dict(device=dev, generator=generator)   # torch.compile knows no empty generator
     h, w = H//window, W//window
-    offset = torch.randint(0, window**2, (n, h*w), **draw) if random else torch.zeros(n, h*w, dtype=torch.long, device=dev)
-    if corner is None: corner = torch.randint(0, 4, (n,), **draw)
+    offset = torch.randint(0, window**2, (n, h*w), generator=generator, device=dev) if random else torch.zeros(n, h*w, dtype=torch.long, device=dev)
+    if corner is None: corner = torch.randint(0, 4, (n,), generator=generator, device=dev)
     corner = torch.as_tensor(corner, device=dev).expand(n)[:,None]
     cell = torch.arange(h*w, device=dev)
     y = cell//w*window + offset//window + (corner//2)*(H - h*window)   # 2 and 3 are at the bottom

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENOUGH_STEPS', 'FEW_PHOTOGRAPHS', 'SCORES', 'run_folder', 'parse_kwargs', 'scene_data', 'suited_batch', 'photo_data',
-           'change_settings', 'outline', 'fit_local_views', 'Forecast', 'absolute_paths', 'note_places', 'resumed',
-           'pretrain']
+           'change_settings', 'outline', 'fit_local_views', 'Forecast', 'absolute_paths', 'check_places', 'note_places',
+           'resumed', 'pretrain']
 
 # %% ../nbs/70_cli.ipynb #f40de7d7
 import warnings
@@ -34,6 +34,7 @@ from .shards import is_shards, shard_dls, shard_list
 from .labelled import SegmentationData, labelled_data, labelled_options
 from .evaluation import MIOU, scores_table, write_scores
 from .callback.checkpoint import SaveRun, check_data, run_checkpoints
+from .callback.progress import memory_in_use
 from .callback.score import DenseScore, kept_photographs
 from .report import open_backbone
 from .learner import dense_picture, methods, similarity_picture
@@ -148,7 +149,8 @@ ENOUGH_STEPS, FEW_PHOTOGRAPHS = 500, 1000   # below these a word of warning
 
 def _check_numbers(job):
     "Numbers that would be noticed late"
-    for name,least in dict(epochs=1, workers=0, score_every=0, bs=2, img_size=1).items(): check_whole(name, getattr(job, name), least, 10**6)
+    for name,least in dict(workers=0, score_every=0, bs=2, img_size=1).items(): check_whole(name, getattr(job, name), least)
+    check_whole('epochs', job.epochs, 1, 10**6)
     check_whole('seed', job.seed, 0, 2**32-1)
     for name in ('lr', 'save_minutes'):
         value = getattr(job, name)
@@ -202,18 +204,24 @@ def _open(job, m):
     other = open_backbone(job.baseline, job.config.img_size) if job.baseline else None
     return learn, pair, photos, other
 
+def _counted(n, what): return f'{n:,} {what}' + ('' if n==1 else 's')
+
 def _opening(job, learn):
     "What the run will do, and what speaks against it"
-    dls, drawn, apart = learn.dls, job.folder is None, len(learn.dls.valid.dataset)
+    dls, drawn, total = learn.dls, job.folder is None, job.steps*job.epochs
     weights = sum(p.numel() for p in learn.model.product.parameters())/1e6
     sizes = ' and '.join(str(s) for s in dict.fromkeys(c.size for c in dls.recipe.crops))
-    total = job.steps*job.epochs
-    lines = [f'{job.method}, preset {job.preset}: {job.arch}, {weights:.1f} million weights, from {job.init or "random ones"}',
-             f'{job.images:,} {"drawn scenes" if drawn else "photographs"}, {job.steps} steps an epoch in batches of {job.bs}, {job.epochs} epochs: {total:,} steps',
-             f'{apart} kept apart to score on; ' if apart else '',
-             f'views of {sizes} px, on {dls.device} in {"bfloat16" if job.bf16 else "float32"}']
-    lines[2:] = [''.join(lines[2:]), *job.notes]
-    if total<ENOUGH_STEPS: lines.append(f'short: below some {ENOUGH_STEPS} steps the features hardly change (--epochs {math.ceil(ENOUGH_STEPS/max(1, job.steps))})')
+    what = 'drawn scenes' if drawn else 'photographs'
+    apart = f'{len(dls.valid.dataset)} more kept apart to score on; ' if len(dls.valid.dataset) else ''
+    lines = [
+        f'{job.method} ({job.preset}): {job.arch}, {weights:.1f} million weights, from {job.init or "a random start"}',
+        f'{job.images:,} {what}, {_counted(job.steps, "step")} an epoch in batches of {job.bs}, '
+        f'{_counted(job.epochs, "epoch")}: {_counted(total, "step")}',
+        f'{apart}views of {sizes} px, on {dls.device} in {"bfloat16" if job.bf16 else "float32"}',
+        *job.notes]
+    if total<ENOUGH_STEPS:
+        enough = math.ceil(ENOUGH_STEPS/max(1, job.steps))
+        lines.append(f'short: below some {ENOUGH_STEPS} steps features hardly change (--epochs {enough})')
     if not drawn and job.images<FEW_PHOTOGRAPHS and not job.init:
         lines.append('few photographs: published weights are the better start (--pretrained or --init)')
     return lines
@@ -230,7 +238,7 @@ class Forecast(Callback):
         if self.count==self.first: self.began = time.monotonic()
         if self.count!=self.last: return
         second = (time.monotonic()-self.began)/(self.last-self.first)
-        line = f'{second:.2g} s a step: about {_duration(second*left)} to go, and the scoring; {_memory(self.dls.device)}'
+        line = f'{second:.2g} s a step: about {_duration(second*left)} to go, and the scoring; {memory_in_use(self.dls.device)} of memory'
         print(f'\r{line:<79}' if sys.stdout.isatty() else line, flush=True)
 
 def _duration(seconds):
@@ -238,14 +246,6 @@ def _duration(seconds):
     for unit,size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
         if seconds>=2*size: return f'{seconds/size:.0f} {unit}'
     return f'{seconds:.0f} seconds'
-
-def _memory(device):
-    "Most memory in use so far"
-    if device.type=='cuda': return f'{torch.cuda.max_memory_allocated(device)/1e9:.1f} GB of GPU memory'
-    try: import resource
-    except ImportError: return 'memory unknown'           # Windows
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f'{most/(1e9 if sys.platform=="darwin" else 1e6):.1f} GB of memory' 
 
 # %% ../nbs/70_cli.ipynb #8c107f5f
 SCORES = (*MIOU, 'correspondence')   # what the table at the end shows; gauges are in scores_by_epoch.json
@@ -284,6 +284,18 @@ def absolute_paths(
         return os.path.abspath(v) if found else v
     args = {k: str(v) if isinstance(v, Path) else v for k,v in args.items()}
     return {k: place(k, v) if k in _PLACES and isinstance(v, str) else v for k,v in args.items()}
+
+# %% ../nbs/70_cli.ipynb #46f5e3a5
+def check_places(
+    out,             # Folder of a run
+    arguments:dict,  # Of `absolute_paths`, for this resume
+):
+    "An error if what the run reads is not there any more"
+    for k,option in dict(folder='', labelled='--labelled ').items():
+        place = arguments.get(k)
+        if place and not os.path.exists(place):
+            again = f'densessl_pretrain {option}NEW_PLACE --resume --out {shlex.quote(str(out))}'
+            raise InputError(f'the run in {str(out)!r} reads {place!r}, which is not there now: name its new place, {again}')
 
 # %% ../nbs/70_cli.ipynb #9e6f00fe
 def note_places(
@@ -328,6 +340,7 @@ def _record(job, arguments, learn):
 def _job(**arguments):
     "Decide, open, say, train, report"
     arguments = absolute_paths(arguments)
+    if arguments['resume']: check_places(arguments['out'], arguments)
     job, first = SimpleNamespace(**arguments), not rank_distrib()
     def say(*lines):
         if first: print(*lines, sep='\n', flush=True)
@@ -375,15 +388,10 @@ def resumed(
     def same(k, v): return v in (defaults[k], old[k]) or k in _PLACES and old[k] and os.path.exists(v)    # it may have moved
     if differ := [f'{k} was {old[k]!r}, now {v!r}' for k,v in args.items() if k in old and k not in own and not same(k, v)]:
         raise InputError(f'the run in {str(out)!r} has other settings: {", ".join(differ)}; leave them out to go on, or choose another --out')
-    res = {k: v if k in ('out', 'resume', 'overwrite') or v!=defaults[k] else old.get(k, v) for k,v in args.items()}
-    for k,option in dict(folder='', labelled='--labelled ').items():
-        if res.get(k) and not os.path.exists(res[k]):
-            again = f'densessl_pretrain {option}NEW_PLACE --resume --out {shlex.quote(str(out))}'
-            raise InputError(f'the run in {str(out)!r} reads {res[k]!r}, which is not there now: name its new place, {again}')
-    return res
+    return {k: v if k in ('out', 'resume', 'overwrite') or v!=defaults[k] else old.get(k, v) for k,v in args.items()}
 
 # %% ../nbs/70_cli.ipynb #8fb1d596
-def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs='', settings='', img_size=None, bs=None, epochs=None, lr=None,
+def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs=None, settings=None, img_size=None, bs=None, epochs=None, lr=None,
              seed=0, workers=None, bf16=None, labelled=None, baseline=None, score_every=None, save_minutes=10., resume=False, out=None,
              overwrite=False, n_scenes=1024, init=None, pretrained=False, device=None, max_bad=.1,
              labelled_as=''):

@@ -134,7 +134,7 @@ class CLoVE(nn.Module):
         glob, local = View(*(torch.cat([getattr(views[k], a) for k in ('global1', 'global2')]) for a in ('images', 'boxes'))), views.get('local')
         with torch.no_grad(): Ft = unit(self._embed(self.teacher, glob.images))                        # (2, B, M, D)
         context = lambda v: self.student.context(self._embed(self.student, v.images))
-        other = View(glob.images.flip(0), glob.boxes.flip(0))                                          # each global view is asked about the other one
+        other = View(glob.images, glob.boxes.flip(0))                                          # each global view is asked about the other one; only its box matters
         pairs = [MatchedViews(context(glob).flip(0), Ft, self._match(other, glob))]
         if local is not None:   # every local view with every global one: (2, V, B, ...)
             pairs.append(MatchedViews(context(local)[None], Ft[:,None], self._match(View(local.images, local.boxes[None]), View(glob.images, glob.boxes[:,None]))))

@@ -101,7 +101,7 @@ def as_typed(
     "`overwrite=True` as `--overwrite`, `limit=100` as `--limit 100`, `n_local=0` as `--settings n_local=0`"
     def spelled(m):
         name, value = m.groups()
-        if name in options: return f'--{name}' if value=='True' else f'--{name} {value}'
+        if name in options: return {'True': f'--{name}', 'False': f'no --{name}'}.get(value, f'--{name} {value}')
         return f'--settings {name}={value}' if name in settings else m[0]
     return re.sub(r"(?<![\w,.\-])(?<!--settings )(\w+)=([\w.+\-]*\w)", spelled, message)
 
@@ -169,7 +169,7 @@ def check_whole(
     raise InputError(f'{name} must be a whole number, at least {least}{"" if most==math.inf else f" and at most {most}"}, got {value!r}')
 
 # %% ../nbs/04_commands.ipynb #034c7487
-@command('[FOLDER] [options]', 'photos/ --arch vit_small_patch16_224 --epochs 100 --out runs/photos')
+@command('[FOLDER] [options]', 'photos/ --arch vit_small_patch16_224 --out runs/photos')
 def densessl_pretrain(
     folder:option(str, 'Folder of photographs, searched recursively, or of shards; without it, drawn scenes', opt=False, nargs='?')=None,
     method:str=None,        # flsl for a ViT, clove for a CNN, or dino, the baseline; by default the one that fits --arch
@@ -202,7 +202,7 @@ def densessl_pretrain(
     _later('cli').pretrain(**args)
 
 # %% ../nbs/04_commands.ipynb #129b11d3
-@command('BACKBONE DATA [options]', 'runs/photos/backbone.safetensors labelled/ --others resnet50 --out scores.json')
+@command('BACKBONE DATA [options]', 'backbone.safetensors labelled/ --others resnet50')
 def densessl_evaluate(
     backbone:str,          # File that export_backbone wrote, or a timm name (published weights)
     data:str,              # Folder: labelled photographs, videos in the layout of DAVIS, or photographs alone
@@ -225,7 +225,7 @@ def densessl_evaluate(
     if out: print(f'written to {out} and {Path(out).with_suffix(".png")}')
 
 # %% ../nbs/04_commands.ipynb #4ab63d87
-@command('BACKBONE IMAGES... [options]', 'runs/photos/backbone.safetensors photos/1.jpg photos/2.jpg --out show.html')
+@command('BACKBONE IMAGES... [options]', 'backbone.safetensors photos/1.jpg photos/2.jpg')
 def densessl_show(
     backbone:str,          # File that export_backbone wrote, or a timm name (published weights)
     images:option(str, 'Image files, or folders of them', opt=False, nargs='+'),

@@ -30,7 +30,8 @@ from .views import Recipe, _to
 # %% ../nbs/22_data.ipynb #b34b9369
 def _formats_here():
     "Pillow's names of the formats that can be read here, each with its suffixes"
-    formats = dict(JPEG='.jpg .jpeg .jpe .jfif', PNG='.png', WEBP='.webp', GIF='.gif', BMP='.bmp', TIFF='.tif .tiff', PPM='.ppm .pgm .pnm')
+    formats = dict(JPEG='.jpg .jpeg .jpe .jfif', PNG='.png', WEBP='.webp', GIF='.gif', BMP='.bmp', TIFF='.tif .tiff',
+                   PPM='.ppm .pgm .pnm')
     if features.check('avif'): formats['AVIF'] = '.avif'
     if features.check('jpg_2000'): formats['JPEG2000'] = '.jp2 .j2k .jpx'
     with suppress(ImportError):
@@ -44,7 +45,7 @@ def _formats_here():
 
 _FORMATS = _formats_here()                              # only these are tried, whatever a file's name
 IMAGE_SUFFIXES = tuple(chain(*_FORMATS.values()))
-_NOT_READ = {                                           # what else people keep beside photographs, and what to do about it
+_NOT_READ = {                                        # what else people keep beside photographs, and what to do about it
     'install pillow-heif to read them': '.heic .heif .hif',
     'install pillow-jxl-plugin to read them': '.jxl',
     'this Pillow cannot read them': '.avif .jp2 .j2k .jpx',
@@ -111,6 +112,13 @@ def _mute():
         yield
     finally: os.dup2(kept, 2); os.close(kept); os.close(null)
 
+def _open_file(path):
+    "A file opened to be read, by us so that Pillow never maps it into memory; never a pipe or a device"
+    s = os.stat(path)
+    if not stat.S_ISREG(s.st_mode): raise OSError('not a regular file')
+    if not s.st_size: raise OSError('empty file')
+    return open(path, 'rb')
+
 @contextmanager
 def _own_limit():
     "Pillow's limit of pixels is not asked: `_refuse_bomb` is"
@@ -160,7 +168,10 @@ class DecompressionBombError(UnreadablePhoto, Image.DecompressionBombError):
 
 def _refuse_bomb(im, full, file_bytes=math.inf):
     "An error if there is too much to decode; a progressive JPEG is held in full whatever its reduction"
-    w, h = full if 'progressive' in im.info else im.size
+    w, h = full
+    if w*h>max(89_000_000, 1100*file_bytes):             # the strongest compression of PNG and TIFF is 1032 : 1
+        raise Image.DecompressionBombError(f'it claims {w} x {h} pixels in {file_bytes:,} bytes')
+    if 'progressive' not in im.info: w, h = im.size
     if w*h>MAX_PIXELS:
         raise Image.DecompressionBombError(f'{w} x {h} pixels, more than densessl.data.MAX_PIXELS, {MAX_PIXELS:,}')
     if w*h>max(89_000_000, 1100*file_bytes):             # the strongest compression of PNG and TIFF is 1032 : 1
@@ -213,15 +224,12 @@ def read_photo(
     "A photograph as it is meant to be seen, the first frame if there are several; `UnreadablePhoto` if it is none"
     try:
         if hasattr(file, 'read'): return _decode(file, size, file.seek(0, os.SEEK_END))
-        s = os.stat(file)
-        if not stat.S_ISREG(s.st_mode): raise OSError('not a regular file')
-        if not s.st_size: raise OSError('empty file')
-        with open(file, 'rb') as f: return _decode(f, size, s.st_size)     # opened here, so that Pillow never maps it into memory
+        with _open_file(file) as f: return _decode(f, size, os.path.getsize(file))
     except Image.DecompressionBombError as e: raise DecompressionBombError(file, str(e)) from None
     except Exception as e: raise UnreadablePhoto(file, _reason(e)) from e
 
 # %% ../nbs/22_data.ipynb #000791f9
-LONGEST = 2                                              # of a photograph that is shown whole, in units of its shorter side
+LONGEST = 2              # of a photograph that is shown whole, in units of its shorter side
 
 def _window(x, hw, at):
     "An image, and the height and width of a photograph, or the window at `at` of a panorama with its own"
@@ -237,7 +245,7 @@ def load_canvas(
     path,         # Image file, or an open binary file
     size:int,     # Side of the canvas
     at:float=.5,  # Where along a panorama its window lies, from 0 to 1
-)->tuple:         # Canvas, uint8 (3, size, size), and (height, width) of what it shows: of the photograph, or of a window
+)->tuple:         # Canvas, uint8 (3, size, size), and (height, width) of what it shows: a photograph or a window
     "Read a photograph as it is meant to be seen and resize it to a square"
     x, hw = _window(*read_photo(path, size), at)
     x = torch.from_numpy(np.array(x)).permute(2,0,1)[None]
@@ -245,16 +253,22 @@ def load_canvas(
     return x[0].contiguous(), hw
 
 # %% ../nbs/22_data.ipynb #478f05f1
-_MAP_WORDS = frozenset('''mask masks label labels labelids instanceids annotation annotations annot annots ann gt gtfine gtcoarse groundtruth
-    truth seg segs segm segmap segmentation segmentations semantic panoptic trimap trimaps matte mattes depth depths disparity normals'''.split())
+_MAP_WORDS = frozenset('''mask masks label labels labelids instanceids annotation annotations annot annots
+    ann gt gtfine gtcoarse groundtruth truth seg segs segm segmap segmentation segmentations semantic panoptic
+    trimap trimaps matte mattes depth depths disparity normals'''.split())
 _COPY_WORDS = frozenset('thumb thumbs thumbnail thumbnails preview previews'.split())
-_PHOTO_WORDS = frozenset('image images img imgs rgb color colour photo photos jpeg jpg picture pictures'.split())
-_OTHER_WORDS = frozenset('ids id color colour map maps train raw small'.split())         # may follow one for a map or a copy
-_ANY_WORD = re.compile('|'.join(sorted(_MAP_WORDS|_COPY_WORDS, key=len, reverse=True)), re.I)
+_PHOTO_WORDS = frozenset('image images img imgs rgb color colour photo photos jpeg jpg picture pictures sat'.split())
+_OTHER_WORDS = frozenset('ids id color colour map maps train raw small'.split())   # may follow one of those
+_ROOTS = [o for o in _MAP_WORDS|_COPY_WORDS if not any(p in o for p in _MAP_WORDS|_COPY_WORDS if p!=o)]
+
+def _has_word(text):
+    "Whether a word for maps or copies may be in a text: quick, for folders of a million files"
+    text = text.lower()
+    return any(o in text for o in _ROOTS)
 
 def _kind(text):
     "'map' if a word of a name stands for masks or depth, 'copy' if for thumbnails, else ''"
-    if not _ANY_WORD.search(text): return ''
+    if not _has_word(text): return ''
     words = {o.lower() for o in re.findall('[A-Z]?[a-z]+|[A-Z]+(?![a-z])', text)}
     return 'map' if words & _MAP_WORDS else 'copy' if words & _COPY_WORDS else ''
 
@@ -265,7 +279,8 @@ def _split_kind(stem):
     i = next((i for i,k in enumerate(kinds) if k), None)
     if i is None: return '', '_'.join(parts)
     if i==0 and not all(kinds): return kinds[0], '_'.join(parts[1:])
-    if not all(k or o.isdigit() or o.lower() in _OTHER_WORDS for k,o in zip(kinds[i:], parts[i:])): return '', '_'.join(parts)
+    rest = [o for k,o in zip(kinds[i:], parts[i:]) if not k]
+    if not all(o.isdigit() or o.lower() in _OTHER_WORDS for o in rest): return '', '_'.join(parts)
     return kinds[i], '_'.join(parts[:i])
 
 def _photo_names(stem):
@@ -278,9 +293,9 @@ def _photo_names(stem):
 
 # %% ../nbs/22_data.ipynb #facc41ce
 def _look(path):
-    "Size, mode ('L' for gray in whatever form) and number of values, at most 256, of an image; None if it cannot be read"
+    "Size, mode ('L' for gray in any form) and number of values, up to 256, of an image; None if it cannot be read"
     try:
-        with _quiet(), Image.open(path, formats=tuple(_FORMATS)) as im:
+        with _quiet(), _open_file(path) as f, Image.open(f, formats=tuple(_FORMATS)) as im:
             size, mode = im.size, im.mode
             im.draft(None, (256,256))
             if math.prod(im.size)>5e7: return size, mode, 256
@@ -293,18 +308,20 @@ def _look(path):
     except Exception: return None
 
 def _looks_like(kind, path, photo):
-    "Do the pixels of a file agree that it is a map or a copy of `photo`, as its name says ('': no name says so)? None: unreadable"
-    (size, mode, n), (whole, other, m) = (_look(o) or (None,)*3 for o in (path, photo))
-    if mode is None or other is None: return None
-    if kind=='copy': return max(size)<max(whole)
+    "Do the pixels agree that a file is a map or a copy of `photo`, as its name says ('': it does not)? None: unreadable"
+    look = _look(path)
+    if look is None: return None
+    size, mode, n = look
     if kind=='map': return mode not in ('RGB','RGBA','CMYK') or n<256
-    return mode in ('1','L','P') and n<=64 and n<m
+    if (whole := _look(photo)) is None: return None
+    if kind=='copy': return max(size)<max(whole[0])
+    return mode in ('1','L','P') and n<=64 and n<whole[2]
 
 # %% ../nbs/22_data.ipynb #8d6a5bda
 class _Folders:
     "The images of each folder below a root, and for each the folders that may hold its photographs"
     def __init__(self, names):
-        self.names = names                                              # folder, as a tuple of names below the root -> its images
+        self.names = names               # folder, as a tuple of names below the root -> its images
         self.kinds = {d: [_kind(o) for o in d] for d in names}
         self.beside, self.alike, self.found = defaultdict(list), defaultdict(list), {}
         for d in names:
@@ -335,44 +352,52 @@ class _Folders:
         return self.found[d]
 
 # %% ../nbs/22_data.ipynb #44c97984
-_EXACT = ('.png','.gif','.bmp','.tif','.tiff')                          # formats that keep the numbers of a mask
+_EXACT = ('png','gif','bmp','tif','tiff')                               # formats that keep the numbers of a mask
 
 def _suspects(folders):
-    "Files that may be no photographs, by folder, kind and suffix: [(file, photograph of the same name)]"
+    "Files that may be no photographs, by folder, kind and suffix: [(file, photograph of the same name or None)]"
     res = defaultdict(list)
     for d,names in folders.names.items():
         in_maps = next(filter(None, folders.kinds[d]), '')
         suffixes = {o.rpartition('.')[2].lower() for o in names}
-        exact = len(suffixes)>1 or bool(folders.siblings(d))
+        siblings = folders.siblings(d) if suffixes.intersection(_EXACT) and not in_maps else ()
+        exact = suffixes.intersection(_EXACT) if len(suffixes)>1 or siblings else ()
+        if not (in_maps or exact or _has_word(' '.join(names))): continue
         for o in names:
             stem, _, suffix = o.rpartition('.')
-            suffix = suffix.lower()
-            kind, short = _split_kind(stem) if in_maps or _ANY_WORD.search(stem) else ('', '')
+            kind, short = _split_kind(stem)
             if in_maps: kind, where, keys = in_maps, folders.partners(d), {short, *_photo_names(stem)}
             elif kind: where, keys = [d], {short}
-            elif exact and f'.{suffix}' in _EXACT: where, keys = [d, *folders.siblings(d)], {'_'.join(re.split(r'[_\-. ]+', stem))}
+            elif suffix.lower() in exact: where, keys = [d, *siblings], {short}
             else: continue
             photo = next((u+(p,) for u in where for k in keys for p in folders.photos(u).get(k, ())
-                          if kind or u!=d or not p.lower().endswith(suffix)), None)
-            if photo: res[d, kind, suffix].append((d+(o,), photo))
+                          if kind or u!=d or p.rpartition('.')[2].lower()!=suffix.lower()), None)
+            if photo or kind: res[d, kind, suffix.lower()].append((d+(o,), photo))
     return res
+
+def _agree(root, pairs, kind):
+    "Do three of the files look like what they are taken for?"
+    looks = [_looks_like(kind, *(o and os.path.join(root, *o) for o in p)) for p in pairs[::max(1, len(pairs)//3)][:3]]
+    looks = [o for o in looks if o is not None]
+    return bool(looks) and all(looks)
 
 def _not_photographs(
     root,        # Folder
     names:dict,  # Folder as a tuple of names below `root` -> images in it
-)->tuple:        # Files to leave out -> 'map' or 'copy', and a `Counter` of folders with files that are kept though their names say otherwise
+)->tuple:        # Files to leave out: {file: 'map' or 'copy'}, and files that are kept though their names say otherwise
     "Masks, depth maps and thumbnails among photographs"
-    out, kept, root = {}, Counter(), os.fspath(root)
-    for (d, kind, _),pairs in _suspects(_Folders(names)).items():
-        some = pairs[::max(1, len(pairs)//3)][:3]
-        looks = [_looks_like(kind, *(os.path.join(root, *o) for o in p)) for p in some]
-        looks = [o for o in looks if o is not None]
-        if looks and all(looks): out |= {o: kind or 'map' for o,_ in pairs}
-        elif looks and kind: kept['/'.join(d) or '.'] += len(pairs)
+    out, kept = {}, []
+    for (_, kind, _),pairs in _suspects(_Folders(names)).items():
+        twins, alone = [o for o in pairs if o[1]], [o for o in pairs if not o[1]]
+        if _agree(root, twins, kind): out |= {o: kind or 'map' for o,_ in twins}
+        elif kind: kept += [o for o,_ in twins]
+        if kind=='map' and _agree(root, alone, kind): kept += [o for o,_ in alone]
     return out, kept
 
+
 # %% ../nbs/22_data.ipynb #c7cf82e5
-_PRIVATE = frozenset('@eadir __macosx #recycle #snapshot @recycle @recycle.bin $recycle.bin recycler recycled lost+found'.split())
+_PRIVATE = frozenset('''@eadir __macosx #recycle #snapshot @recycle @recycle.bin $recycle.bin recycler recycled
+    lost+found'''.split())
 
 def _is_private(folder): return folder.startswith('.') or folder.lower() in _PRIVATE
 def _is_image(name): return name.lower().endswith(IMAGE_SUFFIXES)
@@ -391,8 +416,9 @@ class _Walk:
             self.n += len(names)
             for o in filter(_is_private, dirs): self.private[o] += self.images_in(os.path.join(d, o))
             dirs[:] = sorted(o for o in dirs if not _is_private(o))
-            images = [o for o in names if _is_image(o)]
-            if shown := [o for o in images if not o.startswith('.')]: self.names[Path(d).relative_to(folder).parts] = shown
+            images = sorted(o for o in names if _is_image(o))
+            shown = [o for o in images if not o.startswith('.')]
+            if shown: self.names[Path(d).relative_to(folder).parts] = shown
             self.private['hidden files'] += len(images)-len(shown)
             if len(images)<len(names): self.other.update(filter(None, map(self.suffix, names)))
         self.private = +self.private
@@ -404,7 +430,8 @@ class _Walk:
     def suffix(self, name):
         "The suffix of a file that is not read here, though it may hold what people take for photographs"
         name = name.lower()
-        return next((o for o in (name[-7:], os.path.splitext(name)[1]) if o in _NOT_READ and not name.startswith('.')), None)
+        if name.startswith('.'): return None
+        return next((o for o in (name[-7:], os.path.splitext(name)[1]) if o in _NOT_READ), None)
 
 # %% ../nbs/22_data.ipynb #4b3dbd2d
 def _some(counts, n=4):
@@ -414,22 +441,27 @@ def _some(counts, n=4):
 
 def _remarks(walk, out, kept):
     "What of a folder is not trained on, and why"
+    def such(files): return f'such as {_printable("/".join(min(files)))!r}'
     says = []
     if walk.shut:
         first = walk.shut[0]
-        says.append(f'{len(walk.shut)} folders cannot be opened and are left out, the first is {str(first.filename)!r}: {first.strerror}')
+        says.append(f'{len(walk.shut)} folders cannot be opened and are left out, '
+                    f'the first is {str(first.filename)!r}: {first.strerror}')
     if walk.private:
-        says.append(f'{walk.private.total()} images in hidden folders and those of other programs are left out ({_some(walk.private)})')
+        says.append(f'{walk.private.total()} images in hidden folders and those of other programs are left out '
+                    f'({_some(walk.private)})')
     for kind,what in dict(map='masks or depth maps', copy='thumbnails').items():
-        if files := [o for o,k in out.items() if k==kind]:
-            where = Counter('/'.join(o[:-1]) or o[-1] for o in files)
-            says.append(f'{len(files)} {what} of photographs are left out ({_some(where)})')
+        files = [o for o,k in out.items() if k==kind]
+        if files: says.append(f'{len(files)} {what} of photographs are left out, {such(files)}')
     if kept:
-        says.append(f'{kept.total()} images are kept though their names say mask, depth or thumbnail, '
-                    f'since they look like photographs ({_some(kept)}): take them away if they are not')
-    for why in dict.fromkeys(map(_NOT_READ.get, walk.other)):
-        says.append(' and '.join(f'{n} {s}' for s,n in walk.other.items() if _NOT_READ[s]==why) + f' are not read ({why})')
+        says.append(f'{len(kept)} images are kept though their names say mask, depth or thumbnail, {such(kept)}: '
+                    'take them away if they are no photographs')
+    whys = dict.fromkeys(_NOT_READ[s] for s in sorted(walk.other))
+    counts = sorted(walk.other.items())
+    unread = [' and '.join(f'{n} {s}' for s,n in counts if _NOT_READ[s]==why) + f' ({why})' for why in whys]
+    if unread: says.append('not read: '+', '.join(unread))
     return '; '.join(says)
+
 
 # %% ../nbs/22_data.ipynb #37da8ed6
 def find_images(
@@ -449,7 +481,8 @@ def find_images(
     if not walk.n and not remarks:
         raise InputError(f'{str(folder)!r} is empty: put images ({kinds}) there or give another folder')
     because = f' ({remarks})' if remarks else ''
-    raise InputError(f'{str(folder)!r} holds {walk.n} files but no image{because}: give a folder of files that end in one of {kinds}')
+    raise InputError(f'{str(folder)!r} holds {walk.n} files but no image{because}: '
+                     f'give a folder of files that end in one of {kinds}')
 
 # %% ../nbs/22_data.ipynb #37f3648c
 def _stride(n):
@@ -460,7 +493,7 @@ def _stride(n):
 
 def _window_at(epoch, item):
     "Where the window of a panorama lies: in the middle, or as the number of an epoch and the item say"
-    return .5 if epoch is None else random.Random(f'{epoch} {item}').random()
+    return .5 if epoch is None else random.Random(f'{epoch} {item!a}').random()
 
 class CanvasDataset:
     "Photographs as canvases; an unreadable file gives place to a readable one and is named in the item"
@@ -554,7 +587,7 @@ class ViewLoader(DataLoader):
     @device.setter
     def device(self, device): self.after_batch.device = device if device is None else torch.device(device)
     def get_idxs(self):
-        "The items of an epoch; one that is shuffled also tells its data set a number, on which the windows of panoramas depend"
+        "The items of an epoch; a shuffled one gives its data set a number, on which windows of panoramas depend"
         rng = random.Random()
         rng.setstate(self.rng.getstate())                # a copy: the order is what it would be without
         if self.shuffle and hasattr(self.dataset, 'epoch'): self.dataset.epoch = rng.getrandbits(64)
@@ -570,13 +603,18 @@ def default_canvas(
 def _canvas(canvas, recipe):
     "Side of the canvas, checked"
     size = default_canvas(recipe) if canvas is None else canvas
-    if not isinstance(size, int) or size<1: raise InputError(f'canvas must be a whole number of pixels, at least 1, got {canvas}')
+    if not isinstance(size, int) or size<1:
+        raise InputError(f'canvas must be a whole number of pixels, at least 1, got {canvas}')
     return size
 
 def _loaders(train, valid, recipe, bs, num_workers, device, pin_memory, bad, loader):
     "Loaders of a training and a validation set, each made by `loader(ds, train, **kwargs)`; the latter may be empty"
-    if not isinstance(bs, int) or bs<2: raise InputError(f'bs must be a whole number, at least 2, got {bs}: the images of a batch are compared with each other')
-    if len(train)<bs: raise InputError(f'bs is {bs} but there are only {len(train)} images to train on: choose a smaller bs or add images')
+    if not isinstance(bs, int) or bs<2:
+        message = f'bs must be a whole number, at least 2, got {bs}: the images of a batch are compared with each other'
+        raise InputError(message)
+    if len(train)<bs:
+        message = f'bs is {bs} but there are only {len(train)} images to train on: choose a smaller bs or add images'
+        raise InputError(message)
     if num_workers is None: num_workers = max(0, min(8, defaults.cpus-1))
     if not isinstance(num_workers, int) or num_workers<0:
         raise InputError(f'the number of workers must be a whole number, 0 for none, got {num_workers}')
@@ -599,11 +637,12 @@ def _seeded(seed, drop_last=True):
 
 # %% ../nbs/22_data.ipynb #6b6f61c1
 def _panoramas(files, n=100):
-    "Panoramas among up to `n` of the files, by their headers: how many, of how many, and the first; None if there is none"
+    "Panoramas among up to `n` files, by their headers: how many, of how many, and the first; None if there is none"
     some, long = files[::math.ceil(len(files)/n)], []
     for o in some:
-        with suppress(Exception), _own_limit(), _quiet(), Image.open(o, formats=tuple(_FORMATS)) as im:
-            if max(im.size)>LONGEST*min(im.size): long.append(o)
+        with suppress(Exception), _own_limit(), _quiet(), _open_file(o) as f:
+            w, h = Image.open(f, formats=tuple(_FORMATS)).size
+            if max(w, h)>LONGEST*min(w, h): long.append(o)
     return (len(long), len(some), long[0]) if long else None
 
 # %% ../nbs/22_data.ipynb #2b26da31
@@ -631,8 +670,8 @@ def image_dls(
     for ds in (dls.train_ds, dls.valid_ds):          # one that can be read, or an error before the training starts
         if len(ds) and (note := CanvasDataset(ds.paths, 8)[0][2]).startswith('\0'): bad.add([note])
     if long := _panoramas(files):
-        warnings.warn(f'{long[0]} of {long[1]} photographs looked at are panoramas, longer than {LONGEST} : 1, the first is {_printable(long[2])!r}: '
-                      f'of each an epoch shows one window of {LONGEST} : 1, another one every time')
+        warnings.warn(f'{long[0]} of {long[1]} photographs looked at are panoramas, longer than {LONGEST} : 1, '
+                      f'the first is {_printable(long[2])!r}: of each an epoch shows one window of {LONGEST} : 1, another one every time')
     return dls
 
 # %% ../nbs/22_data.ipynb #8d845e65

@@ -246,7 +246,9 @@ def dense_encoder(
         if pos_offset: net.pos_offset, net._pos_embed = pos_offset, partial(_offset_pos_embed, net)
     for m in net.modules():
         if type(m) is timm.layers.Mlp and not any(True for _ in m.act.parameters()): m.forward = partial(_lean_mlp, m)
-    return DenseEncoder(net, arch, {k: v for k,v in kwargs.items() if k not in _LOADS}, img_size)
+    encoder = DenseEncoder(net, arch, {k: v for k,v in kwargs.items() if k not in _LOADS}, img_size)
+    encoder.published = pretrained   # no random start: the verdict on a training asks
+    return encoder
 
 # %% ../nbs/30_encoders.ipynb #840939a1
 def check_exportable(

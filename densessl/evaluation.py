@@ -623,12 +623,15 @@ def write_scores(
     if add and path.exists(): scores = [*read_scores(path), *scores]
     rows = list({_same(s): s for s in reversed(scores)}.values())[::-1] if add else scores
     text = json.dumps([_as_json(s) for s in rows], indent=1)+'\n'
-    f = tempfile.NamedTemporaryFile('w', dir=path.parent, prefix=f'.{path.name}.', delete=False, encoding='utf-8')
+    part = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        with f: f.write(text); f.flush(); os.fsync(f.fileno())
-        os.chmod(f.name, path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        os.replace(f.name, path)
-    except BaseException: Path(f.name).unlink(missing_ok=True); raise
+        with open(part, 'w', encoding='utf-8') as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        if path.exists(): os.chmod(part, path.stat().st_mode & 0o777)
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
     return path
 
 def _as_json(s):

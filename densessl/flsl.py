@@ -111,6 +111,12 @@ def choose_prototypes(
 # %% ../nbs/40_flsl.ipynb #d58f40d9
 _matmul = fp32(torch.matmul)
 
+@torch.compiler.disable     # a compiler would draw other numbers
+def _query_positions(h, w, window, n, random, device):
+    "Positions of the queries of `n` views, (n, Q), ascending; drawn on `device`, without waiting for it"
+    mask = query_mask(h, w, window, n=n, random=random, device=device)
+    return torch.where(mask, torch.arange(h*w, device=device), h*w).sort(1).values[:,:(h//window)*(w//window)]
+
 @rebuilt_from_list
 class FLSLOutput(NamedTuple):
     "What one step hands to the objective; queries of all student views, photograph by photograph"
@@ -170,9 +176,7 @@ class FLSL(nn.Module):
 
     def _queries(self, Z, size, window):
         h, w = self.student.encoder.grid(size, size)
-        n = (h//window)*(w//window)
-        mask = query_mask(h, w, window, n=len(Z), random=self.config.random_query, device=Z.device)
-        i = torch.where(mask, torch.arange(h*w, device=Z.device), h*w).sort(1).values[:,:n]     # drawn where the tokens are, without waiting
+        i = _query_positions(h, w, window, len(Z), self.config.random_query, Z.device)
         return Z.gather(1, i[...,None].expand(-1, -1, Z.shape[-1]))
 
     def forward(self, views)->FLSLOutput:

@@ -23,7 +23,7 @@ from torch import Tensor
 from .coco import Instances, Segments, decode_counts, decode_runs, fill_polygon
 from .core import InputError
 from .layouts import CITYSCAPES_CLASSES, LAYOUTS, VOC_CLASSES, Unlabelled, by_stem, divided_mask, files_of, find_layout, match_stems, part_of, photos_of
-from .masks import COLOR, MASK_SUFFIXES, MAX_CLASSES, label_name, mask_classes, option, read_mask, several
+from .masks import MASK_SUFFIXES, MAX_CLASSES, color_label, label_name, mask_classes, open_image, option, palette_colors, read_mask, several
 
 # %% ../nbs/59_labelled.ipynb #d7ba6ccb
 _all_ = ['CITYSCAPES_CLASSES', 'LAYOUTS', 'VOC_CLASSES', 'Unlabelled', 'decode_counts', 'decode_runs', 'fill_polygon', 'find_layout', 'read_mask']
@@ -84,14 +84,15 @@ def resize_nearest(
 
 _TURNED = {2: lambda m: m[:,::-1], 3: lambda m: m[::-1,::-1], 4: lambda m: m[::-1], 5: lambda m: m.T,
            6: lambda m: np.rot90(m, -1), 7: lambda m: m[::-1,::-1].T, 8: np.rot90}   # EXIF orientation -> the upright array
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
 
 def stored_as(
     photo,  # Image file
 )->tuple:   # Its EXIF orientation, (height, width) of its stored pixels
     "How a photograph is stored; only the head of the file is read"
     try:
-        with Image.open(photo) as im: turn, (w, h) = im.getexif().get(0x0112, 1), im.size
+        with open_image(photo) as im: turn, (w, h) = im.getexif().get(0x0112, 1), im.size
+    except InputError: raise
     except _UNREADABLE as e: raise InputError(f'cannot read {photo}: {e}') from None
     return turn if turn in _TURNED else 1, (h, w)
 
@@ -114,6 +115,7 @@ def read_pair(
     "A photograph and its labels"
     from densessl.data import read_photo   # loads fastai
     try: x, hw = read_photo(photo, 2**16)  # so large that a JPEG is decoded at full size
+    except InputError: raise
     except _UNREADABLE as e: raise InputError(f'cannot read {photo}: {e}') from None
     m = _upright_mask(read(mask, hw), photo, mask, tuple(hw), orientation)
     if size is not None and tuple(size)!=tuple(hw): x = x.resize(size[::-1], Image.Resampling.BICUBIC)
@@ -218,7 +220,7 @@ def segmentation_folder(
     return SegmentationData(X, M, n_classes, ignore_index, name or '-'.join(filter(None, [root.name, split])), classes)
 
 # %% ../nbs/59_labelled.ipynb #2644cabd
-READING = dict(layout=str, splits=tuple, ignore_index=tuple, n_classes=int, classes=tuple, images=str, labels=str, divisor=int, threshold=int,
+READING = dict(layout=str, splits=tuple, ignore_index=tuple, n_classes=int, classes=tuple, images=str, labels=str, divisor=int, threshold=int, palette=str,
                orientation=str, mask_size=tuple)   # Options of `labelled_data` that a command takes
 
 def _whole(text): return int(text) if text.lstrip('-').isdigit() else text
@@ -254,6 +256,11 @@ def _choose(splits, wanted, root):
     if len(out)<2: raise InputError(f'splits must name two different parts, got {wanted}')
     return out
 
+def _counted(parts):
+    "How many photographs each part has, in words"
+    (a, n), (b, m) = ((k, len(v)) for k,v in parts.items())
+    return f'{n+m} photographs with masks ({f"{m}, every 4th, to score" if b.endswith("every 4th") else f"{n} {a}, {m} {b}"})'
+
 def _spread(pairs, limit): return pairs if limit is None or len(pairs)<=limit else tuple(pairs[i*len(pairs)//limit] for i in range(limit))
 
 def _count_labels(pairs, read):
@@ -282,12 +289,28 @@ def mask_orientation(
     drawn = dict(upright='on the upright ones', stored='on the stored pixels and turned alike').get(orientation, 'on either, told by their size')
     return orientation, f'{len(turned)} photographs are turned by their EXIF tag, masks count as drawn {drawn}'
 
-# %% ../nbs/59_labelled.ipynb #71beaa75
-def _reader(found, divisor, threshold):
+# %% ../nbs/59_labelled.ipynb #46d6b1f7
+def _palettes(files, lists):
+    "'index' or 'color': what counts in palette files, None if there are none"
+    colors, where = {}, {}
+    with ThreadPoolExecutor() as pool:
+        for f,own in zip(files, pool.map(palette_colors, files)):
+            for i,c in own.items():
+                if colors.setdefault(i, c)!=c:
+                    raise InputError(f'the palettes of {where[i]} and {f.name} differ: index {i} is {label_name(colors[i])} and {label_name(c)}; {option("palette=color")} if the colors are the classes, or palette=index')
+                where.setdefault(i, f.name)
+    listed = next(({l: int(color_label(c)) for l,c in o.colors.items()} for o in lists if o.colors), {})
+    return 'color' if colors and {*colors.values()}<={*listed.values()} and any(listed.get(i)!=c for i,c in colors.items()) else 'index'
+
+def _reader(found, parts, divisor, threshold, palette):
     "How masks are read, changed by options"
-    if divisor is None and threshold is None: return found.read
-    if found.read not in (read_mask, divided_mask): raise InputError('divisor and threshold are for masks that are image files of labels')
-    return partial(read_mask, threshold=threshold) if divisor is None else partial(divided_mask, divisor=divisor)
+    if palette not in (None, 'index', 'color'): raise InputError(f"palette must be 'index' or 'color', got {palette!r}")
+    given = [k for k,v in dict(divisor=divisor, threshold=threshold, palette=palette).items() if v is not None]
+    if given and found.read not in (read_mask, divided_mask): raise InputError(f'{given[0]} is for masks that are image files of labels')
+    if divisor is not None: return partial(divided_mask, divisor=divisor)
+    if threshold is not None: return partial(read_mask, threshold=threshold)
+    if found.table is None and palette is None: palette = _palettes([m for v in parts.values() for _,m in v], found.lists)
+    return partial(read_mask, palette=palette) if palette=='color' else found.read
 
 def _meaning(root, layout, found, parts, read, n_classes, ignore_index, named):
     "Table, names, and in words how they were decided"
@@ -302,8 +325,10 @@ def _meaning(root, layout, found, parts, read, n_classes, ignore_index, named):
     used, out = {table[l] for l in counts} - {None}, [l for l in counts if table[l] is None]
     if len(used)<2:
         only = ', '.join(label_name(l) for l in counts if table[l] is not None)
-        raise InputError(f'{root}: the masks hold only the label {only}{" beside what is left out" if out else ""}: a score needs at least two classes')
-    if 0 in counts: how += ', 0 is a class' if table[0] is not None else ''
+        rest = ', '.join(map(label_name, out))
+        beside, advice = (f' beside {rest}, which is left out', f'; if that is one, {option("ignore_index=none")}') if out else ('', '')
+        raise InputError(f'{root}: the masks hold only the label {only}{beside}: a score needs at least two classes{advice}')
+    if found.lists and table.get(0) is not None: how += ', 0 is a class'
     return table, names, how + (f', left out: {", ".join(map(label_name, sorted(out)[:6]))}' if out else '')
 
 def labelled_data(
@@ -322,6 +347,7 @@ def labelled_data(
     labels:str=None,        # Name of the folders of masks, likewise
     divisor:int=None,       # Labels from here on are class*divisor + instance
     threshold:int=None,     # Grey values from here on are class 1, others 0
+    palette:str=None,       # 'index' or 'color': what counts in palette files; default the index, unless a list of classes has the colors
     orientation:str=None,   # 'upright' or 'stored': what masks of photographs turned by EXIF are drawn on; default by their size
     say=print,              # Takes the line that says how the files are read; None: nobody
 ):                          # (train, test): two `SegmentationData`, or two `SegmentationFiles`
@@ -330,15 +356,15 @@ def labelled_data(
     if orientation not in (None, 'upright', 'stored'): raise InputError(f"orientation must be 'upright' or 'stored', got {orientation!r}")
     if limit is not None and limit<1: raise InputError(f'limit must be at least 1 image, got {limit}')
     layout, root, found = find_layout(path, layout, images=images, labels=labels, parts=tuple(splits or ()))
-    parts, read = _choose(found.splits, splits, root), _reader(found, divisor, threshold)
+    parts = _choose(found.splits, splits, root)
+    read = _reader(found, parts, divisor, threshold, palette)
     if remap is not None: table, names, how = {int(k): v for k,v in remap.items()} | {l: None for l in several(ignore_index)}, None, 'remap'
     else: table, names, how = _meaning(root, layout, found, parts, read, n_classes, ignore_index, named)
     C = 1 + max((c for c in table.values() if c is not None), default=-1)
     if not C: raise InputError(f'{root}: every class is left out by ignore_index={ignore_index}')
     parts = {k: _spread(v, limit) for k,v in parts.items()}
     seen, turned = mask_orientation([p for v in parts.values() for p in v])
-    n = ' and '.join(f'{len(v)} {k}' for k,v in parts.items())
-    read_as = '; '.join(filter(None, [f'read as {layout}: {C} classes ({how})', f'{sum(map(len, parts.values()))} photographs with masks ({n})', turned, *found.notes]))
+    read_as = '; '.join(filter(None, [f'read as {layout}: {len({*table.values()}-{None})} classes ({how})', _counted(parts), turned, *found.notes]))
     if say and not int(os.environ.get('RANK') or 0): say(read_as)
     data = [SegmentationFiles(v, _pair(size), table, C, f'{root.resolve().name}-{k}', classes or names, _pair(mask_size), read, orientation or seen, read_as) for k,v in parts.items()]
     if not load: return tuple(data)

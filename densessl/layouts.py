@@ -7,18 +7,18 @@ __all__ = ['PHOTO_WORDS', 'MASK_WORDS', 'PARTS', 'VOC_CLASSES', 'CITYSCAPES_CLAS
            'files_of', 'photos_of', 'by_stem', 'match_stems', 'part_of', 'plain_folder', 'ade20k', 'voc',
            'divided_mask', 'cityscapes', 'coco', 'other_labels', 'seems_mask', 'find_layout']
 
-# %% ../nbs/26_layouts.ipynb #848d414a
+# %% ../nbs/26_layouts.ipynb #6d771d99
 import json, os, re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from .coco import BACKGROUND, Instances, Segments, read_instances, read_panoptic
 from .core import InputError
-from .masks import MASK_SUFFIXES, find_classes, option, read_mask, read_text
+from .masks import MASK_SUFFIXES, find_classes, open_image, option, read_mask, read_text
 
 # %% ../nbs/26_layouts.ipynb #37555353
 class Found(NamedTuple):
@@ -350,20 +350,23 @@ def other_labels(
             return f'{kind} of YOLO (as {p.name}): {kind} in text files are not scored here, a mask for each photograph is needed'
 
 def seems_mask(
-    file,  # Image file
-):         # bool
-    "Is this more likely a mask than a photograph? Few numbers in one channel"
+    file,               # Image file
+    colors:bool=False,  # May it be one of colors?
+):                      # bool
+    "Is this more likely a mask than a photograph? Few numbers in one channel, or few colors"
     try:
-        with Image.open(file) as im:
-            if im.mode not in ('1', 'L', 'P', 'I;16', 'I') or im.format in ('JPEG', 'GIF') or im.size[0]*im.size[1]>10**8: return False
-            return 1<len(np.unique(np.array(im)))<=40
+        with open_image(file) as im:
+            if im.format in ('JPEG', 'GIF') or im.size[0]*im.size[1]>10**8: return False
+            if im.mode in ('1', 'L', 'P', 'I;16', 'I'): return 1<len(np.unique(np.array(im)))<=40
+            return colors and im.mode in ('RGB', 'RGBA') and 1<len(im.getcolors(40) or ())
     except Exception: return False
 
 def _masks_among(root):
     "How many of at most 24 images seem to be masks, and one of them"
     files = photos_of(root)
     some = [files[i*len(files)//24] for i in range(24)] if len(files)>24 else files
-    masks = [p for p in some if seems_mask(p)]
+    twice = Counter(p.stem for p in files)             # another file has the same name: a photograph and its mask?
+    masks = [p for p in some if seems_mask(p, twice[p.stem]>1)]
     return len(masks), len(some), masks[0] if masks else None
 
 # %% ../nbs/26_layouts.ipynb #4693a43b

@@ -27,8 +27,15 @@ def split_decay(
 # %% ../nbs/51_optim.ipynb #1509e7a1
 class DecayWrapper(OptimWrapper):
     "fastai's wrapper of a torch optimiser, whose weight decay goes to the last parameter group only"
+    @property
+    def hypers(self):
+        "As fastai's, without those that are not set: `TensorBoardCallback` writes every one as a number"
+        return [{k: v for k,v in h.items() if v is not None} for h in super().hypers]
+
     def set_hyper(self, k, v):
-        "As fastai's; a single number for `wd` leaves the groups before the last without decay"
+        "As fastai's; a slice is refused, a single number for `wd` leaves the groups before the last without decay"
+        if isinstance(v, slice):
+            raise InputError(f'{k} must be one number, got {v}: the groups of parameters are those without and with weight decay, not layers')
         if k=='wd' and isinstance(v, (int, float)): v = [0.]*(len(self.param_lists)-1) + [v]
         super().set_hyper(k, v)
 

@@ -7,7 +7,7 @@ __all__ = ['read_shard', 'Shard', 'count_images', 'shard_list', 'is_shards', 'wr
            'shard_dls']
 
 # %% ../nbs/23_shards.ipynb #bb5756a6
-import hashlib, json, math, os, random, re, sys, tarfile, time
+import hashlib, json, math, os, random, re, sys, tarfile, time, warnings
 from contextlib import suppress
 from io import BytesIO
 from functools import partial
@@ -23,13 +23,15 @@ from PIL import Image
 
 from .commands import densessl_shard
 from .core import InputError
-from .data import IMAGE_SUFFIXES, BadFiles, ViewLoader, _bad_note, _canvas, _loaders, _printable, _reason, find_images, load_canvas, read_photo
+from .data import (BadFiles, ViewLoader, _bad_note, _canvas, _is_image, _is_private, _kind, _loaders, _printable,
+                           _reason, _Walk, _window_at, find_images, load_canvas, read_photo)
 from .views import Recipe
 
 # %% ../nbs/23_shards.ipynb #0b0fe883
-_TAR = re.compile(r'\.(tar|tgz)(\.\w+)?$')
+_TAR = re.compile(r'\.(tar|tgz)(\.(gz|bz2|xz|zst))?$', re.I)
 
 def _remote(url): return re.match(r'\w\w+:', str(url)) is not None      # pipe:, https:, s3: and so on, but not C:
+def _local(path): return path if _remote(path) else os.path.expanduser(path)
 
 def _open_url(
     url,  # Local path, or what webdataset opens: `pipe:command`, `https://...`, `hf://...`
@@ -39,22 +41,57 @@ def _open_url(
     from webdataset.gopen import gopen
     return gopen(str(url), 'rb')
 
+# %% ../nbs/23_shards.ipynb #b32d534b
+_JPEG = ('.jpg','.jpeg','.jpe','.jfif')
+
+def _photographs(
+    names,  # Images of one key, with their folder
+)->list:    # Which of them are photographs
+    "`7.jpg` of `7.jpg`, `7.seg.png` and `7.depth.png`"
+    folders, jpeg = names[0].split('/')[:-1], [o for o in names if o.lower().endswith(_JPEG)]
+    if any(_kind(o)=='map' for o in folders): return jpeg               # as in `masks/7.png`
+    plain = [o for o in names if o.rpartition('/')[2].count('.')==1]
+    if plain: return [next((o for o in plain if o in jpeg), plain[0])]
+    return [o for o in names if _kind(o.rpartition('/')[2].partition('.')[2])!='map'] or names
+
+def _keys(
+    tar,   # Open tar file
+    read,  # Called before an image: whether its bytes are wanted
+):         # Generator of {name: bytes or None}
+    "The images of a tar file, those of one key at a time"
+    key, images = None, {}
+    try:
+        for m in tar:
+            tar.members = []                                           # or tarfile would keep them all
+            folder, _, name = m.name.rpartition('/')
+            hidden = name.startswith('.') or any(_is_private(o) for o in folder.split('/') if o not in ('.','..'))
+            if hidden or not m.isreg() or not _is_image(name): continue
+            if images and (folder, name.partition('.')[0])!=key:
+                yield images
+                images = {}
+            key = folder, name.partition('.')[0]
+            images[m.name] = tar.extractfile(m).read() if read() else None
+    except Exception:                                                  # a shard that breaks off: first what was whole
+        if images: yield images
+        raise
+    if images: yield images
+
 def read_shard(
     url,            # Tar file
-    start:int=0,    # First image wanted
+    start:int=0,    # First photograph wanted
     stop:int=None,  # One past the last; None: all
-):                  # Generator of (name, bytes) of each image, bytes None before `start`
-    "The images of a shard, in order"
-    f, i = _open_url(url), 0
+):                  # Generator of (name, bytes) of each photograph, bytes None before `start`
+    "The photographs of a shard, in order"
+    f, i, most = _open_url(url), 0, 0
     try:
         with tarfile.open(fileobj=f, mode='r|*' if _remote(url) else 'r:*') as tar:
-            for m in tar:
-                tar.members = []                                       # or tarfile would keep them all
-                name = m.name.rpartition('/')[2]
-                if not m.isreg() or name.startswith('.') or not name.lower().endswith(IMAGE_SUFFIXES): continue
-                yield m.name, tar.extractfile(m).read() if i>=start else None
-                i += 1
-                if i==stop: return
+            for images in _keys(tar, lambda: i+most>=start):
+                names = _photographs(list(images))
+                most = max(most, len(names)-1)                         # photographs of a key beside the first
+                for name in names:
+                    yield name, images[name] if i>=start else None
+                    i += 1
+                    if i==stop: return
     finally:
         if hasattr(f, 'proc'): f.proc.kill()                           # a command whose output is no longer wanted
         with suppress(OSError): f.close()
@@ -74,20 +111,46 @@ def _read_index(
         with _open_url(url) as f: d = json.loads(f.read())
         if 'shardlist' in d: return {o['url']: (int(o['nsamples']), o.get('filesize')) for o in d['shardlist']}
         return {k: (int(v), None) for k,v in d.items()}
-    except Exception as e: raise InputError(f'{str(url)!r} cannot be used as a list of shards ({_reason(e)}): give a JSON file as densessl_shard writes, or {{"name.tar": count}}')
+    except Exception as e:
+        raise InputError(f'{str(url)!r} cannot be used as a list of shards ({_reason(e)}): '
+                         'give a JSON file as densessl_shard writes, or {"name.tar": count}')
+
+def _lists_shards(index):
+    "Is this file a list of tar files?"
+    if not index.is_file(): return False
+    try: return any(re.search(r'\.(tar|tgz)\b', o, re.I) for o in _read_index(index))
+    except InputError: return False
+
+def _index_of(folder):
+    "The list of shards in a folder; None if there is none, or if its `index.json` is that of another program"
+    index = Path(folder)/'index.json'
+    if _lists_shards(index): return index
+    if index.is_file():
+        message = f'{str(index)!r} is no list of shards and is not used: the photographs of each tar file are counted'
+        warnings.warn(message)
 
 def count_images(
     path,    # Local tar file
 )->int:
-    "Images in a shard without a list; a tar file that is cut short is an error"
+    "Photographs in a shard without a list; a tar file that is cut short is an error"
+    return _count(path)[0]
+
+def _count(path):
+    "Photographs in a shard, and the other images in it"
+    photos = images = 0
     try:
-        n = sum(1 for _ in read_shard(path, start=sys.maxsize))
         with open(path, 'rb') as f:
-            if f.read(2) in (b'\x1f\x8b', b'BZ', b'\xfd7'): return n                   # compressed: it would have said so
-            f.seek(-1024, os.SEEK_END)
-            if any(f.read()): raise OSError('no end mark')
-    except Exception as e: raise InputError(f'the shard {str(path)!r} is cut short or damaged ({_reason(e)}): write or copy it again')
-    return n
+            with tarfile.open(fileobj=f, mode='r:*') as tar:
+                for names in _keys(tar, lambda: False):
+                    photos += len(_photographs(list(names)))
+                    images += len(names)
+            f.seek(0)
+            if f.read(2) not in (b'\x1f\x8b', b'BZ', b'\xfd7'):       # compressed: it would have said so
+                f.seek(-1024, os.SEEK_END)
+                if any(f.read()): raise OSError('no end mark')
+    except Exception as e:
+        raise InputError(f'the shard {str(path)!r} is cut short or damaged ({_reason(e)}): write or copy it again')
+    return photos, images-photos
 
 # %% ../nbs/23_shards.ipynb #98bc4cf9
 def _name(url): return re.split(r'[/\s]' if _remote(url) else '/', str(url).strip())[-1]
@@ -102,8 +165,10 @@ def _missing(names):
 def _in_folder(folder, index):
     "Shards of a folder and their index, if there is one"
     if (folder/'index.json.part').exists(): raise InputError(f'{str(folder)!r} was not finished by densessl_shard: write it again')
+    if images := [o for o in os.listdir(folder) if _is_image(o) and not o.startswith('.')]:
+        warnings.warn(f'{len(images)} images beside the shards in {str(folder)!r} are not read')
     names = sorted(o.name for o in folder.iterdir() if _TAR.search(o.name) and not o.name.endswith('.part'))
-    if index is None and (folder/'index.json').exists(): index = folder/'index.json'
+    if index is None: index = _index_of(folder)
     if index is None and not names: raise InputError(f'{str(folder)!r} holds no shards: give a folder of .tar files, as densessl_shard writes')
     if index is not None:
         listed = {_name(o) for o in _read_index(index)}
@@ -113,14 +178,19 @@ def _in_folder(folder, index):
 
 def _expand(urls, index):
     "Paths or URLs of all shards, and where their counts are"
-    if isinstance(urls, (list,tuple)) and len(urls)!=1: return [str(o) for o in urls], index
-    s = str(urls[0] if isinstance(urls, (list,tuple)) else urls).strip()
+    if isinstance(urls, (list,tuple)) and len(urls)!=1: return [_local(str(o)) for o in urls], index
+    s = _local(str(urls[0] if isinstance(urls, (list,tuple)) else urls).strip())
     if not _remote(s) and os.path.isdir(s): return _in_folder(Path(s), index)
     if s.endswith('.json'): return [o if _remote(o) or os.path.isabs(o) else s[:-len(_name(s))]+o for o in sorted(_read_index(s))], s
     from braceexpand import braceexpand
     return list(braceexpand(s)), index
 
 # %% ../nbs/23_shards.ipynb #3fc4a2b7
+def _listed(urls, index):
+    "Counts and sizes by name, as a list says; None if there is no list"
+    if index is None and not _remote(urls[0]): index = _index_of(Path(urls[0]).parent)
+    return None if index is None else {_name(k): v for k,v in _read_index(_local(index)).items()}
+
 def shard_list(
     urls,              # Folder of tar files; path or URL of an index; pattern as `data/{000..031}.tar`; or a list of paths and URLs
     index=None,        # JSON file with the counts, for shards that are not local; None: the one beside them
@@ -129,28 +199,52 @@ def shard_list(
     "All shards with their counts, or one sentence on what is wrong with the list"
     urls, index = _expand(urls, index)
     if not urls: raise InputError('the list of shards is empty: give tar files')
-    if len(set(urls))<len(urls): raise InputError(f'{max(urls, key=urls.count)!r} is listed twice: give each shard once')
-    if not holes and (gone := _missing([_name(o) for o in urls])): raise InputError(f'the list of shards has a hole, {gone[0]!r} is missing{f" and {len(gone)-1} more" if len(gone)>1 else ""}: add what is missing, or pass holes=True if it is meant so')
-    if gone := next((o for o in urls if not _remote(o) and not os.path.isfile(o)), None): raise InputError(f'the shard {gone!r} does not exist: add it, or leave it out of the list')
-    beside = Path(urls[0]).parent/'index.json'
-    if index is None and not _remote(urls[0]) and beside.exists(): index = beside
-    known, res = None if index is None else {_name(k): v for k,v in _read_index(index).items()}, []
+    if len(set(urls))<len(urls):
+        raise InputError(f'{max(urls, key=urls.count)!r} is listed twice: give each shard once')
+    if not holes and (gone := _missing([_name(o) for o in urls])):
+        more = f' and {len(gone)-1} more' if len(gone)>1 else ''
+        raise InputError(f'the list of shards has a hole, {gone[0]!r} is missing{more}: '
+                         'add what is missing, or pass holes=True if it is meant so')
+    if gone := next((o for o in urls if not _remote(o) and not os.path.isfile(o)), None):
+        raise InputError(f'the shard {gone!r} does not exist: add it, or leave it out of the list')
+    known, res, others = _listed(urls, index), [], 0
     for o in urls:
-        if known is None and _remote(o): raise InputError(f'how many images {o!r} holds is not known: pass index, a JSON file with the counts')
-        if known is not None and _name(o) not in known: raise InputError(f'the list of counts does not name {_name(o)!r}: it lists {len(known)} shards, the first is {next(iter(known), None)!r}')
-        n, size = (count_images(o), None) if known is None else known[_name(o)]
-        if size is not None and not _remote(o) and os.path.getsize(o)!=size: raise InputError(f'the shard {o!r} has {os.path.getsize(o)} bytes but its list says {size}: it was cut short or changed, write or copy it again')
+        if known is None and _remote(o):
+            raise InputError(f'how many images {o!r} holds is not known: pass index, a JSON file with the counts')
+        if known is not None and _name(o) not in known:
+            raise InputError(f'the list of counts does not name {_name(o)!r}: it lists {len(known)} shards, '
+                             f'the first is {next(iter(known), None)!r}')
+        if known is None:
+            n, more = _count(o)
+            others, size = others+more, None
+        else: n, size = known[_name(o)]
+        if size is not None and not _remote(o) and os.path.getsize(o)!=size:
+            raise InputError(f'the shard {o!r} has {os.path.getsize(o)} bytes but its list says {size}: '
+                             'it was cut short or changed, write or copy it again')
         res.append(Shard(o, n, size))
+    n = sum(o.n for o in res)
+    if not n:
+        more = f' and {len(urls)-1} more' if len(urls)>1 else ''
+        raise InputError(f'there is no photograph in {urls[0]!r}{more}: give tar files of images')
+    if others:
+        warnings.warn(f'{others} images of the shards are left out: masks, depth maps or further images of a key, '
+                      f'beside {n} photographs')
     return res
 
 def is_shards(
     path,  # What a user gave as data
 )->bool:
-    "Whether `shard_dls` rather than `image_dls` reads it: a URL, an index, tar files, or a folder of them"
+    "Whether `shard_dls` reads it: a URL, an index, tar files, or a folder of them without photographs"
     if not isinstance(path, (str,Path)): return True
-    s = str(path)
-    if _remote(s) or s.endswith('.json') or _TAR.search(s): return True
-    return os.path.isdir(s) and any(o.name in ('index.json','index.json.part') or _TAR.search(o.name) for o in os.scandir(s))
+    s = _local(str(path))
+    if not os.path.isdir(s): return bool(_remote(s) or s.endswith('.json') or _TAR.search(s))
+    names = [o.name for o in os.scandir(s)]
+    tars = any(_TAR.search(o) for o in names)
+    if not tars and not {'index.json', 'index.json.part'} & set(names): return False
+    listed, part = _lists_shards(Path(s)/'index.json'), 'index.json.part' in names
+    unfinished = part and any(o.startswith('shard-') for o in names)
+    if tars and (listed or unfinished): return True             # as densessl_shard writes
+    return (tars or listed or part) and not _Walk(s).names
 
 # %% ../nbs/23_shards.ipynb #fd18df50
 class _Encode:
@@ -192,11 +286,12 @@ def write_shards(
     say=None,            # Called with a line on progress every ten seconds
 )->dict:                 # What was written to index.json
     "Photographs of a folder as shards"
-    files, out = find_images(folder), Path(out)
+    files, out = find_images(folder), Path(_local(out))
     for k,v,lo,hi in (('size', size, 1, math.inf), ('quality', quality, 1, 95), ('per_shard', per_shard, 1, math.inf)):
         if v is not None and not (isinstance(v, int) and lo<=v<=hi): raise InputError(f'{k} must be a whole number from {lo}{"" if hi==math.inf else f" to {hi}"}, got {v}')
     if workers is None: workers = max(0, min(8, defaults.cpus-1))
-    if workers<0: raise InputError(f'workers must be at least 0, got {workers}')
+    if not isinstance(workers, int) or workers<0:
+        raise InputError(f'the number of workers must be a whole number, 0 for none, got {workers}')
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise InputError(f'{str(out)!r} exists already and is not an empty folder: choose another place for the shards')
     random.Random(seed).shuffle(files)
     loader = torch.utils.data.DataLoader(_Encode(files, size, quality), batch_size=8, collate_fn=list, num_workers=workers)
@@ -269,10 +364,10 @@ def _read_stretch(
         finally: reader.close()
         for _ in range(max(i, first), stop): yield '', None, _bad_note(shard.url, f'ends after {i} of {shard.n} images{why}', shard.n-i)
 
-def _decode(name, data, note, size):
+def _decode(name, data, note, size, epoch):
     "Canvas or None, (height, width), note"
     if data is not None:
-        try: return *load_canvas(BytesIO(data), size), note
+        try: return *load_canvas(BytesIO(data), size, _window_at(epoch, name.rpartition('/')[2])), note
         except Exception as e: note = _bad_note(name, _reason(e))
     return None, None, note
 
@@ -282,12 +377,12 @@ def _fill(images, spare):
         if data is None: name, data, _ = next((o for o in spare if o[1] is not None), ('', None, ''))
         yield name, data, note
 
-def _item(sample, others, size, last=None):
+def _item(sample, others, size, last=None, epoch=None):
     "Canvas, (height, width) and note of a sample; if it cannot be read, of the first of `others` that can, or `last` again"
-    x, hw, note = _decode(*sample, size)
+    x, hw, note = _decode(*sample, size, epoch)
     for o in islice(others, 100):
         if x is not None: break
-        x, hw, _ = _decode(*o, size)
+        x, hw, _ = _decode(*o, size, epoch)
     if x is not None: return x, torch.tensor(hw), note
     if last is not None: return *last[:2], note
     name, why, _ = note.split('\0')
@@ -368,7 +463,7 @@ class ShardLoader(ViewLoader):
             lo, hi = self.edge(block.start), self.edge(block.stop)
             at = int(lo+.618*self.n)%self.n
             return _fill(islice(images, hi-lo), chain(_read_stretch(self.order, at, self.n), _read_stretch(self.order, 0, at)))
-        coming, last = list(read(blocks[0])), None
+        coming, last, epoch = list(read(blocks[0])), None, self.key if self.block else None
         for block,then in zip(blocks, [*blocks[1:], range(0)]):
             cur, coming, reader = coming, [], read(then)
             if self.block: random.Random(f'{self.key} {block.start}').shuffle(cur)
@@ -379,7 +474,7 @@ class ShardLoader(ViewLoader):
                 for t in range(lo, hi):
                     if i>=batches[k]:
                         others = chain(islice(cur, t+1+(len(cur)-t)//2, None), islice(cur, t+1, None), coming)
-                        items.append(last := _item(cur[t], others, self.dataset.size, last))
+                        items.append(last := _item(cur[t], others, self.dataset.size, last, epoch))
                     cur[t] = None                                    # free what was given out
                 if items: yield items
             coming += reader
@@ -403,7 +498,7 @@ def shard_dls(
     urls,                      # Folder of shards, index, pattern or list: see `shard_list`
     recipe:Recipe,             # Views to make
     bs:int=64,                 # Photographs in a batch, on each rank
-    canvas:int=None,           # Side to which photographs are squashed first; None: 8/7 of the largest view
+    canvas:int=None,           # Side of the square that photographs are resized to first; None: 8/7 of the largest view
     num_workers:int=None,      # Processes that read and decode; None: one fewer than the CPUs, at most 8
     valid_pct:float=0.,        # Share of the images kept apart for a validation loss: the last ones
     seed:int=0,                # Fixes the order; the views follow torch's generator (`torch.manual_seed`)

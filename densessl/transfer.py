@@ -10,7 +10,7 @@ import copy, json, os
 from pathlib import Path
 
 import timm, torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from . import __version__
@@ -83,7 +83,7 @@ def export_backbone(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name+'.part')
     try:
-        save_file(state, part, metadata=dict(densessl=json.dumps(meta)))
+        part.write_bytes(save(state, metadata=dict(densessl=json.dumps(meta))))   # `save_file` would hide it from others
         difference = _compare(enc, state, part)
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)

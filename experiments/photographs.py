@@ -1,6 +1,8 @@
 """A method on a folder of photographs, scored on labelled folders against its own random start: writes a JSON with settings, history and scores.
 
     python experiments/photographs.py flsl PHOTOS --camvid DIR --coco DIR --epochs 30 --out result.json
+    python experiments/photographs.py clove PHOTOS --camvid DIR --coco DIR --starts 5 --out result.json    (add the scores of random starts of other seeds)
+A start with batch norm is scored with statistics gathered on training views.
 """
 import argparse, copy, json, time
 from dataclasses import asdict, replace
@@ -10,11 +12,13 @@ import fastai, timm, torch
 from fastai.torch_core import set_seed
 
 from densessl import __version__
+from densessl.callback.score import training_views
 from densessl.cli import change_settings, parse_kwargs
 from densessl.data import image_dls
 from densessl.evaluation import correspondence_score, dense_scores, scores_table, segmentation_folder
 from densessl.learner import dense_picture, methods, similarity_picture
 from densessl.transfer import export_backbone
+from densessl.verdict import gather_statistics
 
 P = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 P.add_argument('method', choices=methods); P.add_argument('photos'); P.add_argument('--camvid'); P.add_argument('--coco'); P.add_argument('--out', default='result.json')
@@ -22,6 +26,7 @@ P.add_argument('--epochs', type=int, default=30); P.add_argument('--bs', type=in
 P.add_argument('--settings', default='', help='changes to the small settings below, as beta_sa=5,beta_ca=10'); P.add_argument('--arch'); P.add_argument('--model_kwargs')
 P.add_argument('--bf16', action='store_true'); P.add_argument('--efficientnet', action='store_true', help='score the supervised network instead')
 P.add_argument('--no_before', action='store_true', help='leave out the scores of the random start, which depend on the seed alone')
+P.add_argument('--starts', type=int, default=0, help='score so many random starts, of seeds 0, 1, ..., and train nothing')
 a = P.parse_args()
 torch.set_num_threads(a.threads)
 
@@ -64,16 +69,37 @@ SMALL = dict(   # network, its arguments for timm, changes to the paper's settin
         momentum=(.99,1.), hidden_dim=512, bottleneck_dim=128, temp_t=(.04,.04), wd=(.04,.04), freeze_epochs=0)),
     clove=('test_resnet', 'output_stride=8', dict(img_size=96, local_size=48, n_local=4, hidden_dim=512, out_dim=128, optimizer='adamw', lr=8e-3, warmup=.1, wd=.04)))
 
-set_seed(a.seed)
 method, (arch, model_kwargs, small) = methods[a.method], SMALL[a.method]
 config = change_settings(replace(method.presets['paper'], **small), parse_kwargs(a.settings, 'settings'))
-dls = image_dls(a.photos, method.recipe(config), bs=a.bs, num_workers=0, valid_pct=.032, seed=a.seed, canvas=128)
-learn = method.learner(dls, a.arch or arch, config, model_kwargs=parse_kwargs(a.model_kwargs or model_kwargs), bf16=a.bf16)
+
+def learner(seed):
+    set_seed(seed)
+    dls = image_dls(a.photos, method.recipe(config), bs=a.bs, num_workers=0, valid_pct=.032, seed=a.seed, canvas=128)
+    return method.learner(dls, a.arch or arch, config, model_kwargs=parse_kwargs(a.model_kwargs or model_kwargs), bf16=a.bf16)
+
+def start_of(learn):
+    "A copy of the backbone before training, its batch-norm statistics gathered on training views"
+    return gather_statistics(copy.deepcopy(learn.model.product), training_views(learn.dls))
+
+learn = learner(a.seed)
+dls = learn.dls
 kept = [dls.valid.dataset[i] for i in range(len(dls.valid.dataset))]
 photos, hw = torch.stack([k[0] for k in kept]), torch.stack([k[1] for k in kept])
 def all_scores(enc, label):
     return judge(enc, label) | {'photographs kept apart': [asdict(correspondence_score(enc, photos, hw, 96, label=label))]}
-start = copy.deepcopy(learn.model.product)
+if a.starts:
+    out = Path(a.out)
+    res = json.loads(out.read_text())
+    found = res.setdefault('starts', {})
+    for seed in range(a.starts):
+        if str(seed) in found: continue
+        found[str(seed)] = all_scores(start_of(learner(seed)), 'random start')
+        show(f'seed {seed}', found[str(seed)])
+        if seed==a.seed: res['before'] = found[str(seed)]
+        out.write_text(json.dumps(res, indent=1))
+    raise SystemExit
+
+start = start_of(learn)
 before = {} if a.no_before else all_scores(start, 'random start'); show('random start', before)
 began = time.time()
 learn.fit(a.epochs)

@@ -1,7 +1,8 @@
 """A method on drawn scenes: its preset over seeds, what changes when one setting is changed, its null, and the supervised bound.
 
     python experiments/scenes.py flsl --out nbs/experiments/results/flsl_scenes.json [--only NAME ...]
-Each run is added to the file as soon as it is done.
+    python experiments/scenes.py flsl --out nbs/experiments/results/flsl_scenes.json --starts 5    (score the random starts only)
+Each run is added to the file as soon as it is done. A start with batch norm is scored with statistics gathered on training views.
 """
 import argparse, copy, json, time
 from dataclasses import asdict, replace
@@ -11,16 +12,18 @@ import torch, torch.nn.functional as F
 from fastai.torch_core import set_seed
 
 from densessl import __version__
+from densessl.callback.score import training_views
 from densessl.cli import change_settings, parse_kwargs, scene_data
 from densessl.clove import CLoVELoss
 from densessl.encoders import dense_encoder
 from densessl.evaluation import dense_scores, patch_labels
 from densessl.learner import methods
 from densessl.synthetic import CLASSES, draw_scenes
+from densessl.verdict import gather_statistics
 
 P = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 P.add_argument('method', choices=methods); P.add_argument('--out', required=True); P.add_argument('--only', nargs='*')
-P.add_argument('--epochs', type=int, help='default: those of the main job'); P.add_argument('--threads', type=int, default=1); P.add_argument('--settings', default='', help='changes to the preset, for all runs')
+P.add_argument('--epochs', type=int, help='default: those of the main job'); P.add_argument('--threads', type=int, default=1); P.add_argument('--starts', type=int, default=0, help='score so many random starts of each network, and train nothing'); P.add_argument('--settings', default='', help='changes to the preset, for all runs')
 a = P.parse_args()
 torch.set_num_threads(a.threads)
 method = methods[a.method]
@@ -74,13 +77,39 @@ def add(name, r):
     out.write_text(json.dumps(res, indent=1))
     print(name, {k: [round(100*s['value'], 1) for s in v] for k,v in r.items() if k in ('before', 'after')}, flush=True)
 
-for name,(config, seed, loss, net) in RUNS.items():
-    if name in res['runs'] or (a.only and name not in a.only): continue
+def learner(config, seed, net):
+    "The learner of a run, and how it is scored"
     set_seed(seed)
     dls, judge = scenes_and_judge(method.recipe(config), 32, seed)
-    learn = method.learner(dls, net.scene_arch, config, model_kwargs=parse_kwargs(net.scene_kwargs), monitor_every=32)
+    return method.learner(dls, net.scene_arch, config, model_kwargs=parse_kwargs(net.scene_kwargs), monitor_every=32), judge
+
+def start_of(learn):
+    "A copy of the backbone before training, its batch-norm statistics gathered on training views"
+    return gather_statistics(copy.deepcopy(learn.model.product), training_views(learn.dls))
+
+def score_starts(n):
+    "The random starts of each network over seeds; runs that began with one of them take over its scores"
+    for network,net in dict(CNN=cnn, ViT=vit).items():
+        if not any(r[3].scene_arch==net.scene_arch for r in RUNS.values()): continue
+        found = res.setdefault('starts', {}).setdefault(network, {})
+        for seed in range(n):
+            if str(seed) in found: continue
+            learn, judge = learner(base, seed, net)
+            found[str(seed)] = small(judge(start_of(learn), 'before'))
+            for name,(config, s, loss, other) in RUNS.items():
+                if network=='CNN' and s==seed and other.scene_arch==net.scene_arch and name in res['runs']: res['runs'][name]['before'] = found[str(seed)]
+            out.write_text(json.dumps(res, indent=1))
+            print(network, seed, [round(100*o['value'], 1) for o in found[str(seed)]], flush=True)
+
+if a.starts:
+    score_starts(a.starts)
+    raise SystemExit
+
+for name,(config, seed, loss, net) in RUNS.items():
+    if name in res['runs'] or (a.only and name not in a.only): continue
+    learn, judge = learner(config, seed, net)
     if loss: learn.loss_func = loss(config)
-    start = copy.deepcopy(learn.model.product)
+    start = start_of(learn)
     began = time.time()
     with learn.no_bar(), learn.no_logging(): learn.fit(a.epochs)
     add(name, dict(before=small(judge(start, 'before')), after=small(judge(learn.model.product, 'after')), minutes=round((time.time()-began)/60, 2),

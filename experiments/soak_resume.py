@@ -1,9 +1,10 @@
 """Kill a run at random moments, again and again, and see whether it ends as the run that was never killed.
 
-    python experiments/soak_resume.py --tries 60 --out nbs/experiments/results/soak_resume.json
+    python experiments/soak_resume.py --tries 60 --out nbs/experiments/results/soak_signals.json
 
-Each try starts a run in a process of its own (FLSL, CLoVE or DINO; a folder of photographs; with or without workers; with or without gradient
-accumulation), kills it with SIGKILL after a random time, starts it again, perhaps kills that one too, and lets the last one end. All that the run leaves
+Each try starts a run of several epochs with its progress bar in a process of its own (FLSL, CLoVE or DINO; a folder of photographs; with or without
+gradient accumulation; each start with another number of workers), ends it with SIGKILL, SIGTERM or SIGINT after a random time, starts it again, perhaps
+ends that one too, and lets the last one go to the end. All that the run leaves
 is compared with a run that was not disturbed: tensors of model and optimiser, curves, table, histories, random states. The last lines give the seconds
 that a checkpoint costs for a ViT-S/16 with FLSL."""
 import argparse, json, multiprocessing as mp, os, random, shutil, signal, sys, tempfile, time, warnings
@@ -21,6 +22,7 @@ from densessl.data import image_dls, scene_dls
 from densessl.learner import methods
 
 VIT = 'vit_tiny_patch16_224', dict(patch_size=8, embed_dim=24, depth=2, num_heads=3)
+EPOCHS, SIGNALS = 4, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 SMALL = dict(flsl=(dict(hidden_dim=32, bottleneck_dim=16, n_prototypes=16, drop_path_rate=.2), *VIT), clove=(dict(hidden_dim=32, out_dim=16, num_heads=2, n_local=2, optimizer='lars', lr=1.), 'test_resnet', dict(output_stride=8)),
              dino=(dict(hidden_dim=32, bottleneck_dim=16, n_prototypes=16, n_local=2), *VIT))
 
@@ -35,21 +37,20 @@ def make(method, photos, workers, accumulate, seed=0):
     config = replace(m.presets['scenes'], img_size=32, local_size=16, **change)
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
     dls = image_dls(photos, m.recipe(config), bs=4, seed=0, num_workers=workers)
-    learn = m.learner(dls, arch, config, model_kwargs=kwargs, monitor_every=2, cbs=[GradientAccumulation(12)] if accumulate else [])
-    learn.remove_cb(learn.progress)
-    return learn
+    return m.learner(dls, arch, config, model_kwargs=kwargs, monitor_every=2, cbs=[GradientAccumulation(12)] if accumulate else [])
 
 
 def work(out, method, photos, workers, accumulate, folder=None):
     "A whole run, or the rest of one"
     os.setsid()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)      # as in a terminal
     with open(os.devnull, 'w') as null:
         os.dup2(null.fileno(), 1); os.dup2(null.fileno(), 2)
         fresh = folder is None or not run_checkpoints(folder)
         learn = make(method, photos, workers, accumulate, seed=0 if fresh else os.getpid())     # other weights and generators: nothing but the checkpoint helps
         warnings.simplefilter('ignore')
-        learn.fit(2, cbs=SaveRun(folder, every=1, resume=True) if folder else [])
+        learn.fit(EPOCHS, cbs=SaveRun(folder, every=1, resume=True) if folder else [])
     r, opt = learn.recorder, learn.opt.state_dict()
     tensors = dict(**learn.model.state_dict(), **{f'optimiser.{i}.{k}': torch.as_tensor(v) for i,s in opt['state'].items() for k,v in s.items()}, losses=torch.stack([*r.losses]), draws=torch.rand(4))
     rest = dict(groups=opt['param_groups'], values=[list(v) for v in r.values], schedules=learn.schedules.history, monitor=learn.collapse_monitor.history, order=learn.dls.train.rng.getstate(),
@@ -82,19 +83,19 @@ def difference(got, want):
 
 
 def soak(tries, seed, home):
-    rng, photos, hits, worst, failed, kills = random.Random(seed), home/'photos', Counter(), 0., [], 0
+    rng, photos, hits, sent, worst, failed, kills = random.Random(seed), home/'photos', Counter(), Counter(), 0., [], 0
     photos.mkdir()
     photographs(photos)
     want, seconds = {}, {}
     for i in range(tries):
-        method, workers, accumulate = list(methods)[i%3], rng.choice((0, 2)), rng.random()<.5
-        kind = method, photos, workers, accumulate
+        method, accumulate = list(methods)[i%3], rng.random()<.5
+        kind = method, photos, 0, accumulate
         if (method, accumulate) not in want:
             start(home/'straight', *kind).join()
             want[method, accumulate] = torch.load(home/'straight', weights_only=True)
         folder, out = home/f'run{i}', home/f'out{i}'
         while not out.exists():
-            began, p = time.time(), start(out, *kind, folder)
+            began, p = time.time(), start(out, method, photos, rng.choice((0, 1, 2)), accumulate, folder)
             if kind not in seconds:                                # the first of its kind is left alone: how long does it take?
                 p.join()
                 seconds[kind] = time.time()-began
@@ -102,19 +103,21 @@ def soak(tries, seed, home):
                 continue
             p.join(rng.random()*seconds[kind]) if rng.random()<.8 or not folder.exists() else p.join()
             if p.is_alive():
-                os.kill(p.pid, signal.SIGKILL)
+                signum = rng.choice(SIGNALS)
+                os.kill(p.pid, signum)
                 p.join()
                 kills += 1
+                sent[signum.name] += 1
                 hits[moment(folder)] += 1
             elif p.exitcode: failed.append((i, method, f'exit code {p.exitcode}')); break
         if out.exists():
             d, names = difference(torch.load(out, weights_only=True), want[method, accumulate])
             worst = max(worst, d)
-            if names: failed.append((i, method, workers, accumulate, names[:5]))
+            if names: failed.append((i, method, accumulate, names[:5]))
             out.unlink()
         shutil.rmtree(folder, ignore_errors=True)
         if (i+1)%10==0: print(f'{i+1} runs, {kills} kills, {len(failed)} failed', flush=True)
-    return dict(runs=tries, survived=tries-len(failed), kills=kills, hits=dict(hits), largest_difference=worst, failed=failed)
+    return dict(runs=tries, survived=tries-len(failed), epochs=EPOCHS, kills=kills, signals=dict(sent), hits=dict(hits), largest_difference=worst, failed=failed)
 
 
 def cost(home, arch='vit_small_patch16_224'):

@@ -1,9 +1,13 @@
 """The command line as a user meets it: one sentence for bad input and nothing written, a folder of results for good input."""
 import csv
+import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,16 +17,16 @@ from PIL import Image
 from safetensors import safe_open
 
 # what the console script of an installed package does
-SCRIPT = 'import sys\nfrom densessl.cli import densessl_pretrain\nsys.exit(densessl_pretrain())\n'
+SCRIPT = 'import sys\nfrom densessl.commands import densessl_pretrain\nsys.exit(densessl_pretrain())\n'
 
 # the same for many command lines, as most of the time goes into imports
 MANY = '''import contextlib, io, json, sys, traceback
-from densessl.cli import densessl_pretrain
+from densessl import commands
 res = []
-for args in json.load(sys.stdin):
-    sys.argv, code = ['densessl_pretrain', *args], 0
+for name, *args in json.load(sys.stdin):
+    sys.argv, code = [name, *args], 0
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        try: densessl_pretrain()
+        try: getattr(commands, name)()
         except SystemExit as e:
             code = 1 if isinstance(e.code, str) else e.code
             if isinstance(e.code, str): print(e.code, file=sys.stderr)
@@ -88,6 +92,21 @@ BAD = {                                          # name -> command line, words i
     'no epochs':           (['photos', *tiny(epochs=-1)], ['epochs', '-1']),
     'labels':              (['photos', *TINY, '--labelled', 'notes'], ['notes']),
     'baseline':            (['photos', *TINY, '--baseline', 'resnet5'], ['resnet5', 'did you mean']),
+    'workers':             (['photos', *tiny(workers=-1)], ['workers', '-1']),
+    'device':              (['photos', *TINY, '--device', 'gpu'], ["'gpu'", 'cpu']),
+    'no such GPU':         (['photos', *TINY, '--device', 'cuda:7'], ["'cuda:7'", 'cpu']),
+    'seed':                (['photos', *TINY, '--seed', '-4'], ['seed', '-4']),
+    'learning rate':       (['photos', *TINY, '--lr', '-0.5'], ['lr', '-0.5']),
+    'no learning rate':    (['photos', *TINY, '--lr', 'nan'], ['lr', 'nan']),
+    'odd size':            (['photos', *tiny(img_size=36)], ['patches of 8', '36']),
+    'scores':              (['photos', *TINY, '--score-every', '-2'], ['score_every', '-2']),
+    'minutes':             (['photos', *TINY, '--save-minutes', '0'], ['save_minutes', '0']),
+    'share':               (['photos', *TINY, '--max-bad', '7'], ['max_bad', '7']),
+    'kind of a setting':   (['photos', *TINY, '--settings', 'clip=much'], ['clip', 'much']),
+    'colors':              (['photos', *TINY, '--settings', 'augment=2'], ['augment=none', '2']),
+    'out inside a file':   (['photos', *TINY, '--out', 'notes/a.txt/run'], ['notes/a.txt', 'is a file']),
+    'out cannot be made':  (['photos', *TINY, '--out', '/proc/densessl'], ['/proc/densessl', 'cannot be']),
+    'two starts':          (['photos', *TINY, '--init', 'x', '--pretrained'], ['--pretrained', '--init x']),
     'resume nothing':      (['photos', *TINY, '--resume'], ['--out']),
     'resume a stranger':   (['photos', *TINY, '--resume', '--out', 'full'], ['full', 'settings.json']),
 }
@@ -103,7 +122,7 @@ def check_refused(code, out, err, words):
 @pytest.fixture(scope='module')
 def refusals(home):
     before = tree(home)
-    r = run(home, MANY, input=json.dumps([args for args,_ in BAD.values()]))
+    r = run(home, MANY, input=json.dumps([['densessl_pretrain', *args] for args,_ in BAD.values()]))
     assert r.returncode==0, r.stderr
     return dict(zip(BAD, json.loads(r.stdout.splitlines()[-1]), strict=True)), before, tree(home)
 
@@ -141,7 +160,11 @@ def test_a_folder_of_photographs(home, method):
     assert {p.name for p in out.iterdir()} == {'backbone.safetensors', 'start.safetensors', 'best.safetensors', 'best.txt', 'settings.json', 'history.csv', 'scores.json', 'scores_by_epoch.json',
                                                 'picture.png', 'similarity.png', 'curves.png'}
     for f in out.iterdir(): assert f.name in r.stdout
-    assert '24 photographs, 3 steps' in r.stdout
+    assert '24 photographs, 3 steps an epoch in batches of 8, 1 epoch: 3 steps' in r.stdout
+    assert all(words in r.stdout for words in ('2 more kept apart', 'on cpu in float32', 'short: ', 'few photographs: ', f'writing to run_{method}'))
+    assert f"load_backbone('run_{method}/backbone.safetensors')" in r.stdout
+    made = next(l for l in r.stdout.splitlines() if l.strip().startswith('timm.create_model'))
+    assert eval(made, dict(timm=SimpleNamespace(create_model=lambda arch, checkpoint_path, **kw: Path(home/checkpoint_path).exists())))
     assert 'could not be read' in r.stdout and '07.jpg' in r.stdout
     assert r.stdout.index('before training: ') < r.stdout.index('epoch 1: ') < r.stdout.index('| random start') < r.stdout.index(f'{method}, 1 epoch') < r.stdout.index('points against random start')
 
@@ -204,3 +227,187 @@ def test_two_processes_stopped_and_gone_on_with(home):
     r = start(SCRIPT, '--resume', '--out', 'pair')
     assert r.returncode==0 and r.stdout.count('written to pair')==1 and r.stdout.count('going on with')==1, r.stdout+r.stderr
     assert {p.name for p in (home/'pair').iterdir()} >= {'backbone.safetensors', 'best.safetensors', 'history.csv', 'scores.json', 'picture.png', 'settings.json'}
+
+
+# ---- options and mistakes, before torch is imported
+
+COMMANDS = 'densessl_pretrain densessl_evaluate densessl_show densessl_shard'.split()
+LIGHT = """import sys
+from densessl import commands
+f = getattr(commands, sys.argv.pop(1))
+try: f()
+finally: print('heavy:', *{'torch', 'fastai', 'timm', 'numpy'} & sys.modules.keys())
+"""
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_is_light(tmp_path, command):
+    r = run(tmp_path, LIGHT, [command, '--help'])
+    assert r.returncode==0 and r.stdout.rstrip().endswith('heavy:'), r.stdout + r.stderr
+    assert f'usage: {command} ' in r.stdout and f'example:\n  {command} ' in r.stdout
+    assert max(map(len, r.stdout.splitlines()))<=90
+
+
+@pytest.mark.parametrize('args,words', [
+    (['densessl_pretrain', 'photos', '--epoch', '3'], ['no option --epoch', 'mean --epochs?']),
+    (['densessl_pretrain', 'photos', '--scoer-every', '3'], ['no option --scoer-every', 'mean --score-every?']),
+    (['densessl_pretrain', 'photos', '--model_kwarg=depth=3'], ['no option --model_kwarg:', 'mean --model_kwargs?']),
+    (['densessl_pretrain', 'photos', '--bs', 'many'], ["--bs needs a whole number, got 'many'"]),
+    (['densessl_pretrain', 'photos', '--save-minutes', 'ten'], ["--save_minutes needs a number, got 'ten'"]),
+    (['densessl_pretrain', 'photos', 'more'], ["'more' is one argument too many"]),
+    (['densessl_evaluate', 'backbone.safetensors'], ['data']),
+    (['densessl_evaluate', 'a', 'b', '--limits', '3'], ['mean --limit?']),
+    (['densessl_show', 'a', 'b', '--layer', 'last'], ["--layer needs a whole number, got 'last'"]),
+    (['densessl_shard', 'a', 'b', '--per-shard', '1e3'], ["--per_shard needs a whole number, got '1e3'"]),
+])
+def test_a_mistake_is_answered_at_once(tmp_path, args, words):
+    r = run(tmp_path, LIGHT, args)
+    assert r.returncode==2 and r.stdout.strip()=='heavy:' and r.stderr.count('\n')==1, r.stdout + r.stderr
+    for w in words: assert w in r.stderr, r.stderr
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_option_has_both_spellings(command):
+    from densessl import commands
+    from fastcore.script import anno_parser
+    func = getattr(commands, command).__wrapped__
+    names = [k for k,p in inspect.signature(func).parameters.items() if p.default is not inspect.Parameter.empty and k!='folder']
+    needed = [k for k,p in inspect.signature(func).parameters.items() if p.default is inspect.Parameter.empty]
+    parsers = [anno_parser(func), commands.command_parser(func, '', '')]     # fastcore's, and ours
+    for parser in parsers:
+        for name in names:
+            flags = {f'--{name}', f'--{name.replace("_", "-")}'}
+            bare = inspect.signature(func).parameters[name].default is False or name=='bf16'
+            given = [getattr(parser.parse_args([*needed, f] + ([] if bare else ['3'])), name) for f in flags]
+            assert all(v in (True, 3, 3., '3') for v in given), (name, given)
+
+
+def test_commands_and_functions_have_the_same_defaults():
+    from densessl import commands
+    from densessl.cli import pretrain
+    from densessl.figures import show_backbone
+    from densessl.report import evaluate
+    from densessl.shards import write_shards
+    for command,f in zip(COMMANDS, (pretrain, evaluate, show_backbone, write_shards)):
+        own, theirs = ({k: p.default for k,p in inspect.signature(g).parameters.items()} for g in (getattr(commands, command).__wrapped__, f))
+        assert own=={k: theirs[k] for k in own}, command
+
+
+# ---- while a command works
+
+def test_other_commands_refuse_in_a_sentence(home):
+    from densessl.encoders import dense_encoder
+    from densessl.transfer import export_backbone
+    (home/'taken.json').write_text('my notes')
+    export_backbone(dense_encoder('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3), home/'tiny.safetensors')
+    cases = {                                # command line -> words of its one line
+        'evaluate tiny.safetensors photos --device gpu': ["'gpu'", 'cpu'],
+        'evaluate tiny.safetensors photos --size 0': ['size', '0'],
+        'evaluate tiny.safetensors photos --limit -3': ['limit', '-3'],
+        'evaluate tiny.safetensors photos --out taken.json': ['taken.json', 'no results file'],
+        'evaluate tiny.safetensors photos --out notes/a.txt/x.json': ['notes/a.txt', 'is a file'],
+        'evaluate tiny.safetensors photos --out /proc/x.json': ['/proc/x.json', 'cannot be written'],
+        'evaluate none.safetensors photos': ['none.safetensors'],
+        'show tiny.safetensors photos --size -1': ['size', '-1'],
+        'show tiny.safetensors photos --out /proc/x.html': ['/proc/x.html', 'cannot be written'],
+        'shard photos /proc/x': ['/proc/x', 'cannot be written'],
+        'shard photos new --workers -2': ['workers', '-2'],
+        'shard photos notes/a.txt/x': ['notes/a.txt', 'is a file'],
+    }
+    before = tree(home)
+    r = run(home, MANY, input=json.dumps([('densessl_' + line).split() for line in cases]))
+    assert r.returncode==0, r.stderr
+    for (line, words), (code, _, err) in zip(cases.items(), json.loads(r.stdout.splitlines()[-1]), strict=True):
+        assert code==1 and err.count('\n')==1 and err.startswith(f'densessl_{line.split()[0]}: '), (line, err)
+        for w in words: assert w in err, (line, err)
+    assert tree(home)==before
+
+
+@pytest.mark.parametrize('error,code,said', [
+    ('InputError("leave it out, or set n_local=0 and overwrite=True")', 1, 'densessl_pretrain: leave it out, or set --settings n_local=0 and --overwrite\n'),
+    ('PermissionError(13, "Permission denied", "/data/x.jpg")', 1, "densessl_pretrain: '/data/x.jpg': permission denied\n"),
+    ('OSError(28, "No space left on device")', 1, 'densessl_pretrain: no space left on device\n'),
+    ('KeyboardInterrupt()', 130, 'densessl_pretrain: stopped\n'),
+    ('BrokenPipeError(32, "Broken pipe")', 1, ''),
+])
+def test_errors_while_it_works(tmp_path, error, code, said):
+    r = run(tmp_path, f"""import sys
+from densessl import cli, commands
+from densessl.core import InputError
+def pretrain(**args): raise {error}
+cli.pretrain, sys.argv = pretrain, ['densessl_pretrain']
+sys.exit(commands.densessl_pretrain())
+""")
+    assert (r.returncode, r.stderr)==(code, said)
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path):
+    r = run(tmp_path, """import sys
+from densessl import cli, commands
+def pretrain(**args): raise ZeroDivisionError
+cli.pretrain, sys.argv = pretrain, ['densessl_pretrain']
+sys.exit(commands.densessl_pretrain())
+""")
+    assert r.returncode==1 and 'Traceback' in r.stderr and 'ZeroDivisionError' in r.stderr
+
+
+# ---- what was not given
+
+def decided(home, **args):
+    "The arguments after the first stage, which reads nothing"
+    from densessl import cli
+    defaults = {k: p.default for k,p in inspect.signature(cli.pretrain).parameters.items()}
+    cli._decide(job := SimpleNamespace(**defaults | dict(folder=str(home/'photos')) | args))
+    return job
+
+
+def test_the_method_suits_the_network(home):
+    assert decided(home).method=='flsl' and decided(home).arch=='vit_small_patch16_224'
+    assert decided(home, method='clove').arch=='resnet50'
+    for arch, method in dict(resnet18='clove', convnext_atto='clove', vit_tiny_patch16_224='flsl', deit3_small_patch16_224='flsl').items():
+        job = decided(home, arch=arch)
+        assert job.method==method and any(arch in note for note in job.notes)
+    assert decided(home, arch='resnet18', method='dino').method=='dino'
+
+
+def test_local_views_go_with_the_size(home):
+    def local(**args): return decided(home, **args).config.local_size
+    assert local()==96 and local(img_size=448)==192 and local(img_size=64, model_kwargs='patch_size=8')==24
+    assert local(arch='vit_small_patch14_dinov2')==98
+    assert local(img_size=448, settings='local_size=32')==32
+    assert local(arch='resnet18', img_size=128)==64
+
+
+def test_the_start_is_handed_to_the_learner(home, monkeypatch):
+    from densessl import cli
+    assert decided(home, pretrained=True, arch='resnet18').init=='resnet18'
+    got = {}
+    def learner(dls, arch, config, **kwargs):
+        got.update(kwargs)
+        raise InterruptedError
+    monkeypatch.setitem(cli.methods, 'flsl', cli.methods['flsl']._replace(learner=learner))
+    with pytest.raises(InterruptedError): cli.pretrain(str(home/'photos'), img_size=32, arch='vit_tiny_patch16_224', model_kwargs='patch_size=8', init='weights.pth', workers=0, out=home/'never')
+    assert got['init']=='weights.pth' and got['bf16'] is False and not (home/'never').exists()
+
+
+def test_a_small_folder_gets_a_small_batch_and_more_epochs(home):
+    from densessl import cli
+    job = decided(home, img_size=32, arch='vit_tiny_patch16_224', model_kwargs='patch_size=8,embed_dim=24,depth=1,num_heads=3', workers=0)
+    learn = cli._open(job, cli.methods[job.method])[0]
+    assert (job.bs, job.steps, job.epochs)==(8, 3, 167) and job.steps*job.epochs>=cli.ENOUGH_STEPS
+    said = '\n'.join(cli._opening(job, learn))
+    assert 'short' not in said and '24 photographs, 3 steps an epoch in batches of 8, 167 epochs: 501 steps' in said
+
+
+def test_the_forecast_changes_nothing(home):
+    "Two runs of 24 steps, one without the callback that looks at the clock"
+    import torch
+    from densessl import cli
+    def run_to_the_end(out, silent):
+        count = cli.Forecast.after_batch
+        if silent: cli.Forecast.after_batch = lambda self: None
+        try: cli.pretrain(str(home/'photos'), preset='scenes', arch='vit_tiny_patch16_224', img_size=32, workers=0, epochs=8, score_every=0, out=home/out,
+                          model_kwargs='patch_size=8,embed_dim=24,depth=1,num_heads=3')
+        finally: cli.Forecast.after_batch = count
+    torch.set_num_threads(1)
+    run_to_the_end('timed', False); run_to_the_end('untimed', True)
+    for name in ('history.csv', 'backbone.safetensors'): assert (home/'timed'/name).read_bytes()==(home/'untimed'/name).read_bytes()

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from densessl.core import InputError
-from densessl.data import CanvasDataset, find_images, image_dls, load_canvas, scene_dls
+from densessl.data import CanvasDataset, find_images, image_dls, load_canvas, read_photo, scene_dls
 from densessl.synthetic import draw_scenes
 from densessl.views import CropSpec, Recipe
 
@@ -85,7 +85,7 @@ def test_exif(tmp_path, turn, ext):
 def test_shapes(tmp_path, wh, ext):
     Image.new('RGB', wh, (200, 100, 50)).save(tmp_path/f'a.{ext}')
     x, hw = load_canvas(tmp_path/f'a.{ext}', S)
-    assert x.shape == (3, S, S) and hw == wh[::-1]
+    assert x.shape == (3, S, S) and hw == tuple(min(o, 2*min(wh)) for o in wh[::-1])         # of a panorama, a window
     assert (x.float()-torch.tensor([200., 100., 50.])[:, None, None]).abs().max() < 6
 
 
@@ -187,3 +187,251 @@ def test_star_import_takes_no_everyday_words():
     import densessl.all as everything
     words = set('judge verdict plain reason printable unwrapped foreground share_out bad_note open_url read_index batch_edge check_state bad_ranks MAGIC FORMAT FORMATS VOID PROBES Found Draws'.split())
     assert not words & set(everything.__all__)
+
+
+# ---- folders as people have them
+
+def photo(path, size=(60, 40), **kw):
+    "A picture of many colors, different at every call"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    a = np.random.RandomState(len(list(path.parent.iterdir()))).randint(0, 255, (5, 6, 3), dtype=np.uint8)
+    Image.fromarray(a).resize(size, Image.Resampling.BICUBIC).save(path, **kw)
+
+
+def index_map(path, values=4, top=1, rgb=False):
+    "A mask of a few values"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    a = (np.random.RandomState(0).randint(0, values, (40, 60))*top).astype(np.uint8)
+    Image.fromarray(np.stack([a, a//2, 0*a], -1) if rgb else a).save(path)
+
+
+def depth_map(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.RandomState(0).randint(0, 9000, (40, 60)).astype(np.uint16)).save(path)
+
+
+def listed(folder):
+    "Names that were found, and what was said"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        files = find_images(folder)
+    assert len(said) <= 1                                                  # one warning, not many
+    return [str(o.relative_to(folder)) for o in files], str(said[0].message) if said else ''
+
+
+LEFT_OUT = {
+    'images/{}.jpg': ['annotations/trimaps/{}.png'], 'leftImg8bit/a/{}_leftImg8bit.png': ['gtFine/a/{}_gtFine_labelIds.png'],
+    'JPEGImages/{}.jpg': ['SegmentationClass/{}.png', 'SegmentationObject/{}.png'], 'train/{}.jpg': ['train_masks/{}_mask.gif'],
+    'at{}/image.png': ['at{}/mask.png'], '{}.JPG': ['{}.png'], 'one/{}.jpg': ['two/{}.png'], 'test/broken/{}.png': ['ground_truth/broken/{}_mask.png'],
+    '{}_sat.jpg': ['{}_mask.png'], 'x/{}.webp': ['x/labels/{}.tif'],
+}
+
+
+@pytest.mark.parametrize('photos', LEFT_OUT)
+def test_masks_beside_photographs_are_left_out(tmp_path, photos):
+    for i in range(4):
+        photo(tmp_path/photos.format(i))
+        for m in LEFT_OUT[photos]: index_map(tmp_path/m.format(i))
+    names, said = listed(tmp_path)
+    assert names == [photos.format(i) for i in range(4)]
+    assert f'{4*len(LEFT_OUT[photos])} masks or depth maps of photographs are left out, such as' in said
+
+
+def test_depth_maps_colored_masks_and_thumbnails_are_left_out(tmp_path):
+    for i in range(4):
+        photo(tmp_path/f'rgb_{i}.png'); depth_map(tmp_path/f'depth_{i}.png'); index_map(tmp_path/f'{i}_seg.png', rgb=True)
+        photo(tmp_path/f'{i}.jpg', (120, 80)); photo(tmp_path/f'thumbs/{i}.jpg', (30, 20))
+    names, said = listed(tmp_path)
+    assert names == sorted([f'{i}.jpg' for i in range(4)]+[f'rgb_{i}.png' for i in range(4)])
+    assert '8 masks or depth maps' in said and "4 thumbnails of photographs are left out, such as 'thumbs/0.jpg'" in said
+
+
+@pytest.mark.parametrize('layout,word', [
+    (['beach/{}.jpg', 'depth/{}.jpg'], "4 images are kept though their names say mask, depth or thumbnail, such as 'depth/0.jpg'"),
+    (['depth/{}.jpg'], ''), (['thumbnails/{}.jpg'], ''), (['with_mask/{}.jpg', 'without_mask/{}.jpg'], ''), (['{}.jpg', '{}.png'], ''),
+    (['label_{}.jpg'], ''), (['normal/{}.png', 'ill/{}.png'], ''), (['Trash/{}.jpg', 'paper/{}.jpg'], ''),
+])
+def test_photographs_with_such_names_are_kept(tmp_path, layout, word):
+    for i in range(4):
+        for o in layout: photo(tmp_path/o.format(i))
+    names, said = listed(tmp_path)
+    assert len(names) == 4*len(layout) and word in said and bool(word) == bool(said)
+
+
+def test_a_folder_of_masks_alone_is_kept_and_said(tmp_path):
+    for i in range(4): index_map(tmp_path/f'masks/{i}.png')
+    names, said = listed(tmp_path)
+    assert len(names) == 4 and 'such as \'masks/0.png\': take them away if they are no photographs' in said
+
+
+def test_hidden_folders_are_left_out_and_counted(tmp_path):
+    photo(tmp_path/'a.jpg')
+    for o in ('.ipynb_checkpoints/a-checkpoint.jpg', '@eaDir/a.jpg/SYNOPHOTO_M.jpg', '__MACOSX/x/a.jpg', '.Trash-1000/files/b.jpg', '$RECYCLE.BIN/c.jpg', '._a.jpg'): photo(tmp_path/o)
+    (tmp_path/'.git').mkdir(); (tmp_path/'.git'/'HEAD').write_text('x')
+    names, said = listed(tmp_path)
+    assert names == ['a.jpg'] and '6 images in hidden folders and those of other programs are left out' in said and '.git' not in said
+    assert len(listed(tmp_path/'.ipynb_checkpoints')[0]) == 1                # asked for by name it is read
+    (tmp_path/'a.jpg').unlink()
+    with pytest.raises(InputError, match='holds 6 files but no image .6 images in hidden folders'): find_images(tmp_path)
+
+
+def test_what_is_not_read_is_counted(tmp_path):
+    photo(tmp_path/'a.jpg')
+    for o in ('b.DNG', 'c.nef', 'd.nef', 'e.mp4', 'f.tar.gz', 'g.xyz'): (tmp_path/o).write_bytes(b'x')
+    names, said = listed(tmp_path)
+    assert names == ['a.jpg'] and 'not read: 1 .dng and 2 .nef (camera raw, export them as JPEG or TIFF), 1 .mp4 (videos), 1 .tar.gz (archives' in said
+    (tmp_path/'a.jpg').unlink()
+    with pytest.raises(InputError, match='no image .not read: 1 .dng and 2 .nef'): find_images(tmp_path)
+
+
+@pytest.mark.parametrize('name,fmt', [('a.jfif', 'JPEG'), ('b.JPE', 'JPEG'), ('c.ppm', 'PPM'), ('d.avif', 'AVIF'), ('e.jp2', 'JPEG2000')])
+def test_suffixes_that_pillow_reads(tmp_path, name, fmt):
+    from PIL import features
+    if fmt in ('AVIF', 'JPEG2000') and not features.check({'AVIF': 'avif', 'JPEG2000': 'jpg_2000'}[fmt]): pytest.skip(f'this Pillow has no {fmt}')
+    RGB.save(tmp_path/name, format=fmt)
+    assert listed(tmp_path) == ([name], '')
+    assert (load_canvas(tmp_path/name, S)[0].float()-plain()).abs().mean() < 5
+
+
+def test_a_reader_of_heic_is_used_if_it_is_there(monkeypatch):
+    import sys, types
+    from densessl import data
+    called = []
+    monkeypatch.setitem(sys.modules, 'pillow_heif', types.SimpleNamespace(register_heif_opener=lambda: called.append(1)))
+    assert '.heic' in data._formats_here()['HEIF'] and called
+    monkeypatch.setitem(sys.modules, 'pillow_heif', None)
+    assert 'HEIF' not in data._formats_here()
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    photo(tmp_path/'p'/'a.jpg'); photo(tmp_path/'p'/'b.jpg')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert len(find_images('~/p')) == 2 and len(image_dls('~/p', RECIPE, bs=2, num_workers=0, device='cpu').train_ds) == 2
+
+
+@pytest.mark.parametrize('workers', [-1, 1.5, 'two'])
+def test_workers_are_checked(tmp_path, workers):
+    for i in range(2): photo(tmp_path/f'{i}.jpg')
+    with pytest.raises(InputError, match=f'the number of workers must be a whole number, 0 for none, got {workers}'): image_dls(tmp_path, RECIPE, bs=2, num_workers=workers)
+
+
+# ---- depth, size, damage
+
+def png_of(a, claim=None):
+    "A PNG of 16 bits in color, which may claim another width and height"
+    import zlib
+    def chunk(kind, b): return len(b).to_bytes(4, 'big')+kind+b+zlib.crc32(kind+b).to_bytes(4, 'big')
+    rows = b''.join(b'\0'+o.astype('>u2').tobytes() for o in a)
+    kind = {3: 2, 4: 6}[a.shape[2]]
+    w, h = claim or (a.shape[1], a.shape[0])
+    head = w.to_bytes(4, 'big')+h.to_bytes(4, 'big')+bytes([16, kind, 0, 0, 0])
+    return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', head)+chunk(b'IDAT', zlib.compress(rows))+chunk(b'IEND', b'')
+
+
+def tiff_of(a, order):
+    "A TIFF of 16-bit colors in the byte order '<' or '>'"
+    import struct
+    h, w, c = a.shape
+    data, at = a.astype(f'{order}u2').tobytes(), 8+2+12*9+4
+    tags = [(256, 4, 1, w), (257, 4, 1, h), (258, 3, c, at), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, at+2*c), (277, 3, 1, c), (278, 4, 1, h), (279, 4, 1, len(data))]
+    out = (b'II*\0' if order == '<' else b'MM\0*')+struct.pack(f'{order}IH', 8, len(tags))
+    for tag, kind, n, v in tags: out += struct.pack(f'{order}HHI', tag, kind, n)+(struct.pack(f'{order}I', v) if kind == 4 or n > 1 else struct.pack(f'{order}HH', v, 0))
+    return out+struct.pack(f'{order}I', 0)+struct.pack(f'{order}H', 16)*c+data
+
+
+@pytest.mark.parametrize('bits', [8, 10, 12, 14, 16])
+@pytest.mark.parametrize('kind', ['gray.png', 'gray.tif', 'color.png', 'alpha.png', 'intel.tif', 'motorola.tif', 'int.tif', 'float.tif'])
+def test_bits_of_a_sensor(tmp_path, kind, bits):
+    "White is white and the middle is the middle, whatever of the 16 bits is in use"
+    top, want = 2**bits-1, np.array([0., 51, 127.5, 255])
+    a = np.tile((want*top/255).round(), (9, 2))
+    rgb, f = np.stack([a, a[:, ::-1], a], -1), tmp_path/kind
+    if kind.startswith('gray'): Image.fromarray(a.astype(np.uint16)).save(f)
+    elif kind == 'int.tif': Image.fromarray(a.astype(np.int32)).save(f)
+    elif kind == 'float.tif': Image.fromarray(a.astype(np.float32)).save(f)
+    else: f.write_bytes(png_of(rgb) if kind == 'color.png' else png_of(np.concatenate([rgb, 0*a[..., None]+65535], -1)) if kind == 'alpha.png' else tiff_of(rgb, '<' if kind == 'intel.tif' else '>'))
+    got = np.asarray(read_photo(f)[0]).astype(float)
+    assert np.abs(got[..., 0]-np.tile(want, (9, 2))).max() <= 1.01 and np.abs(got[..., 2]-got[..., 0]).max() == 0
+    if kind[0] in 'cami' and kind != 'int.tif': assert np.abs(got[..., 1]-got[:, ::-1, 0]).max() == 0
+
+
+def test_photographs_of_one_camera_are_scaled_alike(tmp_path):
+    "One of them has no white"
+    for i, top in enumerate((4095, 2000)): Image.fromarray(np.full((4, 4), 1000, np.uint16)*0+np.uint16([1000, 1000, 1000, top])).save(tmp_path/f'{i}.png')
+    a, b = (np.asarray(read_photo(tmp_path/f'{i}.png')[0])[0, 0, 0] for i in range(2))
+    assert a == b == 62
+
+
+def test_floats_from_0_to_1_and_to_255(tmp_path):
+    for top, values in ((1, [0, .25, 1]), (1, [0, .25, .5]), (255, [0, 64, 255]), (255, [0, 64, 128])):
+        Image.fromarray(np.float32([values])).save(tmp_path/'a.tif')
+        assert np.asarray(read_photo(tmp_path/'a.tif')[0])[0, :, 0].tolist() == [round(v*255/top) for v in values]
+
+
+@pytest.mark.parametrize('fmt,kw', [('PNG', {}), ('TIFF', {}), ('JPEG', dict(progressive=True))])
+def test_photographs_of_large_cameras(tmp_path, fmt, kw):
+    "102 megapixels are read; and so are 200, more than Pillow opens by itself"
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 255, (1000, 1000), dtype=np.uint8))
+    noise.resize((11648, 8736), Image.Resampling.NEAREST).save(tmp_path/'a', format=fmt, **kw)
+    assert load_canvas(tmp_path/'a', 64)[1] == (8736, 11648)
+    if fmt == 'PNG':
+        noise.resize((16384, 12288), Image.Resampling.NEAREST).save(tmp_path/'a', format=fmt)
+        x, hw = load_canvas(tmp_path/'a', 64)
+        assert hw == (12288, 16384) and abs(x.float().mean()-127) < 2
+        assert Image.MAX_IMAGE_PIXELS is not None                            # Pillow's own limit is as it was
+
+
+@pytest.mark.parametrize('name,b,why', [
+    ('text.jpg', b'a letter\n'*9, 'not an image'), ('none.png', b'', 'empty file'), ('gone.jpg', None, 'no such file or directory'),
+    ('bomb.png', png_of(np.zeros((1, 1, 3)), (30_000, 30_000)), 'it claims 30000 x 30000 pixels in 68 bytes'),
+], ids=['text', 'empty', 'gone', 'bomb'])
+def test_one_sentence_names_the_file(tmp_path, name, b, why):
+    if b is not None: (tmp_path/name).write_bytes(b)
+    with pytest.raises(InputError) as e: read_photo(tmp_path/name)
+    assert str(e.value).startswith(f"'{tmp_path/name}' cannot be read as a photograph: ") and '\n' not in str(e.value)
+    assert why in str(e.value)
+
+
+# ---- panoramas
+
+@pytest.fixture
+def panoramas(tmp_path):
+    "Six panoramas of 40 x 800 whose gray level says where; the first pixel says which"
+    for i in range(6):
+        a = np.tile((np.arange(800)//4).astype(np.uint8), (40, 1))
+        a[:10] = 40*i
+        Image.fromarray(a).save(tmp_path/f'{i}.png')
+    return tmp_path
+
+
+def windows(dl):
+    "Of each canvas of an epoch which panorama it is and where its window lies"
+    dl.after_batch = lambda b: b
+    assert all((hw == torch.tensor([40, 80])).all() for _, hw, _ in dl)
+    return [(round(x[0, 2].float().mean().item()/40), round(x[0, 20:].float().mean().item())) for c, _, _ in dl for x in c]
+
+
+def test_each_epoch_shows_other_windows_of_panoramas(panoramas):
+    "The same ones whatever the number of workers, and the contents of the middle one for validation"
+    def loaders(workers):
+        with pytest.warns(UserWarning, match='6 of 6 photographs looked at are panoramas, longer than 2 : 1'): return image_dls(panoramas, RECIPE, bs=2, num_workers=workers, seed=1, device='cpu')
+    def epochs(workers, n=3):
+        dl = loaders(workers).train
+        return [windows(dl) for _ in range(n)]
+    got = epochs(0)
+    assert all(sorted(i for i, _ in e) == list(range(6)) for e in got)
+    where = [dict(e) for e in got]
+    assert sum(a[i] != b[i] for a, b in zip(where, where[1:]) for i in range(6)) >= 10 and max(max(e.values()) for e in where)-min(min(e.values()) for e in where) > 100
+    assert epochs(2) == got
+    with pytest.warns(UserWarning): valid = image_dls(panoramas, RECIPE, bs=2, num_workers=0, valid_pct=.4, seed=1, device='cpu').valid
+    assert {w for _, w in windows(valid)} <= {99, 100}
+
+
+def test_resumed_epochs_show_the_same_windows(panoramas):
+    from densessl.callback.checkpoint import rest_of_epoch
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        a, b = (image_dls(panoramas, RECIPE, bs=2, num_workers=0, seed=1, device='cpu').train for _ in range(2))
+    a.after_batch = b.after_batch = lambda o: o
+    whole, rest = [c for c, _, _ in a], [c for c, _, _ in rest_of_epoch(b, 1, lambda: None)]
+    assert len(rest) == 2 and all(torch.equal(x, y) for x, y in zip(whole[1:], rest))

@@ -211,7 +211,7 @@ def test_places(tmp_path, what, capsys):
     assert (torch.cat([d.masks for d in got]).numpy()==MASKS[order or range(12)]).all()
     assert (torch.cat([d.images for d in got]).permute(0,2,3,1).numpy()==IMAGES[order or range(12)]).all()
     line, = capsys.readouterr().out.splitlines()
-    assert line==got[0].read_as==got[1].read_as and line.startswith('read as folder: 4 classes (the labels 0 to 3 are classes, 0 is a class); 12 photographs with masks (')
+    assert line==got[0].read_as==got[1].read_as and line.startswith('read as folder: 4 classes (the labels 0 to 3 are classes); 12 photographs with masks (')
 
 KINDS = {   # how masks are written -> arguments, list of classes, names
     'tif':             (dict(mask='masks/{part}/{n}.tif'), None, None),
@@ -246,17 +246,35 @@ def test_colors_without_a_list_are_classes_in_order(tmp_path):
     order = np.argsort(np.argsort(color_label(PAINT)))
     assert (torch.cat([d.masks for d in got]).numpy()==order[MASKS]).all() and got[0].classes==('#000000', '#008000', '#800000', '#c8c8c8')
 
+def test_palettes_that_differ_are_asked(tmp_path):
+    "An adaptive palette numbers the colors anew in each file"
+    def adaptive(m):
+        order = np.random.default_rng(int(m.sum())).permutation(4).astype(np.uint8)
+        im = Image.fromarray(np.argsort(order).astype(np.uint8)[m])
+        im.putpalette(PAINT[order].flatten().tolist())
+        return im
+    pairs(tmp_path, change=adaptive)
+    with pytest.raises(InputError, match='palettes of .* differ: index .* pass palette=color'): quiet(tmp_path, 9)
+    order = np.argsort(np.argsort(color_label(PAINT)))
+    assert (torch.cat([d.masks for d in quiet(tmp_path, (9,14), palette='color')]).numpy()==order[MASKS]).all()
+
+def test_a_palette_in_another_order_than_the_list(tmp_path):
+    pairs(tmp_path, change=indexed)
+    (tmp_path/'class_dict.csv').write_text('name,r,g,b\n'+'\n'.join(f'{n},{r},{g},{b}' for n,(r,g,b) in zip('dcba', PAINT[::-1])))
+    got = quiet(tmp_path, (9,14))
+    assert got[0].classes==tuple('dcba') and (torch.cat([d.masks for d in got]).numpy()==3-MASKS).all()
+
 @pytest.mark.parametrize('void,change', ((255, lambda m: np.where(m==3, 255, m).astype(np.uint8)), (65535, lambda m: np.where(m==3, 65535, m.astype(int)).astype(np.uint16))))
 def test_void_beside_labels(tmp_path, void, change):
     got = quiet(pairs(tmp_path, change=change), (9,14))
     assert got[0].n_classes==3 and (torch.cat([d.masks for d in got]).numpy()==np.where(MASKS==3, 255, MASKS)).all()
-    assert f'0 is a class, left out: {void}' in got[0].read_as
+    assert f'the labels 0 to 2 are classes, left out: {void}' in got[0].read_as
 
 @pytest.mark.parametrize('values', ((0,255), (0,1), (1,255*257)))
 def test_black_and_white(tmp_path, values):
     change = lambda m: np.array(values, np.uint16 if values[1]>255 else np.uint8)[m//2]
     if values[0]:                                                  # 1 and a void of 65535: one class is no score
-        with pytest.raises(InputError, match='only the label 1 beside what is left out'): quiet(pairs(tmp_path, change=change), 9)
+        with pytest.raises(InputError, match='only the label 1 beside 65535, which is left out: a score needs at least two classes; if that is one, pass ignore_index=none'): quiet(pairs(tmp_path, change=change), 9)
         return
     got = quiet(pairs(tmp_path, change=change), (9,14))
     assert got[0].n_classes==2 and (torch.cat([d.masks for d in got]).numpy()==MASKS//2).all()
@@ -384,16 +402,17 @@ HOSTILE = {
     'no image':         (lambda r: [p.unlink() for p in (r/'images/val').iterdir()], 'has masks for val, but none of their photographs'),
     'another size':     (lambda r: Image.new('L', (14,8)).save(r/'labels/train/03.png'), '03.png is 14x8, its image 14x9: they must have the same size'),
     'one color mask':   (lambda r: Image.new('RGB', (14,9), (9,8,7)).save(r/'labels/train/03.png'), 'some masks hold colors and some numbers (1, 2, 3)'),
-    'broken image':     (lambda r: (r/'images/train/03.png').write_bytes(b'x'), 'cannot read'),
+    'broken image':     (lambda r: (r/'images/train/03.png').write_bytes(b'x'), '03.png'),
     'cut mask':         (lambda r: (r/'labels/train/03.png').write_bytes((r/'labels/train/03.png').read_bytes()[:60]), 'cannot read'),
     'only ignored':     (lambda r: [Image.new('L', (14,9), 255).save(p) for p in (r/'labels/val').iterdir()], 'every pixel has the ignored label 255'),
     'all ignored':      (lambda r: [Image.new('L', (14,9), 255).save(p) for p in (r/'labels').glob('*/*')], 'every pixel has the ignored label 255'),
-    'outside the list': (lambda r: (r/'classes.txt').write_text('a\nb\n'), 'masks hold the labels 2, 3, which are no class of classes.txt: add them there'),
+    'outside the list': (lambda r: (r/'classes.txt').write_text('a\nb\n'), 'masks hold the labels 2, 3, which are no class of classes.txt (labels 0, 1): add them there'),
     'one split':        (lambda r: [(r/k/'val').rename(r/k/'other') for k in ('images','labels')], 'has no split val or test: it has other, train'),
+    'colors elsewhere': (lambda r: recolor(r), 'look like masks, as x/'),
     'labels elsewhere': (lambda r: (r/'labels').rename(r/'elsewhere'), 'look like masks, as elsewhere/'),
     'two stems':        (lambda r: Image.new('RGB', (14,9)).save(r/'images/train/03.jpg'), '03.jpg and 03.png have the same name'),
     'one class':        (lambda r: [Image.new('L', (14,9), 7).save(p) for p in (r/'labels').glob('*/*')], 'the masks hold only the label 7: a score needs at least two classes'),
-    'one and void':     (lambda r: [Image.fromarray(np.where(m, 3, 255).astype(np.uint8)).save(p) for p,m in zip((r/'labels').glob('*/*'), MASKS)], 'hold only the label 3 beside what is left out'),
+    'one and void':     (lambda r: [Image.fromarray(np.where(m, 3, 255).astype(np.uint8)).save(p) for p,m in zip((r/'labels').glob('*/*'), MASKS)], 'hold only the label 3 beside 255, which is left out'),
     'instance numbers': (lambda r: [Image.fromarray(np.where(m==3, 26001, m.astype(int)).astype(np.uint16)).save(p) for p,m in zip((r/'labels').glob('*/*'), MASKS)], 'pass divisor=1000'),
     'smoothed':         (lambda r: [Image.fromarray(m).resize((14,9), 3).save(p) for p,m in zip((r/'labels').glob('*/*'), blots(12))], 'as if smoothed: pass threshold=128'),
     'JPEG':             (lambda r: [(p.unlink(), Image.fromarray(50*m).save(p.with_suffix('.jpg'))) for p,m in zip([*(r/'labels').glob('*/*')], MASKS)], 'compressed in a way that changes labels'),
@@ -402,6 +421,11 @@ HOSTILE = {
     'json of numbers':  (lambda r: (r/'panoptic.json').write_text('[1]'), 'is no COCO panoptic file'),
     'json without ids': (lambda r: (r/'instances.json').write_text('{"images": [{}], "annotations": [], "categories": []}'), 'is no COCO instances file'),
 }
+def recolor(root):
+    "Masks in colors, in a folder whose name says nothing"
+    (root/'x').mkdir()
+    for p,m in zip([*(root/'labels').glob('*/*')], MASKS): p.unlink(); Image.fromarray(PAINT[m]).save(root/'x'/p.name)
+
 def blots(n):
     "Black masks with a white disk, six times as large"
     y, x = np.indices((54,84))
@@ -438,3 +462,29 @@ def test_coco_as_it_lies():
     for im,mask in find_layout(DATA/'coco_mini')[2].splits['val2017'][:10]: assert ((m := read_panoptic(mask))[m!=BACKGROUND]==np.array(Image.open(DATA/'coco_mini/semantic'/mask.file.name))[m!=BACKGROUND]).all()
     things = quiet(DATA/'coco_mini', layout='coco-instances')
     assert [len(d) for d in things]==[167, 67] and things[0].n_classes==81
+
+# ---- what evaluation does with a folder
+
+def test_videos_are_told_from_boxes_and_from_photographs(tmp_path):
+    from densessl.report import is_davis, judge_for
+    davis, boxes = tmp_path/'davis', tmp_path/'boxes'
+    write(davis/'JPEGImages/480p/x/0.png', IMAGES[0]); write(davis/'Annotations/480p/x/0.png', MASKS[0])
+    write(boxes/'JPEGImages/a.png', IMAGES[0]); (boxes/'Annotations').mkdir(); (boxes/'Annotations/a.xml').write_text('<annotation/>')
+    assert is_davis(davis) and not is_davis(boxes) and not is_davis(plain(tmp_path/'set'))
+    with pytest.raises(InputError, match='boxes of Pascal VOC .as a.xml.: boxes are not scored here'): judge_for(boxes, 32)
+    recolor(tmp_path/'set')
+    with pytest.raises(InputError, match='look like masks'): judge_for(tmp_path/'set', 32)
+    with pytest.raises(InputError, match="'colour=1' in --labelled_as is not one of"): judge_for(tmp_path/'set', 32, labelled_as='colour=1')
+
+def test_photographs_alone_are_said_to_be_unlabelled(tmp_path, capsys):
+    from densessl.report import judge_for
+    save(tmp_path, [np.kron(i, np.ones((4,4,1), np.uint8)) for i in IMAGES])
+    judge_for(tmp_path, 32)
+    assert capsys.readouterr().out=='read as photographs without labels: 12 of 12\n'
+
+def test_frames_come_in_the_order_of_their_numbers(tmp_path):
+    from densessl.video import davis_sequences
+    for t in range(12): write(tmp_path/f'JPEGImages/480p/x/{t}.png', IMAGES[t]); write(tmp_path/f'Annotations/480p/x/{t}.png', MASKS[t])
+    (tmp_path/'ImageSets/2017').mkdir(parents=True); (tmp_path/'ImageSets/2017/val.txt').write_text('x\n')
+    video = davis_sequences(tmp_path)[0].load()
+    assert (video.masks.numpy()==MASKS).all() and (video.frames.permute(0,2,3,1).numpy()==IMAGES).all()

@@ -1,5 +1,5 @@
 "What must hold of the repository as a whole: notebooks, package, README and their being in step"
-import ast, builtins, functools, importlib, importlib.util, os, re, shutil, subprocess, sys
+import ast, builtins, functools, importlib, importlib.util, inspect, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -251,3 +251,10 @@ def test_run_py_sets_up_once(tmp_path, monkeypatch):
 def test_settings_version_is_the_package_version():
     cfg = ConfigParser(delimiters='='); cfg.read(ROOT/'settings.ini', encoding='utf-8')
     assert f'__version__ = "{cfg["DEFAULT"]["version"]}"' in (PKG/'__init__.py').read_text()
+
+def test_command_and_function_have_the_same_defaults():
+    "A default stands for 'not given': with another one, `--resume` would take it for a changed setting"
+    from densessl.cli import pretrain
+    from densessl.commands import densessl_pretrain
+    command, function = ({k: p.default for k, p in inspect.signature(inspect.unwrap(f)).parameters.items()} for f in (densessl_pretrain, pretrain))
+    assert command == {k: function[k] for k in command}

@@ -6,13 +6,13 @@ from functools import partial
 
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.progress import CSVLogger, ShowGraphCallback
+from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
 from fastai.callback.training import GradientAccumulation
 from PIL import Image
 
 from densessl.callback import checkpoint
 from densessl.callback.checkpoint import (RunStopped, SaveRun, gather_state, newest_checkpoint, numerics, read_checkpoint, read_header, restore_state, run_checkpoints,
-                                          writable_folder, write_checkpoint)
+                                          check_data, writable_folder, write_checkpoint)
 from densessl.cli import absolute_paths, pretrain
 from densessl.core import InputError
 from densessl.data import image_dls, scene_dls
@@ -61,6 +61,13 @@ def make(method, photos=None, workers=0, accumulate=False, seed=0, bs=4):
     dls = (scene_dls(4*STEPS, m.recipe(config), bs=bs, seed=0, num_workers=workers) if photos is None else
            image_dls(photos, m.recipe(config), bs=4, seed=0, num_workers=workers, valid_pct=.21))
     return m.learner(dls, arch, config, model_kwargs=kwargs, monitor_every=2, cbs=[GradientAccumulation(12)] if accumulate else [])
+
+
+def with_fastais_bar(learn):
+    "The bar of fastai in place of our own"
+    learn.remove_cb(learn.progress)
+    learn.add_cb(ProgressCallback())
+    return learn
 
 
 def fit(learn, *cbs):
@@ -435,7 +442,7 @@ def test_bars_stand_where_the_run_stands(step, epoch, batch, tmp_path):
     assert 0<state['seconds']<60
     state['seconds'], state['recorder']['seconds'] = 1000., 100.
     write_checkpoint(path, header, state)
-    bars, learn = Bars(), make('flsl', seed=1)
+    bars, learn = Bars(), with_fastais_bar(make('flsl', seed=1))
     fit(learn, SaveRun(tmp_path/'run', resume=True), bars)
     assert bars.seen[0]==epoch and bars.seen[2]==batch
     assert 1000<bars.seen[1]<1060 and (100<bars.seen[3]<160 if step!=STEPS else bars.seen[3]<60)
@@ -446,7 +453,7 @@ def test_tables_and_curves_of_fastai_lose_no_epoch(photos, tmp_path, monkeypatch
     curves = []
     monkeypatch.setattr('fastprogress.fastprogress.ConsoleMasterBar.update_graph', lambda self, graphs, *bounds: curves.append([(len(x), len(y)) for x,y in graphs]))
     def run(*cbs, seed=0):
-        learn = make('flsl', photos, seed=seed)
+        learn = with_fastais_bar(make('flsl', photos, seed=seed))
         learn.path = tmp_path
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -521,10 +528,62 @@ def test_folders_that_cannot_be_written_are_found_before_the_work(tmp_path):
 
 
 def test_files_have_the_mode_of_the_umask(tmp_path):
+    from densessl.evaluation import write_scores
+    from densessl.transfer import export_backbone
     was = os.umask(0o027)
-    try: write_checkpoint(tmp_path/'a.run', {}, {})
+    try:
+        write_checkpoint(tmp_path/'a.run', {}, {})
+        write_scores([], tmp_path/'a.json')
+        export_backbone(make('clove').model, tmp_path/'a.safetensors')
     finally: os.umask(was)
-    assert (tmp_path/'a.run').stat().st_mode & 0o777==0o640
+    assert {p.name: oct(p.stat().st_mode & 0o777) for p in tmp_path.iterdir()}==dict.fromkeys(('a.run', 'a.json', 'a.safetensors'), '0o640')
+
+
+def test_scores_on_a_full_disk_do_not_end_the_run(photos, tmp_path):
+    "The files of DenseScore cost a warning each; nothing half written stays"
+    from densessl.callback.score import DenseScore
+    learn, limit, score = make('flsl', photos), file_limit(500), DenseScore(1, out=tmp_path/'out', verbose=False)
+    with learn.no_logging(), pytest.warns(UserWarning, match='best.safetensors could not be written .File too large.'):
+        learn.fit(EPOCHS, cbs=[score, Between(2, 2*STEPS+1, limit.__enter__, None)])
+        limit.__exit__(None, None, None)
+    assert len(score.history)==1+EPOCHS
+    assert not [p.name for p in (tmp_path/'out').iterdir() if '.part' in p.name or p.name.startswith('.')]
+
+
+def test_what_processes_share_is_where_the_network_is(monkeypatch):
+    "nccl adds up tensors of a GPU only, but sums come back from a file, and fastai's loss before the first batch is a zero, both on the CPU; `meta` stands in"
+    from types import SimpleNamespace as Stub
+    from densessl.callback.monitor import LossPart
+    learn, devices = Stub(model=torch.nn.Linear(1, 1, device='meta'), loss=torch.zeros(()), train_iter=1), []
+    cb = SaveRun('never')
+    cb.learn, cb.last = learn, (0, time.monotonic())
+    monkeypatch.setattr(checkpoint, '_ranks_where', lambda flag, device: devices.append(device.type))
+    cb._save_or_stop(0, 1)
+    part, other = LossPart('intra'), Stub()
+    recorder = Stub(learn=learn, smooth_loss=other, metrics=[part])
+    s = dict(lrs=torch.zeros(0), losses=torch.zeros(0), iters=[], values=[], seconds=0., smooth={}, metrics=[dict(total=torch.ones(()), count=1)])
+    checkpoint._load_recorder(recorder, s)
+    assert devices==['meta', 'meta'] and part.total.device.type=='meta'
+
+
+def test_photographs_that_moved(photos, tmp_path):
+    "Paths hold from any working directory; another list of files and a place that is gone are refused in a sentence"
+    here = os.getcwd()
+    os.chdir(photos.parent)
+    try: old = absolute_paths(dict(folder=photos.name, labelled=None, baseline='resnet50', out=tmp_path, bs=4))
+    finally: os.chdir(here)
+    assert old==dict(folder=str(photos), labelled=None, baseline='resnet50', out=str(tmp_path), bs=4)
+    out = tmp_path/'run'
+    fit(make('flsl', photos), SaveRun(out/'checkpoints'), At(2, term))
+    ds = make('flsl', photos).dls.train.dataset
+    check_data(out/'checkpoints', ds)
+    ds.paths = ds.paths[1:]
+    with pytest.raises(InputError, match=r'other photographs \(\d+ then, \d+ now\)'): check_data(out/'checkpoints', ds)
+    ds.paths = [*ds.paths, ds.paths[0].with_name('another.jpg')]
+    with pytest.raises(InputError, match='as before, but with other names'): check_data(out/'checkpoints', ds)
+    (out/'settings.json').write_text(json.dumps(dict(arguments=dict(folder=str(tmp_path/'gone'), labelled=None))))
+    with pytest.raises(InputError, match="gone', .*densessl_pretrain NEW_PLACE --resume --out"): pretrain(out=str(out), resume=True)
+    with pytest.raises(InputError, match="labelled was None, now '.*'; leave them out"): pretrain(str(photos), labelled=str(photos), out=str(out), resume=True)
 
 
 # --- the command, as a user starts and stops it -------------------------------------------------------------------------------------------------------------
@@ -547,7 +606,7 @@ class Process:
     "The command in a process, with a terminal or without; `says` is what it has printed"
     def __init__(self, home, args, threads, terminal):
         (home/'command.py').write_text(COMMAND)
-        env = os.environ | dict(OMP_NUM_THREADS=str(threads), MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore')
+        env = os.environ | dict(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY='passive', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore')
         self.ours, theirs = pty.openpty() if terminal else os.pipe()
         heard = dict(stdin=theirs if terminal else subprocess.DEVNULL, stdout=theirs, stderr=theirs)
         as_in_a_terminal = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)

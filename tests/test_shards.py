@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -431,7 +432,7 @@ def test_nothing_is_overwritten_and_nothing_half_done(photos, tmp_path, monkeypa
     (tmp_path/'none').mkdir(); (tmp_path/'none'/'a.jpg').write_text('x')
     with pytest.raises(InputError, match='none of the 1 images .* can be read, the first is .*a.jpg. .not an image'): write_shards(tmp_path/'none', tmp_path/'out0', workers=0)
     assert not (tmp_path/'out0').exists()
-    for match, kw in (('size must be a whole number from 1, got 0', dict(size=0)), ('quality must be a whole number from 1 to 95, got 99', dict(quality=99)), ('per_shard', dict(per_shard=0)), ('workers', dict(workers=-1))):
+    for match, kw in (('size must be a whole number from 1, got 0', dict(size=0)), ('quality must be a whole number from 1 to 95, got 99', dict(quality=99)), ('per_shard', dict(per_shard=0)), ('the number of workers must be a whole number, 0 for none, got -1', dict(workers=-1))):
         with pytest.raises(InputError, match=match): write_shards(photos, tmp_path/'out0', **(dict(workers=0) | kw))
     calls, real = [], os.fsync
     for error, raised, match in ((OSError(28, 'No space left on device'), InputError, 'cannot write to .*out.*: no space left on device'), (KeyboardInterrupt(), KeyboardInterrupt, None)):
@@ -483,3 +484,122 @@ def test_no_file_stays_open(tars):
     for _ in range(3): in_turn(dl, 2); dl.one_batch(); dl.dataset[3]
     import gc; gc.collect()
     assert len(os.listdir('/proc/self/fd')) <= before+1         # the one that `dataset` reads on from
+
+
+# ---- what is ours, and what is not
+
+def image(fmt='JPEG', mode='RGB'):
+    b = io.BytesIO(); SCENE.convert(mode).save(b, fmt)
+    return b.getvalue()
+
+
+KEYS = {
+    'x.jpg': ['{}.depth.png', '{}.jpg', '{}.json', '{}.seg.png'], 'x.png': ['{}.mask.png', '{}.png'], 'both': ['{}.jpg', '{}.png'],
+    'named': ['{}.image.png', '{}.segmentation.png'], 'folders': ['images/{}.jpg', 'masks/{}.png'], 'unknown': ['{}.jpg', '{}.left.jpg'],
+}
+
+
+@pytest.mark.parametrize('pipe', [False, True])
+@pytest.mark.parametrize('kind', KEYS)
+def test_one_photograph_a_key(tmp_path, kind, pipe):
+    "Masks and depth maps under the key of a photograph are left out and said, in whatever order; and from any photograph on"
+    members = [(o.format(i), image('PNG') if o.endswith('png') else image()) for i in range(6) for o in KEYS[kind]]
+    tar_of(tmp_path/'0.tar', members)
+    want = [o for o, _ in members if o in {KEYS[kind][{'x.jpg': 1, 'x.png': 1}.get(kind, 0)].format(i) for i in range(6)}]
+    url = f'pipe:cat {tmp_path}/0.tar' if pipe else tmp_path/'0.tar'
+    assert [o for o, _ in read_shard(url)] == want and count_images(tmp_path/'0.tar') == 6
+    data = dict(members)
+    for k in range(7): assert list(read_shard(url, k)) == [(o, data[o] if i >= k else None) for i, o in enumerate(want)]
+    with pytest.warns(UserWarning, match=r'\d+ images of the shards are left out: masks, depth maps or further images of a key, beside 6 photographs'): found = shard_list(tmp_path)
+    assert found[0].n == 6
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        dl = loader(tmp_path)
+    assert len(flat(batches(dl))) == 6 and dl.keep.bad_files == []
+
+
+def test_dots_in_names_are_no_keys(tmp_path):
+    "Photographs named by date, and masks without photographs, are all read as before"
+    for k, names in enumerate((['IMG.2020.01.jpg', 'IMG.2020.02.jpg', 'IMG.2021.01.jpg'], ['0.seg.png', '1.seg.png'])):
+        tar_of(tmp_path/f'{k}.tar', [(o, image()) for o in names])
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            assert shard_list(tmp_path/f'{k}.tar')[0].n == len(names) and [o for o, _ in read_shard(tmp_path/f'{k}.tar')] == names
+
+
+def test_a_shard_that_breaks_off_gives_what_was_whole(tmp_path):
+    tar_of(tmp_path/'0.tar', [(f'{i}.{o}', image()) for i in range(4) for o in ('jpg', 'seg.png')])
+    raw = (tmp_path/'0.tar').read_bytes()
+    (tmp_path/'0.tar').write_bytes(raw[:members(raw)[4].offset_data+20])
+    got = []
+    with pytest.raises(tarfile.ReadError):
+        for name, _ in read_shard(tmp_path/'0.tar'): got.append(name)
+    assert got == ['0.jpg', '1.jpg']
+
+
+@pytest.mark.parametrize('beside', ['tar', 'tar.gz of labels', 'index.json', 'list', 'broken json', 'part', 'all'])
+def test_photographs_with_other_files_are_a_folder(tmp_path, beside):
+    "Photographs are read, in subfolders too, whatever archive or index lies beside them"
+    (tmp_path/'deep').mkdir()
+    for i in range(4): (tmp_path/'deep'/f'{i}.jpg').write_bytes(image())
+    if beside in ('tar', 'all'): tar_of(tmp_path/'download.tar', [('0.jpg', image())])
+    if beside in ('tar.gz of labels', 'all'): tar_of(tmp_path/'labels.tar.gz', [('0.txt', b'x')], 'w:gz')
+    if beside in ('index.json', 'all'): (tmp_path/'index.json').write_text('{"title": "holiday", "pages": [1, 2]}')
+    if beside == 'list': (tmp_path/'index.json').write_text('[1, 2]')
+    if beside == 'broken json': (tmp_path/'index.json').write_text('{"tit')
+    if beside == 'part': (tmp_path/'index.json.part').write_text('')
+    assert not is_shards(tmp_path) and not is_shards(str(tmp_path))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        assert len(find_images(tmp_path)) == 4
+    assert len(said) == (beside[:3] in ('tar', 'all')) and all('archives, give the path of a tar file to train on it' in str(o.message) for o in said)
+
+
+def test_shards_with_other_files_are_shards(own):
+    (own/'labels.json').write_text('[]')
+    assert is_shards(own) and len(shard_list(own)) == 8
+    (own/'preview.jpg').write_bytes(image())
+    with pytest.warns(UserWarning, match='1 images beside the shards in .* are not read'): assert is_shards(own) and len(shard_list(own)) == 8
+    (own/'preview.jpg').unlink()
+    (own/'index.json').write_text('{"title": "holiday"}')
+    with pytest.warns(UserWarning, match='index.json. is no list of shards and is not used'): assert is_shards(own) and sum(o.n for o in shard_list(own)) == N
+    (own/'@eaDir').mkdir(); (own/'@eaDir'/'x.jpg').write_bytes(image())
+    assert is_shards(own)
+
+
+def test_tar_files_without_photographs(tmp_path):
+    tar_of(tmp_path/'labels.tar.gz', [('0.txt', b'x')], 'w:gz')
+    assert is_shards(tmp_path)
+    refused('there is no photograph in .*labels.tar.gz.: give tar files of images', tmp_path)
+    assert not is_shards(tmp_path.parent/'nowhere')
+    (tmp_path/'sub').mkdir(); (tmp_path/'sub'/'photos.tar').mkdir()
+    assert not is_shards(tmp_path/'sub'/'photos.tar')                       # a folder, whatever its name
+
+
+def test_home_is_expanded(tars, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tars.parent))
+    assert is_shards('~/out') and len(shard_list('~/out')) == 8 and len(shard_list('~/out/shard-{000000..000007}.tar')) == 8
+    assert len(shard_list(['~/out/shard-000000.tar', '~/out/shard-000001.tar'])) == 2
+    d = tmp_path/'p'; d.mkdir(); (d/'a.jpg').write_bytes(image())
+    monkeypatch.setenv('HOME', str(tmp_path))
+    write_shards('~/p', '~/new', workers=0)
+    assert (tmp_path/'new'/'index.json').exists()
+
+
+def test_windows_of_panoramas_in_shards(tmp_path):
+    "Other ones each epoch, whatever the number of workers; the middle one for validation"
+    src = tmp_path/'src'; src.mkdir()
+    for i in range(8): Image.fromarray(torch.cat([torch.full((10, 800), 30*i), torch.arange(800).expand(30, 800)//4]).byte().numpy()).save(src/f'{i}.png')
+    write_shards(src, tmp_path/'out', per_shard=4, workers=0)
+    def epochs(workers):
+        dl = loader(tmp_path/'out', workers=workers)
+        dl.after_batch, res = lambda b: b, []
+        for _ in range(2):
+            res.append({})
+            for c, hw, _ in dl:
+                assert (hw == torch.tensor([40, 80])).all()
+                res[-1] |= {round(x[0, 2].float().mean().item()/30): round(x[0, 20:].float().mean().item()) for x in c}
+        return res
+    a, b = epochs(0)
+    assert a.keys() == b.keys() == set(range(8)) and sum(a[i] != b[i] for i in a) >= 7
+    assert epochs(2) == [a, b]

@@ -30,6 +30,7 @@ from torch import Tensor
 from .. import __version__
 from ..core import InputError
 from .guard import _all, _from_first, _rank, _ranks_where, _world
+from .monitor import LossPart
 from ..learner import AutocastBF16
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #6110fa35
@@ -216,7 +217,7 @@ def other_digits(
     differ = compare_settings(old, {k: v for k,v in new.items() if k in old})
     if not differ: return ''
     threads = f'; OMP_NUM_THREADS={old["threads"]} sets the threads' if 'threads was' in differ else ''
-    return f'the checkpoint was computed with something else ({differ}): sums are added in another order, so the numbers may differ in the last digits from those of a run without a stop{threads}'
+    return f'the checkpoint was written under other conditions ({differ}): sums are added in another order, so the numbers may differ in the last digits from those of a run without a stop{threads}'
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #644e5285
 def _stateful(learn, but=None):
@@ -234,6 +235,9 @@ def _load_recorder(r, s):
     "Table and curves go on"
     r.lrs, r.losses, r.iters, r.values, r.start_epoch = s['lrs'].tolist(), list(s['losses'].unbind()), list(s['iters']), list(s['values']), time.time()-s['seconds']
     for o,numbers in zip((r.smooth_loss, *r.metrics), (s['smooth'], *s['metrics'])): vars(o).update(numbers)
+    device = next(r.learn.model.parameters()).device
+    for m in r.metrics:                    # these are summed up over processes, where the network is
+        if isinstance(m, LossPart) and isinstance(vars(m).get('total'), Tensor): m.total = m.total.to(device)
 
 def gather_state(
     learn,       # Learner after a batch or between epochs
@@ -296,7 +300,7 @@ def show_skipped(
     for cb in learn.cbs:
         bar = vars(cb).get('mbar')
         if hasattr(type(cb), 'skip_epochs'): cb.skip_epochs(epochs, seconds)
-        elif bar and epochs:
+        elif hasattr(bar, 'main_bar') and epochs:
             bar.update(0)                          # fastprogress takes its start from here
             _set_clock(cb, seconds)
             bar.update(epochs)

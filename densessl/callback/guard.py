@@ -122,6 +122,7 @@ class StopIfNotFinite(Callback):
     def before_step(self):
         "Look at the gradients"
         ranks = _ranks_where(~finite_gradients([p for g in self.opt.param_lists for p in g]), self.learn.loss.device)
+        if ranks and hasattr(self.learn, 'lr_finder'): raise CancelFitException()
         if ranks: self._act('gradient', ranks, self._gradient_text, CancelStepException)
         self.row = 0
 

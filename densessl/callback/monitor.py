@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['token_rank', 'prototype_use', 'diagnose_prototypes', 'prototype_state', 'diagnose_matches', 'match_contrast',
-           'match_state', 'pack_rows', 'unpack_rows', 'CollapseMonitor', 'LossPart']
+           'match_state', 'pack_rows', 'unpack_rows', 'in_fit', 'CollapseMonitor', 'LossPart']
 
 # %% ../../nbs/53_callback.monitor.ipynb #3cacc6b1
 import math, warnings
 from itertools import groupby
 
-import torch
+import torch, torch.distributed as dist
 from torch import Tensor
 from fastai.callback.core import Callback
 from fastai.learner import Metric
@@ -122,6 +122,13 @@ def unpack_rows(
     columns = [{k: c.tolist() if isinstance(c, Tensor) else c for k,c in b.items()} for b in blocks]
     return [dict(zip(b, values)) for b in columns for values in zip(*b.values())]
 
+# %% ../../nbs/53_callback.monitor.ipynb #2dd3fd41
+def in_fit(
+    learn,   # Learner, in `before_fit`
+)->bool:     # False in `lr_find`, `validate` and what is like them
+    "Is this a real fit? fastai calls `before_fit` for the others too"
+    return not hasattr(learn, 'lr_finder') and not learn.lock.locked()
+
 # %% ../../nbs/53_callback.monitor.ipynb #eb2782d2
 class CollapseMonitor(Callback):
     "Records the state of the dense tokens every `every` steps and warns in words at the end of an epoch"
@@ -132,15 +139,28 @@ class CollapseMonitor(Callback):
         every=10,                      # Steps between two looks
     ): self.measure,self.diagnose,self.every,self.history,self._said = measure,diagnose,every,[],set()
 
+    def before_fit(self):
+        "Each fit may say everything again; `lr_find`, which ends where training breaks down, is neither watched nor remembered"
+        self.run = in_fit(self.learn)
+        if self.run: self._said = set()
+
     def after_batch(self):
         "Measure what the model has just put out"
-        if not torch.isfinite(self.learn.loss.detach()).all(): return
-        if (self.train_iter-1)%self.every==0 or self.iter+1==self.n_iter:
-            self.history.append(dict(step=self.train_iter, epoch=self.epoch+1, progress=float(self.pct_train), loss=self.learn.loss.item()) | self.measure(self.learn))
+        due = (self.train_iter-1)%self.every==0 or self.iter+1==self.n_iter
+        if not due or not torch.isfinite(self.learn.loss.detach()).all(): return
+        self.history.append(dict(step=self.train_iter, epoch=self.epoch+1, progress=float(self.pct_train), loss=self.learn.loss.item()) | self.measure(self.learn))
+
+    def _rows(self):
+        "The rows of this epoch of this fit, the newest first: an earlier fit had an epoch of the same number"
+        rows = []
+        for h in reversed(self.history):
+            if h['epoch']!=self.epoch+1 or (rows and h['step']>=rows[-1]['step']): break
+            rows.append(h)
+        return rows
 
     def after_train(self):
         "Say what the mean of the epoch means, each sentence once"
-        rows = [h for h in self.history if h['epoch']==self.epoch+1]
+        rows = self._rows()
         if not rows: return
         for s in self.diagnose({k: sum(r[k] for r in rows)/len(rows) for k in rows[0]}):
             if s[:12] not in self._said: warnings.warn(f'epoch {self.epoch+1}: {s}')
@@ -162,14 +182,20 @@ class CollapseMonitor(Callback):
         return fig
 
 # %% ../../nbs/53_callback.monitor.ipynb #e341175b
+def _exchangeable(x):
+    "A number where processes can exchange it: nccl knows no tensors on the CPU, where a resumed sum may lie"
+    nccl = dist.is_available() and dist.is_initialized() and dist.get_backend()=='nccl'
+    return x.cuda() if nccl else x
+
 class LossPart(Metric):
     "Column of fastai's table: the mean over an epoch of one part of the loss"
     def __init__(self, part): self.part = part
     def reset(self): self.total,self.count = 0.,0
     def accumulate(self, learn):
-        v = getattr(learn.loss_func.parts, self.part)
-        self.total, self.count = self.total + v.detach(), self.count+1
+        if learn.loss_func.parts is None: return      # the first batch was left out
+        v = getattr(learn.loss_func.parts, self.part).detach()
+        self.total, self.count = self.total + v, self.count+1
     @property
-    def value(self): return float(mean_over_ranks(torch.as_tensor(self.total/self.count))) if self.count else None
+    def value(self): return float(mean_over_ranks(_exchangeable(torch.as_tensor(self.total/self.count)))) if self.count else None
     @property
     def name(self): return self.part

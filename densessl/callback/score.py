@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner
 from fastcore.basics import patch
 
@@ -24,7 +25,7 @@ from ..dino import DINO
 from ..encoders import DenseEncoder
 from ..flsl import FLSL
 from .guard import _from_first, _rank
-from .checkpoint import random_states, set_random_states
+from .checkpoint import random_states, set_random_states, without_stopping
 from ..labelled import labelled_data
 from densessl.verdict import (Verdict, confirmed, diverged_loss, gather_statistics, has_batch_norm, judge_training, random_start,
     seen_collapse)
@@ -178,7 +179,7 @@ class DenseScore(Callback):
         gauges:dict=None,   # Arguments of the gauges, as dict(things=4, beta=10.)
         verbose:bool=True,  # Print a line a scoring
         starts:int=5,       # Random starts to compare with, the own one included
-        published:bool=False, # Training starts from published weights: these are what it is compared with
+        published:bool=None, # Training starts from published weights, which it is compared with; default as the learner says
         say:bool=True,      # Say the verdict at the end of a fit; False leaves it to `conclude`
     ):
         super().__init__()
@@ -336,10 +337,11 @@ class DenseScore(Callback):
 
     def after_fit(self):
         "Say what it came to, if it has come to its end"
-        if self.say and len(self.history)>1 and self.done[0]==self.base[0]+self.n_epoch: _from_first(self._say)
+        if self.say and self.done[0]==self.base[0]+self.n_epoch: _from_first(self._say)
 
     def _say(self):
         "The verdict as a warning if something is wrong, or else as a line"
+        if len(self.history)<2: return
         words = self.conclude()
         if self.conclusion.answer=='harmed' or any(self._trouble().values()): warnings.warn(words)
         elif self.verbose: print(words, flush=True)
@@ -360,7 +362,8 @@ class DenseScore(Callback):
     def _score_start(self):
         if self.history: return      # by a fit that was broken off before its first step
         product = self.method.product
-        if self.published: self.start_name = 'published weights'
+        published = getattr(product, 'published', False) if self.published is None else self.published
+        if published: self.start_name = 'published weights'
         elif getattr(getattr(self.learn, 'collapse_monitor', None), 'history', []): self.start_name = 'the start of this fit'   # trained before
         fresh = self.start_name=='random start' and isinstance(product, DenseEncoder) and has_batch_norm(product)
         self._start = (self.gathered(product) if fresh else copy.deepcopy(product)).cpu().eval().requires_grad_(False)
@@ -402,15 +405,19 @@ class DenseScore(Callback):
 
     def _write(self, name, write):
         "Write a file under another name, then rename it"
-        self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder/f'{name}.part'
-        write(part)
-        os.replace(part, self.folder/name)
+        with without_stopping(str(self.folder/name)):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write(part)
+                os.replace(part, self.folder/name)
+            finally: part.unlink(missing_ok=True)
 
     def _export(self, name):
         recipe = getattr(self.dls, 'recipe', None)
         net = self._start if name=='start' else self.method.product
-        with same_random_state(): export_backbone(net, self.folder/f'{name}.safetensors', overwrite=True, **(dict(mean=recipe.mean, std=recipe.std) if recipe else {}))
+        path, numbers = self.folder/f'{name}.safetensors', dict(mean=recipe.mean, std=recipe.std) if recipe else {}
+        with same_random_state(), without_stopping(str(path)): export_backbone(net, path, overwrite=True, **numbers)
 
     # resume
     def state_dict(self):
@@ -456,6 +463,23 @@ def _steps_of(rows):
         last = h['step']
         out.append(base+last)
     return out
+
+# %% ../../nbs/65_callback.score.ipynb #c5e04e66
+@patch(as_prop=True)
+def columns(self:DenseScore):
+    "Scores that fastai's table shows, those that a callback watches among them"
+    there = [p for p in _PROBES if p!='prototype use' or prototype_head(self.method)]
+    if not self.labelled: there = [p for p in there if p not in ('nearest neighbour', 'linear')]
+    elif not self.linear: there.remove('linear')
+    watched = [cb.monitor for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and cb.monitor in there]
+    return list(dict.fromkeys([self.best_by or ('nearest neighbour' if self.labelled else 'correspondence'), *watched]))
+
+@patch
+def row(self:DenseScore):
+    "Score now if it is time; the values of `columns`, the same in all processes"
+    self.after_epoch()
+    last = self.history[-1] if self.history else {}
+    return _from_first(lambda: [last.get(k, float('nan')) for k in self.columns])
 
 # %% ../../nbs/65_callback.score.ipynb #c2f03b3a
 class _ScoreList(list):
