@@ -22,6 +22,7 @@ from .augment import *
 from .data import *
 from .shards import *
 from .encoders import *
+from .weights import *
 from .heads import *
 from .ema import *
 from .flsl import *

@@ -52,6 +52,10 @@ def resample_positions(
 # %% ../nbs/30_encoders.ipynb #4ea4d708
 def _sides(size): return (size, size) if isinstance(size, int) else tuple(size)
 
+def _multiplies(net):
+    "Has it depthwise convolutions with more outputs than inputs? FastViT, which has, crashes in torch's backward pass on a CPU with channels last"
+    return any(isinstance(m, nn.Conv2d) and 1<m.groups==m.in_channels<m.out_channels for m in net.modules())
+
 def _one_line(e):
     "The first line of another library's complaint, or the name of its type"
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
@@ -93,7 +97,7 @@ class DenseEncoder(nn.Module):
         if shape is None or len(shape) not in (3,4) or self.embed_dim not in (shape[1], shape[-1]):
             raise InputError(f'{arch} gives neither tokens nor feature maps (its features have shape {shape}): choose a ViT or a CNN')
         self.layout = 'tokens' if len(shape)==3 else 'maps' if shape[1]==self.embed_dim and getattr(net, 'output_fmt', 'NCHW')!='NHWC' else 'NHWC'
-        if self.layout=='maps': net.to(memory_format=torch.channels_last)
+        if self.layout=='maps' and not _multiplies(net): net.to(memory_format=torch.channels_last)
         n = shape[1]-self.n_prefix if self.layout=='tokens' else math.prod(shape[-2:] if self.layout=='maps' else shape[1:3])
         if self.layout=='tokens' and n<2: raise InputError(f'{arch} gives a single feature for an image of {h}x{w}, not one for each patch: choose a ViT or a CNN')
         self.stride = round(math.sqrt(h*w/n))
