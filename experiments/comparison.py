@@ -5,6 +5,7 @@
     python experiments/comparison.py score RUNS PHOTOS --camvid DIR --out nbs/experiments/results/comparison.json
     python experiments/comparison.py show RUNS --camvid DIR --out nbs/experiments/results
     python experiments/comparison.py ends RUNS PHOTOS --camvid DIR --coco DIR --davis DIR --out nbs/experiments/results/comparison_ends.json    (more scores of starts and ends)
+    python experiments/comparison.py starts PHOTOS --camvid DIR --coco DIR --davis DIR --out nbs/experiments/results/comparison_starts.json    (random starts of five seeds)
 """
 import argparse, json, time
 from dataclasses import asdict, replace
@@ -77,7 +78,7 @@ def coco(root):
     "Training and test part, classes grouped by what they belong to"
     groups = {c['id']: c['supercategory'] for c in json.loads((Path(root)/'classes.json').read_text())}
     names = tuple(sorted(set(groups.values())))
-    return labelled_data(root, size=(176,240), layout='coco-panoptic', ignore_index=0, remap={k: names.index(v) for k,v in groups.items()}, classes=names)
+    return labelled_data(root, size=(176,240), layout='coco-panoptic', ignore_index=(0, -1), remap={k: names.index(v) for k,v in groups.items()}, classes=names)
 
 @torch.no_grad()
 def positives(enc, photos, hw, augment, beta=20.):
@@ -107,6 +108,37 @@ def ends(a):
         out.write_text(json.dumps(res))
         print(key, found, [(o.probe, round(100*o.value, 1)) for o in s], flush=True)
 
+def start_of(a, seed):
+    "The backbone that a run of this seed begins with"
+    m = methods['dino']
+    set_seed(seed)
+    config = replace(m.presets['paper'], **SMALL['dino'])
+    dls = loaders(a.photos, m.recipe(config), seed)
+    return m.learner(dls, 'vit_tiny_patch16_224', config, model_kwargs=VIT).model.product.eval()
+
+def starts(a):
+    """Two more random starts beside the first backbones of the three runs, by the same scores; gauges of all five on the photographs that each run kept apart"""
+    out = Path(a.out)
+    res = json.loads(out.read_text()) if out.exists() else {}
+    recipe = methods['dino'].recipe(methods['dino'].presets['scenes'])
+    camvid = [segmentation_folder(a.camvid, s, size=(176,240), n_classes=11, ignore_index=11)[::2] for s in ('train', 'test')]
+    kept = {f'photographs kept apart, seed {s}': kept_photographs(loaders(a.photos, recipe, s))[:2] for s in (0, 1, 2)}
+    backbones = {seed: start_of(a, seed) for seed in range(5)}
+    def gauges(enc): return [o for data,photos in kept.items() for o in label_free_gauges(enc, *photos, 64, data=data)]
+    kinds = {'gauges': (backbones, gauges),
+             'CamVid': ((3, 4), lambda enc: dense_scores(enc, *camvid, memory=20000)),
+             'COCO': ((3, 4), lambda enc: dense_scores(enc, *coco(a.coco), memory=20000)),
+             'clusters': ((3, 4), lambda enc: dense_scores(enc, *camvid, probes=('clustering', 'overclustering'))),
+             'DAVIS': ((3, 4), lambda enc: davis_score(enc, a.davis, size=120))}
+    for kind,(seeds, judge) in kinds.items():
+        for seed in seeds:
+            found = res.setdefault(str(seed), {})
+            if kind in found: continue
+            scores = judge(backbones[seed])
+            found[kind] = [dict(probe=o.probe, value=o.value, protocol=o.protocol) for o in scores]
+            out.write_text(json.dumps(res))
+            print(kind, seed, [(o.probe, round(100*o.value, 2)) for o in scores], flush=True)
+
 def show(a):
     "The posters' pictures of one seed: aggregated similarity and attention on two photographs of scikit-learn (CC BY), t-SNE of labelled patches"
     out, runs = Path(a.out), Path(a.runs)
@@ -126,8 +158,10 @@ t.add_argument('--seed', type=int, default=0); t.add_argument('--epochs', type=i
 s = S.add_parser('score'); s.set_defaults(f=score); s.add_argument('runs'); s.add_argument('photos'); s.add_argument('--camvid', required=True); s.add_argument('--out', default='comparison.json')
 e = S.add_parser('ends'); e.set_defaults(f=ends); e.add_argument('runs'); e.add_argument('photos'); e.add_argument('--out', default='comparison_ends.json')
 for o in ('--camvid', '--coco', '--davis'): e.add_argument(o, required=True)
+b = S.add_parser('starts'); b.set_defaults(f=starts); b.add_argument('photos'); b.add_argument('--out', default='comparison_starts.json')
+for o in ('--camvid', '--coco', '--davis'): b.add_argument(o, required=True)
 w = S.add_parser('show'); w.set_defaults(f=show); w.add_argument('runs'); w.add_argument('--camvid', required=True); w.add_argument('--seed', type=int, default=0); w.add_argument('--out', default='.')
-for p in (t, s, e, w): p.add_argument('--threads', type=int, default=1)
+for p in (t, s, e, b, w): p.add_argument('--threads', type=int, default=1)
 a = P.parse_args()
 torch.set_num_threads(a.threads)
 a.f(a)

@@ -18,7 +18,7 @@ from densessl.data import image_dls
 from densessl.evaluation import correspondence_score, dense_scores, scores_table, segmentation_folder
 from densessl.learner import dense_picture, methods, similarity_picture
 from densessl.transfer import export_backbone
-from densessl.verdict import gather_statistics
+from densessl.verdict import gather_statistics, has_batch_norm
 
 P = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 P.add_argument('method', choices=methods); P.add_argument('photos'); P.add_argument('--camvid'); P.add_argument('--coco'); P.add_argument('--out', default='result.json')
@@ -91,6 +91,7 @@ if a.starts:
     out = Path(a.out)
     res = json.loads(out.read_text())
     found = res.setdefault('starts', {})
+    if not has_batch_norm(learn.model.product): found.setdefault(str(res['args']['seed']), res['before'])   # there are no statistics to gather
     for seed in range(a.starts):
         if str(seed) in found: continue
         found[str(seed)] = all_scores(start_of(learner(seed)), 'random start')
