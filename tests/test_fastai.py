@@ -156,6 +156,19 @@ def test_precision_ends_with_a_cancelled_batch():
         learner(cbs=mixed).fit(1, cbs=Callback(after_pred=cancel))
         assert autocast_depth()==0 and not torch.is_autocast_enabled('cpu')
 
+@pytest.mark.parametrize('left_out', [(0,), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss'])
+def test_batches_that_are_cancelled(event, left_out):
+    "Before there is a prediction or a loss, too; what the monitor sees is of whole batches alone"
+    class Leave(Callback):
+        order = -10
+        def __call__(self, name):
+            if name==event and self.training and self.iter in left_out: raise CancelBatchException
+    learn, spy = learner(monitor_every=1), Kinds()
+    for _ in range(2): learn.fit(1, cbs=[Leave(), spy])
+    left = [i+1 for i in range(3) if i not in left_out]
+    assert [h['step'] for h in learn.collapse_monitor.history]==2*left and spy.moved==len(left) and len(learn.recorder.values)==1
+
 def test_channels_last(): learner('clove').to_channelslast().fit(1)
 
 # ---------------------------------------------------------------- the finder

@@ -1,6 +1,7 @@
 "Networks of every family of timm train or are refused in a sentence before any work; an export is the network that was trained"
 import json, os
 from argparse import Namespace
+from dataclasses import fields, replace
 
 import numpy as np, pytest, timm, torch
 import torch.nn.functional as F
@@ -106,11 +107,13 @@ def test_arguments_that_no_dense_encoder_has(kw, says):
     for arch in ('vit_tiny_patch16_224', 'test_resnet'):
         with pytest.raises(InputError, match=says): dense_encoder(arch, img_size=64, **kw)
 
+def settings(method):
+    import densessl.all as D
+    return getattr(D, f'{method}_presets')['scenes'], getattr(D, f'{method}_recipe')
+
 def learner(method='flsl', arch='vit_tiny_patch16_224', **kw):
     import densessl.all as D
-    from dataclasses import replace
-    settings = kw.pop('settings', {})
-    c = replace(getattr(D, f'{method}_presets')['scenes'], n_local=1, **settings)
+    c = replace(settings(method)[0], n_local=1, **kw.pop('settings', {}))
     dls = D.scene_dls(8, getattr(D, f'{method}_recipe')(c), bs=4, seed=0)
     return getattr(D, f'{method}_learner')(dls, arch, c, **kw)
 
@@ -126,6 +129,26 @@ SMALL_VIT = dict(embed_dim=64, depth=2, num_heads=2)
     ('flsl', 'test_vit', dict(init='nowhere.pth'), "there is no file 'nowhere.pth'")])
 def test_a_learner_refuses_before_the_first_step(method, arch, kw, says):
     with pytest.raises(InputError, match=says): learner(method, arch, **kw)
+
+@pytest.mark.parametrize('method', ['flsl', 'clove', 'dino'])
+def test_every_number_among_the_settings_has_a_range(method):
+    "Whatever field is not a number, or lies outside, is refused when the settings or the views are made"
+    c, recipe = settings(method)
+    numbers = [f.name for f in fields(c) if f.type in (int, float)]
+    assert len(numbers)>=15
+    for k in numbers:
+        with pytest.raises(InputError, match=k): recipe(replace(c, **{k: float('nan')}))
+    for k,wrong in dict(drop_path_rate=2, warmup=1.5, lr=float('inf'), n_local=-1, img_size=64.5, hidden_dim='wide', flip=-.1).items():
+        with pytest.raises(InputError, match=f'{k}.*{wrong}'): recipe(replace(c, **{k: wrong}))
+    replace(c, drop_path_rate=0, warmup=0, lr=1)
+
+@pytest.mark.parametrize('method, k, wrong', [
+    ('flsl', 'wd', (0., float('inf'))), ('flsl', 'beta_sa', -2.), ('flsl', 'gamma', float('inf')), ('flsl', 'final_lr', -1e-6), ('flsl', 'freeze_epochs', -1),
+    ('clove', 'wd', -1e-4), ('clove', 'lr_floor', 2.), ('clove', 'num_heads', 0), ('clove', 'k', 1), ('dino', 'clip', 0.), ('dino', 'temp_s', 0.),
+    ('dino', 'temp_t_warmup', -1.), ('dino', 'n_prototypes', 2.5)])
+def test_settings_out_of_range(method, k, wrong):
+    with pytest.raises(InputError, match=k) as e: replace(settings(method)[0], **{k: wrong})
+    assert '\n' not in str(e.value)
 
 # ---- export
 
