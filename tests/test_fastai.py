@@ -224,6 +224,14 @@ def test_weight_decay_given_to_fit(method):
     for wrong in (-1, math.nan, 'much', slice(0, 1)):
         with pytest.raises(InputError, match='wd must be one number'): learn.fit(1, wd=wrong)
 
+def test_a_run_is_resumed_with_its_weight_decay():
+    a, b = learner().schedules, learner().schedules
+    for begun,now in ((.3, None), (None, .3), (.3, .1)):
+        a.fixed_wd, b.fixed_wd = begun, now
+        with pytest.raises(InputError, match=f'begun with wd={begun}, now wd={now}'): b.load_state_dict(a.state_dict())
+    b.fixed_wd = .3
+    b.load_state_dict(a.state_dict())
+
 def test_learning_rates():
     spy = Hypers()
     learn = learner(cbs=spy)
