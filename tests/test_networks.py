@@ -168,13 +168,13 @@ def test_a_device_that_rounds_as_tf32_exports(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('wrong', ['bits', 'features', 'nan'])
 def test_other_weights_are_no_export(wrong, tmp_path, monkeypatch):
-    e, save, load = vit(), transfer.save_file, transfer.load_backbone
-    def other_bits(state, path, **kw): save(state | {'norm.weight': torch.nextafter(state['norm.weight'], torch.tensor(2.))}, path, **kw)
+    e, save, load = vit(), transfer.save, transfer.load_backbone
+    def other_bits(state, **kw): return save(state | {'norm.weight': torch.nextafter(state['norm.weight'], torch.tensor(2.))}, **kw)
     def other_features(path):
         b = load(path)
         b.net.blocks[1].mlp.fc2.weight.data *= 1.1
         return b
-    if wrong=='bits': monkeypatch.setattr(transfer, 'save_file', other_bits)
+    if wrong=='bits': monkeypatch.setattr(transfer, 'save', other_bits)
     if wrong=='features': monkeypatch.setattr(transfer, 'load_backbone', other_features)
     if wrong=='nan': e.net.norm.weight.data[0] = float('nan')
     with pytest.raises(RuntimeError, match='nothing was written'): export_backbone(e, tmp_path/'b.safetensors')
