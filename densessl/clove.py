@@ -6,14 +6,14 @@
 __all__ = ['clove_presets', 'CLoVEConfig', 'clove_recipe', 'MatchedViews', 'CLoVE', 'CLoVELoss']
 
 # %% ../nbs/41_clove.ipynb #fd5c0212
-import copy, math
+import copy
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, check_ramp, rebuilt_from_list
+from .core import InputError, check_ramp, check_ranges, rebuilt_from_list
 from .attention import unit
 from .context import NMHSA
 from .margin import clove_objective
@@ -55,15 +55,14 @@ class CLoVEConfig:
     drop_path_rate:float=0.          # Stochastic depth of the student
 
     def __post_init__(self):
-        for k in ('lr', 'attn_temp', 'threshold'):
-            if not getattr(self, k)>0: raise InputError(f'{k} must be > 0, got {getattr(self, k)}')
-        if not 0<=self.lam<math.inf: raise InputError(f'lam must be >= 0 and finite, got {self.lam}')
+        check_ranges(self, img_size='[1, inf)', local_size='[1, inf)', n_local='[0, inf)', hidden_dim='[1, inf)', out_dim='[1, inf)',
+                     num_heads='[1, inf)', attn_temp='(0, inf)', threshold='(0, inf)', lam='[0, inf)', margin='(-inf, inf)', lr='(0, inf)',
+                     warmup='[0, 1]', lr_floor='[0, 1]', wd='[0, inf)', drop_path_rate='[0, 1)')
         if self.reduction not in ('pair', 'mean'): raise InputError(f"reduction must be 'pair' or 'mean', got {self.reduction!r}")
         check_ramp('momentum', self.momentum, hi=1)
         if self.optimizer not in ('lars', 'adamw'): raise InputError(f"optimizer must be 'lars' or 'adamw', got {self.optimizer!r}")
-        if self.n_local<0: raise InputError(f'n_local must be 0 or more, got {self.n_local}')
-        if not math.isfinite(self.margin): raise InputError(f'margin must be a finite number, got {self.margin}')
-        if self.k<2: raise InputError(f'k must be at least 2, got {self.k}: the most similar candidate is dropped')
+        if not (isinstance(self.k, int) and self.k>=2):
+            raise InputError(f'k must be a whole number, at least 2, got {self.k}: the most similar candidate is dropped')
         for k in ('blur_p', 'solarize_p'):
             if len(getattr(self, k))!=3: raise InputError(f'{k} needs three numbers (first global view, second, local views), got {getattr(self, k)}')
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, check_ramp, fp32, rebuilt_from_list
+from .core import InputError, check_ramp, check_ranges, fp32, rebuilt_from_list
 from .attention import mean_shift, query_mask, unit
 from .modes import ObjectiveParts, mode_loss, prototype_objective
 from .views import Augment, CropSpec, Recipe
@@ -60,14 +60,16 @@ class FLSLConfig:
     pos_offset:float=0.           # 0.1: resample positions as the public code does
 
     def __post_init__(self):
-        for k in ('beta_sa', 'beta_ca', 'temp_s', 'lr', 'clip'):
-            if not getattr(self, k)>0: raise InputError(f'{k} must be > 0, got {getattr(self, k)}')
+        check_ranges(self, img_size='[1, inf)', local_size='[1, inf)', n_local='[0, inf)', beta_sa='(0, inf)', beta_ca='(0, inf)',
+                     window='[1, inf)', local_window='[1, inf)', hidden_dim='[1, inf)', bottleneck_dim='[1, inf)', upsilon='(-inf, inf)', eta='(-inf, inf)', gamma='(-inf, inf)',
+                     temp_s='(0, inf)', temp_t_warmup='[0, 1]', lr='(0, inf)', final_lr='[0, inf)', warmup='[0, 1]', clip='(0, inf]',
+                     freeze_epochs='[0, inf)', drop_path_rate='[0, 1)', pos_scale='[0, inf)', pos_offset='[0, 1)')
         check_ramp('momentum', self.momentum, hi=1)
         check_ramp('wd', self.wd)
         check_ramp('temp_t', self.temp_t, lo=1e-4)
-        for k in ('upsilon', 'eta', 'gamma'):
-            if not math.isfinite(getattr(self, k)): raise InputError(f'{k} must be a finite number, got {getattr(self, k)}')
-        if self.n_prototypes is not None and self.n_prototypes<2: raise InputError(f'n_prototypes must be at least 2, got {self.n_prototypes}: with one prototype every token has the same cluster')
+        K = self.n_prototypes
+        if K is not None and not (isinstance(K, int) and K>=2):
+            raise InputError(f'n_prototypes must be a whole number, at least 2, got {K}: with one prototype every token has the same cluster')
 
 # %% ../nbs/40_flsl.ipynb #268c5e7e
 flsl_presets = dict(

@@ -194,7 +194,8 @@ class DenseLearner(Learner):
     def model(self, m):
         "A compiled wrapper would rename the weights in every checkpoint"
         if hasattr(m, '_orig_mod'):
-            raise InputError('torch.compile(model) wraps the model, and its weights get other names: learn.model.compile() compiles it in place')
+            raise InputError('torch.compile(model) wraps the model, and its weights get other names: '
+                             'learn.model.compile(backend="aot_eager") compiles it in place')
         self.__dict__['model'] = m
 
     def add_cbs(self, cbs):

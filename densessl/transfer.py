@@ -46,8 +46,9 @@ def _for_plain_name(encoder, state):
     if n: added['pos_embed'] = nn.functional.pad(state['pos_embed'], (0, 0, n, 0))
     return state | added
 
-_NOTE = ('load_backbone(file), and timm.create_model(arch, **model_kwargs) with these weights less class and register tokens and their positions, '
-         'give exactly the features that were trained; the plain name adds a class token of zeros, and features differ slightly')
+_NOTE = ('Exactly the features that were trained: densessl.all.load_backbone(file), or net = timm.create_model(arch, **model_kwargs); own = net.state_dict(); '
+         "net.load_state_dict({k: v[:,-own[k].shape[1]:] if k=='pos_embed' else v for k,v in safetensors.torch.load_file(file).items() if k in own}). "
+         'The plain name of a ViT adds a class token of zeros, and features differ slightly.')
 
 def _compare(encoder, state, part):
     "Read the file back; bits of the tensors, then features on the CPU. Returns the largest difference of features"

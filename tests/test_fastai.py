@@ -156,6 +156,19 @@ def test_precision_ends_with_a_cancelled_batch():
         learner(cbs=mixed).fit(1, cbs=Callback(after_pred=cancel))
         assert autocast_depth()==0 and not torch.is_autocast_enabled('cpu')
 
+@pytest.mark.parametrize('left_out', [(0,), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss'])
+def test_batches_that_are_cancelled(event, left_out):
+    "Before there is a prediction or a loss, too; what the monitor sees is of whole batches alone"
+    class Leave(Callback):
+        order = -10
+        def __call__(self, name):
+            if name==event and self.training and self.iter in left_out: raise CancelBatchException
+    learn, spy = learner(monitor_every=1), Kinds()
+    for _ in range(2): learn.fit(1, cbs=[Leave(), spy])
+    left = [i+1 for i in range(3) if i not in left_out]
+    assert [h['step'] for h in learn.collapse_monitor.history]==2*left and spy.moved==len(left) and len(learn.recorder.values)==1
+
 def test_channels_last(): learner('clove').to_channelslast().fit(1)
 
 # ---------------------------------------------------------------- the finder
@@ -210,6 +223,14 @@ def test_weight_decay_given_to_fit(method):
     assert spy.of('wd')==[.1]*3
     for wrong in (-1, math.nan, 'much', slice(0, 1)):
         with pytest.raises(InputError, match='wd must be one number'): learn.fit(1, wd=wrong)
+
+def test_a_run_is_resumed_with_its_weight_decay():
+    a, b = learner().schedules, learner().schedules
+    for begun,now in ((.3, None), (None, .3), (.3, .1)):
+        a.fixed_wd, b.fixed_wd = begun, now
+        with pytest.raises(InputError, match=f'begun with wd={begun}, now wd={now}'): b.load_state_dict(a.state_dict())
+    b.fixed_wd = .3
+    b.load_state_dict(a.state_dict())
 
 def test_learning_rates():
     spy = Hypers()
@@ -388,7 +409,7 @@ def test_tensorboard(monkeypatch):
 # ---------------------------------------------------------------- the compiler, errors, the same again
 def test_compiled_in_place():
     plain, compiled = learner(), learner()
-    with pytest.raises(InputError, match=r'learn.model.compile\(\)'): compiled.model = torch.compile(compiled.model)
+    with pytest.raises(InputError, match=r'learn.model.compile\(backend=.aot_eager.\)'): compiled.model = torch.compile(compiled.model)
     names = list(compiled.model.state_dict())
     compiled.model.compile(backend='eager')
     for l in (plain, compiled): fit(l)

@@ -137,14 +137,13 @@ class CollapseMonitor(Callback):
         measure=prototype_state,       # Function of the learner: numbers
         diagnose=diagnose_prototypes,  # Function of their means over an epoch: sentences
         every=10,                      # Steps between two looks
-    ): self.measure,self.diagnose,self.every,self.history,self._said,self.whole = measure,diagnose,every,[],set(),True
+    ): self.measure,self.diagnose,self.every,self.history,self._said,self.whole = measure,diagnose,every,[],set(),False
 
     def before_fit(self):
         "Each fit may say everything again; `lr_find`, which ends where training breaks down, is neither watched nor remembered"
-        self.run = in_fit(self.learn)
+        self.run, self.whole = in_fit(self.learn), False
         if self.run: self._said = set()
 
-    def before_batch(self): self.whole = False
     def after_loss(self):
         "A batch that was cancelled does not come so far"
         self.whole = True
@@ -152,7 +151,8 @@ class CollapseMonitor(Callback):
     def after_batch(self):
         "Measure what the model has just put out"
         due = (self.train_iter-1)%self.every==0 or self.iter+1==self.n_iter
-        if not due or not self.whole or not torch.isfinite(self.learn.loss.detach()).all(): return
+        whole, self.whole = self.whole, False
+        if not due or not whole or not torch.isfinite(self.learn.loss.detach()).all(): return
         self.history.append(dict(step=self.train_iter, epoch=self.epoch+1, progress=float(self.pct_train), loss=self.learn.loss.item()) | self.measure(self.learn))
 
     def _rows(self):
