@@ -157,7 +157,7 @@ def test_a_folder_of_photographs(home, method, monkeypatch):
     assert all(l.startswith('note: ') for l in r.stderr.splitlines()), r.stderr
     out = home/f'run_{method}'
     assert {p.name for p in out.iterdir()} == {'backbone.safetensors', 'start.safetensors', 'best.safetensors', 'best.txt', 'settings.json', 'history.csv', 'scores.json', 'scores_by_epoch.json',
-                                                'picture.png', 'similarity.png', 'curves.png'}
+                                                'picture.png', 'similarity.png', 'curves.png', 'report.html'}
     for f in out.iterdir(): assert f.name in r.stdout
     assert '24 photographs, 3 steps an epoch in batches of 8, 1 epoch: 3 steps' in r.stdout
     assert all(words in r.stdout for words in ('2 more kept apart', 'on cpu in float32', 'short: ', 'few photographs: ', f'writing to run_{method}'))
