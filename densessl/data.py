@@ -24,16 +24,17 @@ from torch import Tensor
 
 from .augment import make_views
 from .core import InputError
+from .files import MASK_NAMES, is_private, no_pixel_limit
 from .synthetic import draw_scenes
 from .views import Recipe, _to
 
 # %% ../nbs/22_data.ipynb #b34b9369
 def _formats_here():
     "Pillow's names of the formats that can be read here, each with its suffixes"
-    formats = dict(JPEG='.jpg .jpeg .jpe .jfif', PNG='.png', WEBP='.webp', GIF='.gif', BMP='.bmp', TIFF='.tif .tiff',
+    formats = dict(JPEG='.jpg .jpeg .jpe .jfif .jif .jfi .mpo', PNG='.png .apng', WEBP='.webp', GIF='.gif', BMP='.bmp .dib', TIFF='.tif .tiff',
                    PPM='.ppm .pgm .pnm')
     if features.check('avif'): formats['AVIF'] = '.avif'
-    if features.check('jpg_2000'): formats['JPEG2000'] = '.jp2 .j2k .jpx'
+    if features.check('jpg_2000'): formats['JPEG2000'] = '.jp2 .j2k .jpx .jpf .j2c .jpc'
     with suppress(ImportError):
         from pillow_heif import register_heif_opener
         register_heif_opener()
@@ -50,7 +51,10 @@ _NOT_READ = {                                        # what else people keep bes
     'install pillow-jxl-plugin to read them': '.jxl',
     'this Pillow cannot read them': '.avif .jp2 .j2k .jpx',
     'camera raw, export them as JPEG or TIFF': '.dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .pef .srw',
-    'save them as PNG or TIFF': '.psd .exr .hdr .tga .svg',
+    'save them as PNG or TIFF': '.psd .xcf .exr .hdr .tga .svg .ico .icns .pcx .dds .pdf .eps .ai',
+    'scans, convert them to PNG or TIFF': '.dcm .nii .nii.gz .mha .mhd .nrrd .svs .ndpi .mrxs .scn .czi .nd2 .lif .fits .fit .ecw .sid .nitf .ntf',
+    'arrays and tables, save each image as PNG or TIFF': '.npy .npz .mat .h5 .hdf5 .nc .zarr .parquet .tfrecord .lmdb .mdb .pkl .pickle',
+    'give them a suffix, as .jpg': 'nosuffix copysuffix',
     'videos': '.mp4 .mov .m4v .avi .mkv .webm .mpg .mpeg .mts .wmv',
     'archives, give the path of a tar file to train on it': '.tar .tgz .tar.gz .zip .7z',
 }
@@ -73,6 +77,11 @@ def _stretched(a, lo, hi):
     "Numbers from `lo` to `hi` as bytes"
     return ((a-lo)*(255/max(hi-lo, 1e-12))).round().clip(0, 255).astype(np.uint8)
 
+def _black_and_white(lo, hi):
+    "The numbers that stand for black and for white; a range that would fill less than 32 grays counts as a whole, as in thermal images"
+    white = _white(hi)
+    return (lo, hi) if white>255 and 0<hi-lo<white/8 else (0, white)
+
 def _bytes(a):
     "Integers of 32 bits or floating-point numbers as bytes; infinite ones are cut off, what is no number is the least"
     ok, whole = np.isfinite(a), a.dtype.kind!='f'
@@ -80,14 +89,14 @@ def _bytes(a):
     a = np.nan_to_num(a.astype(np.float64), nan=lo, posinf=hi, neginf=lo)
     if lo>=0 and (whole or hi<=1 or hi>=64):             # floats between 1 and 64 follow no convention
         white = 1. if hi<=1 and not whole else _white(hi)
-        if white: lo, hi = 0., white
+        if white: lo, hi = _black_and_white(lo, hi) if white>1 else (0., white)
     return Image.fromarray(_stretched(a, lo, hi))
 
 def _rgb(im):
     "An image of any mode as RGB: deep ones scaled to bytes, transparency on white"
     if im.mode.startswith('I;16'):
         a = np.asarray(im).astype(np.uint16)
-        im = Image.fromarray(_stretched(np.arange(2**16), 0, _white(a.max()))[a])
+        im = Image.fromarray(_stretched(np.arange(2**16), *_black_and_white(int(a.min()), int(a.max())))[a])
     elif im.mode in ('I','F'): im = _bytes(np.asarray(im))
     elif im.mode in ('LA','La','PA','RGBA','RGBa') or 'transparency' in im.info:
         im = im.convert('RGBA')
@@ -118,13 +127,6 @@ def _open_file(path):
     if not stat.S_ISREG(s.st_mode): raise OSError('not a regular file')
     if not s.st_size: raise OSError('empty file')
     return open(path, 'rb')
-
-@contextmanager
-def _own_limit():
-    "Pillow's limit of pixels is not asked: `_refuse_bomb` is"
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try: yield
-    finally: Image.MAX_IMAGE_PIXELS = limit
 
 # %% ../nbs/22_data.ipynb #103b73a6
 def _printable(
@@ -202,7 +204,7 @@ def _full_depth(im, file, tiles):
 # %% ../nbs/22_data.ipynb #aacdf7f7
 def _decode(file, size, file_bytes):
     "What `read_photo` returns, of an open file, or any error"
-    with _own_limit(), _quiet(), Image.open(file, formats=tuple(_FORMATS)) as im:
+    with no_pixel_limit(), _quiet(), Image.open(file, formats=tuple(_FORMATS)) as im:
         full = im.size
         drafted = size is not None and im.draft(None, (size,size))
         _refuse_bomb(im, full, file_bytes)
@@ -253,12 +255,11 @@ def load_canvas(
     return x[0].contiguous(), hw
 
 # %% ../nbs/22_data.ipynb #478f05f1
-_MAP_WORDS = frozenset('''mask masks label labels labelids instanceids annotation annotations annot annots
-    ann gt gtfine gtcoarse groundtruth truth seg segs segm segmap segmentation segmentations semantic panoptic
-    trimap trimaps matte mattes depth depths disparity normals'''.split())
+_MAP_WORDS = MASK_NAMES | frozenset('''instanceids segs segm segmap panoptic trimap trimaps matte mattes depth depths
+    disparity disp normals labeled labelled'''.split())
 _COPY_WORDS = frozenset('thumb thumbs thumbnail thumbnails preview previews'.split())
 _PHOTO_WORDS = frozenset('image images img imgs rgb color colour photo photos jpeg jpg picture pictures sat'.split())
-_OTHER_WORDS = frozenset('ids id color colour map maps train raw small'.split())   # may follow one of those
+_OTHER_WORDS = frozenset('ids id color colour colored map maps train raw small ground instance'.split())   # may follow one of those
 _ROOTS = [o for o in _MAP_WORDS|_COPY_WORDS if not any(p in o for p in _MAP_WORDS|_COPY_WORDS if p!=o)]
 
 def _has_word(text):
@@ -396,11 +397,10 @@ def _not_photographs(
 
 
 # %% ../nbs/22_data.ipynb #c7cf82e5
-_PRIVATE = frozenset('''@eadir __macosx #recycle #snapshot @recycle @recycle.bin $recycle.bin recycler recycled
-    lost+found'''.split())
-
-def _is_private(folder): return folder.startswith('.') or folder.lower() in _PRIVATE
 def _is_image(name): return name.lower().endswith(IMAGE_SUFFIXES)
+
+_COPY_SUFFIX  = re.compile(r'\.(jpe?g|png|webp|tiff?)([~!_@?&:][^.]*|\.\d+)$')          # as a.jpg_large, a.jpg~, a.jpg.1
+_IMAGE_STARTS = re.compile(rb'\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|RIFF....WEBP', re.S)
 
 class _Walk:
     "What is in a folder and in all the folders in it"
@@ -413,14 +413,16 @@ class _Walk:
                 dirs.clear()
                 continue
             seen.add(real)
+            inside = os.path.basename(real)
             self.n += len(names)
-            for o in filter(_is_private, dirs): self.private[o] += self.images_in(os.path.join(d, o))
-            dirs[:] = sorted(o for o in dirs if not _is_private(o))
+            for o in (o for o in dirs if is_private(o, inside)): self.private[o] += self.images_in(os.path.join(d, o))
+            dirs[:] = sorted(o for o in dirs if not is_private(o, inside))
             images = sorted(o for o in names if _is_image(o))
             shown = [o for o in images if not o.startswith('.')]
             if shown: self.names[Path(d).relative_to(folder).parts] = shown
             self.private['hidden files'] += len(images)-len(shown)
             if len(images)<len(names): self.other.update(filter(None, map(self.suffix, names)))
+            self.bare(d, [o for o in names if '.' not in o])
         self.private = +self.private
     def images_in(self, folder):
         "Images in a private folder, which counts as one file each"
@@ -431,7 +433,15 @@ class _Walk:
         "The suffix of a file that is not read here, though it may hold what people take for photographs"
         name = name.lower()
         if name.startswith('.'): return None
+        if _COPY_SUFFIX.search(name): return 'copysuffix'
         return next((o for o in (name[-7:], os.path.splitext(name)[1]) if o in _NOT_READ), None)
+    def bare(self, folder, names):
+        "Count the images among files without a suffix; of a folder without any among the first 20 no more are opened"
+        n = 0
+        for i,o in enumerate(names):
+            if i==20 and not n: return
+            with suppress(OSError), _open_file(os.path.join(folder, o)) as f: n += bool(_IMAGE_STARTS.match(f.read(12)))
+        if n: self.other['nosuffix'] += n
 
 # %% ../nbs/22_data.ipynb #4b3dbd2d
 def _some(counts, n=4):
@@ -458,10 +468,10 @@ def _remarks(walk, out, kept):
                     'take them away if they are no photographs')
     whys = dict.fromkeys(_NOT_READ[s] for s in sorted(walk.other))
     counts = sorted(walk.other.items())
-    unread = [' and '.join(f'{n} {s}' for s,n in counts if _NOT_READ[s]==why) + f' ({why})' for why in whys]
+    called = dict(nosuffix='without a suffix', copysuffix='with more after it, as .jpg~')
+    unread = [' and '.join(f'{n} {called.get(s, s)}' for s,n in counts if _NOT_READ[s]==why) + f' ({why})' for why in whys]
     if unread: says.append('not read: '+', '.join(unread))
     return '; '.join(says)
-
 
 # %% ../nbs/22_data.ipynb #37da8ed6
 def find_images(
@@ -640,7 +650,7 @@ def _panoramas(files, n=100):
     "Panoramas among up to `n` files, by their headers: how many, of how many, and the first; None if there is none"
     some, long = files[::math.ceil(len(files)/n)], []
     for o in some:
-        with suppress(Exception), _own_limit(), _quiet(), _open_file(o) as f:
+        with suppress(Exception), no_pixel_limit(), _quiet(), _open_file(o) as f:
             w, h = Image.open(f, formats=tuple(_FORMATS)).size
             if max(w, h)>LONGEST*min(w, h): long.append(o)
     return (len(long), len(some), long[0]) if long else None

@@ -385,6 +385,10 @@ def labelled_data(
     if limit is not None and limit<1: raise InputError(f'limit must be at least 1 image, got {limit}')
     layout, root, found = find_layout(path, layout, images=images, labels=labels, parts=tuple(splits or ()))
     parts = _choose(found.splits, splits, root)
+    a, b = ({p for p,_ in v} for v in parts.values())
+    if both := sorted(a & b):
+        raise InputError(f'{len(both)} photographs are in both parts, {" and ".join(parts)}, as {both[0]}: what is scored '
+                         f'must not be learned from')
     read = _reader(found, parts, divisor, threshold, palette)
     if remap is not None: table, names, how = {int(k): v for k,v in remap.items()} | {l: None for l in several(ignore_index)}, None, 'remap'
     else: table, names, how = _meaning(root, layout, found, parts, read, n_classes, ignore_index, named)

@@ -8,16 +8,17 @@ __all__ = ['PHOTO_WORDS', 'MASK_WORDS', 'PARTS', 'VOC_CLASSES', 'CITYSCAPES_CLAS
            'divided_mask', 'cityscapes', 'coco', 'other_labels', 'seems_mask', 'find_layout']
 
 # %% ../nbs/26_layouts.ipynb #6d771d99
-import json, os, re
+import json, os, re, unicodedata
 from collections import Counter
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
 
 from .coco import BACKGROUND, Instances, Segments, read_instances, read_panoptic
 from .core import InputError
+from .files import MASK_NAMES, is_private
 from .masks import MASK_SUFFIXES, find_classes, open_image, option, read_mask, read_text
 
 # %% ../nbs/26_layouts.ipynb #37555353
@@ -34,8 +35,6 @@ class Unlabelled(InputError):
     "The folder holds photographs alone, or nothing"
 
 # %% ../nbs/26_layouts.ipynb #948225f1
-def _hidden(name): return name[0]=='.' or name in ('__MACOSX', '@eaDir', 'lost+found')
-
 def files_of(
     root,           # Folder
     suffixes=None,  # In lower case; default all
@@ -43,9 +42,9 @@ def files_of(
     "The files of a folder that are not hidden"
     out = []
     for d,dirs,names in os.walk(root, followlinks=True):
-        dirs[:] = sorted(n for n in dirs if not _hidden(n))
+        dirs[:] = sorted(n for n in dirs if not is_private(n, Path(d).name))
         if len(Path(d).relative_to(root).parts)>8: dirs.clear()        # a link to a folder above
-        out += [Path(d)/n for n in names if not _hidden(n) and (suffixes is None or n.lower().endswith(suffixes))]
+        out += [Path(d)/n for n in names if not is_private(n) and (suffixes is None or n.lower().endswith(suffixes))]
     return sorted(out)
 
 def photos_of(
@@ -87,8 +86,7 @@ def match_stems(
 
 # %% ../nbs/26_layouts.ipynb #ff3f46cd
 PHOTO_WORDS = set('image images img imgs photo photos picture pictures rgb jpegimages leftimg8bit input inputs frames'.split())
-MASK_WORDS  = set('''mask masks label labels labelids lbl lbls annotation annotations annot annots ann gt gts gtfine gtcoarse truth groundtruth segmentation segmentations
-                     segmentationclass seg segs semantic target targets'''.split())
+MASK_WORDS  = MASK_NAMES | set('lbl lbls gts segs segmentationclass target targets'.split())
 PARTS = dict(train='train training trn', val='val valid validation dev', test='test testing tst')
 _PART = {w: k for k,v in PARTS.items() for w in v.split()}
 _FILL = {'dir', 'folder', 'ground', 'set'}
@@ -102,7 +100,7 @@ def part_of(
     return _PART.get(re.sub(r'\d+$', '', word.lower()))
 
 def _words(name):
-    name = re.sub(r'^(train|val|test)(annot|labels?|masks?|images?|gt)$', r'\1_\2', name.lower())
+    name = re.sub(r'^(train|val|test|default)(annot|labels?|masks?|images?|gt)$', r'\1_\2', name.lower())
     return [w for w in re.split(r'[_\-. ]+', name) if w]
 
 class _Place(NamedTuple):
@@ -136,18 +134,25 @@ def _bare(stem, ends):
 # %% ../nbs/26_layouts.ipynb #13ec72a6
 _BEST = ('labelids', 'labeltrainids', 'mask', 'masks', 'label', 'labels')   # Which of several masks of one photograph to take
 
-def _one_mask(masks):
+def _one_mask(root, masks):
     "The mask of a photograph, if several fit"
     if len(masks)==1: return masks[0]
     for end in _BEST:
         if len(fit := [m for m in masks if m.stem.lower().endswith(f'_{end}')])==1: return fit[0]
-    raise InputError(f'{masks[0]} and {masks[1].name} both look like the mask of one photograph: keep one of them, or '
+    a, b = (m.relative_to(root) for m in masks[:2])
+    raise InputError(f'{a} and {b} in {root} both look like the mask of one photograph: keep one of them, or '
                      f'{option("labels=FOLDER")}')
 
 def _sort_files(root, images, labels, parts):
     "Photographs and masks as lists of (place, path)"
     photo_words, mask_words = ({str(w).lower()} if w else default for w,default in ((images, PHOTO_WORDS), (labels, MASK_WORDS)))
-    placed = [(_place(p.relative_to(root).parts[:-1], photo_words-mask_words, mask_words-({images} if images else set()), parts), p) for p in photos_of(root)]
+    given = [str(o) for o in (images, labels) if o and '/' in str(o)]
+    def folders(p):
+        "Names of the folders above a file; those of a given path count as one"
+        path = p.relative_to(root).parent.as_posix()
+        for o in given: path = f'/{path}/'.replace(f'/{o.strip("/")}/', f'/{o.replace("/", chr(0))}/').strip('/')
+        return [w.replace(chr(0), '/') for w in path.split('/')] if path!='.' else []
+    placed = [(_place(folders(p), photo_words-mask_words, mask_words-({images} if images else set()), parts), p) for p in photos_of(root)]
     masks, photos = ([o for o in placed if o[0].role==r] for r in ('mask', 'photo'))
     plain = [o for o in placed if not o[0].role]
     if not masks:                                      # side by side: a word at the end of the name
@@ -160,23 +165,101 @@ def _sort_files(root, images, labels, parts):
         return (photos, masks) if len(masks)>1 else (photos, [])
     return photos or plain, masks
 
-def _pair_files(photos, masks):
+def _name(path, fold=False):
+    "The name of a file without its suffix, however its accents are stored"
+    stem = unicodedata.normalize('NFC', path.stem)
+    return stem.casefold() if fold else stem
+
+def _pair_files(root, photos, masks, name=_name, around=None):
     "(place, photograph, mask) of all pairs, photographs without a mask, masks without a photograph"
     part = lambda w: part_of(w.part) or w.part
     of = {}
     for w,m in masks:
-        for stem in {m.stem, _bare(m.stem, _MASK_ENDS)}: of.setdefault((part(w), w.rest, stem), []).append(m)
+        stem = name(m)
+        stems = {stem, _bare(stem, _MASK_ENDS)}
+        if around:
+            before, after = around
+            fits = stem.startswith(before) and stem.endswith(after)
+            stems = {stem[len(before):len(stem)-len(after)]} if fits else ()
+        for s in stems: of.setdefault((part(w), w.rest, s), []).append(m)
     by_stem([p for _,p in photos], lambda p: (p.parent, p.stem))
-    pairs, lone, used = [], [], set()
+    pairs, lone, used, owner = [], [], set(), {}
     for w,p in photos:
-        stems = dict.fromkeys((p.stem, _bare(p.stem, _PHOTO_ENDS)))
+        stems = dict.fromkeys((name(p), _bare(name(p), _PHOTO_ENDS)))
         fit = next((of[k] for k in ((q, w.rest, s) for s in stems for q in (part(w), '')) if k in of), None)
-        exact = fit and [m for m in fit if m.stem==p.stem]
-        m = fit and _one_mask(exact if exact and len(exact)==1 else fit)
+        exact = fit and [m for m in fit if name(m)==name(p)]
+        m = fit and _one_mask(root, exact if exact and len(exact)==1 else fit)
         if m is None: lone.append((w, p))
-        else: pairs.append((w, p, m))
+        else:
+            if (other := owner.setdefault(m, p))!=p:
+                a, b, c = (o.relative_to(root) for o in (m, other, p))
+                raise InputError(f'{a} in {root} could be the mask of {b} and of {c}: give each photograph a mask in a '
+                                 f'folder of the same name, or {option("images=FOLDER")}')
+            pairs.append((w, p, m))
         used |= {*(fit or ())}
     return pairs, lone, [m for _,m in masks if m not in used]
+
+def _around(photos, masks):
+    "What stands before and after the name of the photograph in the names of most masks, None if that is not clear"
+    names, counts = {_name(p) for _,p in photos[:2000]}, Counter()
+    for _,m in masks[:50]:
+        stem = _name(m)
+        for s in names:
+            if s not in stem: continue
+            before, after = stem[:stem.index(s)], stem[stem.index(s)+len(s):]
+            if not (before[-1:].isalnum() or after[:1].isalnum()): counts[before, after] += 1
+    best = counts.most_common(2)
+    if not best or best[0][1]<2 or len(best)>1 and best[0][1]<2*best[1][1]: return None
+    return best[0][0]
+
+def _pair_somehow(root, photos, masks):
+    "Pairs by name: in folders of the same names, in any folders, in any case, with a constant word around the name"
+    bare, anywhere = ([(o[0]._replace(rest=(), **kw), o[1]) for o in of] for of,kw in ((photos, {}), (masks, dict(part=''))))
+    same = [(o[0]._replace(rest=()), o[1]) for o in masks]
+    places = (photos, masks), (bare, same), (bare, anywhere)
+    for kw in ({}, dict(name=partial(_name, fold=True))):
+        for x,m in places:
+            if (found := _pair_files(root, x, m, **kw))[0]: return *found, ''
+    if around := _around(photos, masks):
+        for x,m in places:
+            if (found := _pair_files(root, x, m, around=around))[0]:
+                return *found, f'masks are named {around[0]}NAME{around[1]}'
+    return [], photos, [m for _,m in masks], ''
+
+def _read_list(file, known):
+    "Names of photographs in a list, and how many of its lines name none of these; the first word of a line is a path or a name"
+    names, lost = [], 0
+    for line in map(str.strip, read_text(file).splitlines()):
+        if not line: continue
+        words = [Path(o).name for o in (line, line.split()[0].split(',')[0])]
+        name = next((o for w in words for o in (w, Path(w).stem) if o in known), None)
+        if name is None: lost += 1
+        else: names.append(name)
+    return dict.fromkeys(names), lost
+
+def _by_lists(root, pairs):
+    "Parts that text files as train.txt and val.txt name, and what to say of them; {} if there are none"
+    known = {}
+    for w,p,m in pairs: known.setdefault(p.stem, []).append((p, m))
+    folders = [root, *(root/o for o in ('splits', 'split', 'lists', 'ImageSets', 'ImageSets/Segmentation', 'annotations'))]
+    lists = next((fs for d in folders if (fs := {f.stem: f for f in sorted(d.glob('*.txt')) if part_of(f.stem) or f.stem=='trainval'})), {})
+    if 'train' in lists: lists.pop('trainval', None)
+    if not lists: return {}, []
+    read = {k: _read_list(f, known) for k,f in lists.items()}
+    named, files = Counter(o for names,_ in read.values() for o in names), ', '.join(f.name for f in lists.values())
+    if not named or max(map(len, known.values()))>1 or any(lost>len(names) for names,lost in read.values() if names):
+        return {}, [f'{files} name other files or folders and are not used']
+    if both := [o for o,n in named.items() if n>1]:
+        raise InputError(f'{len(both)} photographs stand in more than one of the lists {files}, as {both[0]}: each may be '
+                         f'in one part only')
+    splits = {k: tuple(known[o][0] for o in names) for k,(names,_) in read.items() if names}
+    notes, rest = [f'parts are those of {files}'], [o for o in known if o not in named]
+    if rest and len(splits)==1:
+        other = 'train' if part_of(next(iter(splits))) in ('val', 'test') else 'val'
+        splits[other] = tuple(known[o][0] for o in rest)
+        notes = [f'parts are those of {files}, {other} is the rest']
+    elif rest: notes.append(f'{len(rest)} photographs that no list names are left out ({_some(rest)})')
+    return splits, notes
 
 def plain_folder(
     root,         # Folder
@@ -187,8 +270,7 @@ def plain_folder(
     "Photographs and masks in folders of any of the usual names"
     photos, masks = _sort_files(root, images, labels, parts)
     if not masks or not photos: return
-    pairs, lone, left = _pair_files(photos, masks)
-    if not pairs: pairs, lone, left = _pair_files([(o[0]._replace(rest=()), o[1]) for o in photos], [(o[0]._replace(rest=(), part=''), o[1]) for o in masks])
+    pairs, lone, left, around = _pair_somehow(root, photos, masks)
     if not pairs:
         raise InputError(f'{root} holds photographs, as {photos[0][1].relative_to(root)}, and masks, as {masks[0][1].relative_to(root)}, but no mask has the name of a photograph: '
                          f'name them alike (a.jpg and a.png, or a_mask.png), or {option("images=FOLDER,labels=FOLDER")}')
@@ -200,10 +282,13 @@ def plain_folder(
         raise InputError(f'{root} has masks for {gone[0]}, but none of their photographs: add them, or remove these '
                          f'masks')
     known, splits, without = any(w.part for w,*_ in pairs), {}, {}
+    listed, says = ({}, []) if known or parts else _by_lists(root, pairs)
     name = lambda w: w.part or (w.rest[0] if known and w.rest else 'all')
-    for w,p,m in pairs: splits.setdefault(name(w), []).append((p, m))
+    for w,p,m in pairs if not listed else (): splits.setdefault(name(w), []).append((p, m))
     for w,p in lone: without.setdefault(name(w), []).append(p)
-    notes = [f'no masks in {k}, which is skipped' if k not in splits else f'{len(v)} photographs of {k} without a mask are left out ({_some(p.name for p in v)})' for k,v in without.items()]
+    notes = [f'no masks in {k}, which is skipped' if k not in splits and not listed else f'{len(v)} photographs of {k} without a mask are left out ({_some(p.name for p in v)})' for k,v in without.items()]
+    splits |= listed
+    notes = [*filter(None, [around]), *says, *notes]
     if left: notes.append(f'{len(left)} masks without a photograph are left out ({_some(p.name for p in left)})')
     folders = [root, *(d for _,_,m in pairs for d in m.parents if root in d.parents)]
     return Found({k: tuple(v) for k,v in splits.items()}, lists=tuple(find_classes(folders)), notes=tuple(notes))
@@ -258,7 +343,7 @@ def cityscapes(root, **kw):
     ends = [e for e in ('labelIds', 'labelTrainIds', 'instanceIds') if next(truth.glob(f'*/*/*_{e}.png'), None)]
     if not ends: return
     kind, splits, notes = f'{truth.name}_{ends[0]}', {}, [f'masks are {ends[0]}']
-    for d in sorted(p for p in (root/'leftImg8bit').iterdir() if p.is_dir() and not _hidden(p.name)):
+    for d in sorted(p for p in (root/'leftImg8bit').iterdir() if p.is_dir() and not is_private(p.name)):
         photos = by_stem(photos_of(d), partial(key, 'leftImg8bit'))
         masks = by_stem((p for p in files_of(truth/d.name, ('.png',)) if p.stem.endswith(ends[0])), partial(key, kind))
         pairs, lone = match_stems(photos, masks, d)
@@ -272,7 +357,7 @@ def cityscapes(root, **kw):
 def _json_files(root, kind):
     "JSON files by name, or else those that hold what COCO's hold"
     folders = [root, root/'annotations', *sorted(p for p in root.iterdir() if p.is_dir() and part_of(p.name))]
-    files = [p for d in folders if d.is_dir() for p in sorted(d.glob('*.json')) if not _hidden(p.name)]
+    files = [p for d in folders if d.is_dir() for p in sorted(d.glob('*.json')) if not is_private(p.name)]
     if named := [p for p in files if p.stem.startswith(kind)]: return named
     other = ('captions', 'person_keypoints', 'image_info', 'stuff', 'panoptic', 'instances')
     return [p for p in files if not p.stem.startswith(other) and _is_coco(p, kind)]
@@ -289,6 +374,12 @@ def _photo_folder(root, f, part, images):
     "Where the photographs of a JSON file are"
     options = [*((root/'images'/part, root/part) if part else ()), root/'images', f.parent, root]
     return next((d for d in options if d.is_dir() and (not images or (d/images[0]['file_name']).is_file())), root/'images')
+
+def _photo(folder, name):
+    "The photograph of a name; one that begins with the folders of another machine is looked for by its last part"
+    if (folder/name).is_file(): return folder/name
+    last = folder/PureWindowsPath(name).name
+    return last if last.is_file() else folder/name
 
 def _panoptic_mask(f, image, own):
     if not own:
@@ -320,7 +411,7 @@ def coco(
             part = next((w for w in (f.stem.removeprefix(kind).strip('_'), f.parent.name) if part_of(w)), f.stem.removeprefix(kind).strip('_') if f.stem.startswith(kind) else '')
             folder, of = _photo_folder(root, f, part, d['images']), {}
             for a in d['annotations']: of.setdefault(a['image_id'], []).append(a)
-            for im in d['images']: splits.setdefault(part or im.get('split', 'all'), []).append((folder/im['file_name'], where(f, im, of.get(im['id'], []))))
+            for im in d['images']: splits.setdefault(part or im.get('split', 'all'), []).append((_photo(folder, im['file_name']), where(f, im, of.get(im['id'], []))))
         except InputError: raise
         except ValueError as e: raise InputError(f'cannot read {f}: {e}') from None
         except (KeyError, TypeError) as e: raise InputError(f'{f} is no COCO {kind} file: {e!r}') from None
@@ -328,7 +419,13 @@ def coco(
     if things and not any(a.get('segmentation') for v in splits.values() for _,m in v for a in m.annotations):
         raise InputError(f'{files[0]} holds boxes without outlines: boxes are not scored here, a mask for each '
                          f'photograph is needed')
-    table = {BACKGROUND: 0 if things else None} | {c: i+things for i,c in enumerate(ids)}
+    for part,pairs in splits.items():
+        if twice := [p for p,n in Counter(p for p,_ in pairs).items() if n>1]:
+            raise InputError(f'{twice[0]} is listed twice for the part {part} in {", ".join(f.name for f in files)}: list '
+                             f'each photograph once')
+    ground = {c for c in ids if things and names[c].lower().strip('_') in ('background', 'bg')}
+    ids = [c for c in ids if c not in ground]
+    table = {BACKGROUND: 0 if things else None} | {c: 0 for c in ground} | {c: i+things for i,c in enumerate(ids)}
     notes = ('what is in no instance is the class background',) if things else ()
     return Found({k: tuple(v) for k,v in splits.items()}, table, ('background',)*things + tuple(names[c] for c in ids), read_instances if things else read_panoptic, notes=notes)
 
@@ -405,7 +502,7 @@ def find_layout(
     if not root.is_dir(): raise InputError(f'{path} is not a folder')
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f'there is no layout {layout!r}: use one of {", ".join(LAYOUTS)}')
-    inside = sorted(p for p in root.iterdir() if not _hidden(p.name))
+    inside = sorted(p for p in root.iterdir() if not is_private(p.name))
     if len(inside)==1 and inside[0].is_dir() and not _place(inside[0].parts[-1:]).role:
         return find_layout(inside[0], layout, **kwargs)
     named = any(kwargs.get(k) for k in ('images', 'labels'))

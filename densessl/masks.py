@@ -8,7 +8,8 @@ __all__ = ['COLOR', 'MASK_SUFFIXES', 'MAX_PIXELS', 'CLASS_FILES', 'VOID', 'MAX_C
            'class_table', 'mask_classes', 'several']
 
 # %% ../nbs/24_masks.ipynb #72f1ae15
-import json, re, threading
+import json, re
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .core import InputError
+from .files import no_pixel_limit
 
 # %% ../nbs/24_masks.ipynb #2cff00ab
 COLOR = 1<<24   # Labels from here on are colors
@@ -42,20 +44,20 @@ def option(
     return f'pass {text} (in a command: --labelled_as {text})'
 
 MAX_PIXELS = 500_000_000
-_limit = threading.Lock()
 
+@contextmanager
 def open_image(
     path,  # Image file
-):         # Pillow's `Image`, not yet decoded
+):         # Pillow's `Image`, not yet decoded; what cannot be read in it is an `InputError`
     "An image of any size that a camera makes: Pillow's own limit is lower"
-    with _limit:
-        kept, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try: im = Image.open(path)
-        finally: Image.MAX_IMAGE_PIXELS = kept
-    if im.size[0]*im.size[1]>MAX_PIXELS:
-        im.close()
-        raise InputError(f'{path} has {im.size[0]} x {im.size[1]} pixels, more than {MAX_PIXELS:,}: make it smaller')
-    return im
+    try:
+        with no_pixel_limit(), Image.open(path) as im:
+            w, h = im.size
+            if w*h>MAX_PIXELS:
+                raise InputError(f'{path} has {w} x {h} pixels, more than {MAX_PIXELS:,}: make it smaller')
+            yield im
+    except InputError: raise
+    except Exception as e: raise InputError(f'cannot read {path}: {e}') from None
 
 def _pages(im):
     "Full pages of a file; smaller ones are previews"
@@ -109,13 +111,10 @@ def read_mask(
     palette:str='index', # What counts in a palette file, 'index' or 'color'
 ):                       # Labels, integer array (h,w); colors as `color_label` makes them
     "A mask as it is on disk"
-    try:
-        with open_image(path) as im:
-            if (n := _pages(im))>1: raise InputError(f'{path} holds {n} pages: a mask is one picture')
-            if threshold is None: return _values(im, path, palette=='color')
-            return (np.array(im.convert('L'))>=threshold).astype(np.uint8)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise InputError(f'cannot read {path}: {e}') from None
+    with open_image(path) as im:
+        if (n := _pages(im))>1: raise InputError(f'{path} holds {n} pages: a mask is one picture')
+        if threshold is None: return _values(im, path, palette=='color')
+        return (np.array(im.convert('L'))>=threshold).astype(np.uint8)
 
 def palette_colors(
     path,    # Image file
@@ -127,7 +126,7 @@ def palette_colors(
     return {i: int(color_label(colors[i])) for i in used if i<len(colors)}
 
 # %% ../nbs/24_masks.ipynb #655ceb2c
-CLASS_FILES = ('classes.tsv', 'classes.txt', 'classes.csv', 'classes.json', 'class_names.txt', '_classes.csv', 'class_dict.csv', 'label_colors.txt',
+CLASS_FILES = ('classes.tsv', 'classes.txt', 'classes.csv', 'classes.json', 'class_names.txt', 'label_names.txt', 'codes.txt', 'obj.names', 'id2label.json', '_classes.csv', 'class_dict.csv', 'label_colors.txt',
                'labelmap.txt', 'labels.txt', 'palette.txt', 'palette.csv', 'palette.json')
 
 class ClassList(NamedTuple):
@@ -157,7 +156,7 @@ def _row(line):
     numbers, words = sum(map(_numbers, cells), ()), [c for c in cells if c and not _numbers(c)]
     first = bool(_numbers(cells[0]))
     if not words or len(numbers) not in (1,3,4) or mark is None and len(numbers)==1 and not first:
-        return None, None, line.strip()
+        return None, None, line.strip(' "\t')
     color = numbers[-3:] if len(numbers)>1 else None
     if len(numbers)==4 and not first: return None, None, line.strip()
     return (numbers[0] if len(numbers)!=3 else None), color, ' '.join(words) if mark is None else words[0]
@@ -183,6 +182,7 @@ def read_classes(
             raise InputError(f'{file} is no list of classes: {e}') from None
     else:
         lines = [l for l in read_text(file).splitlines() if l.strip() and not l.startswith(('# ', '//'))]
+        if lines and lines[0].strip()=='__ignore__': lines = lines[1:]      # LabelMe's own -1, before class 0
         rows = [_row(l) for l in lines]
         kind = lambda r: (r[0] is not None, r[1] is not None)
         if len(rows)>1 and kind(rows[0])==(False, False)!=kind(rows[1]): rows = rows[1:]                 # a heading
@@ -238,6 +238,9 @@ def _listed_classes(found, listed, none=False):
     if extra and len(found)==len(listed.names) and _least_gap(found)>=10:
         table, names = class_table(dict(zip(sorted(found), (listed.names[l] for l in sorted(listed.names)))))
         return table, names, f'the values {_listing(found)} stand for them in order'
+    if extra and found=={l+1 for l in listed.names} and 0 in listed.names:
+        table, names = class_table({l+1: o for l,o in listed.names.items()})
+        return table, names, f'whose first class has the label 1'
     if lost := extra - (set() if none else {255}):
         raise InputError(f'masks hold the labels {_listing(lost)}, which are no class of {listed.file.name} (labels '
                          f'{_listing(listed.names)}): add them there, or {option(f"ignore_index={min(lost)}")}')
@@ -271,18 +274,36 @@ def _color_classes(found, lists):
         return *_in_order(found), f'the colors {_listing(found)} are classes in order'
     label = {int(color_label(c)): l for l,c in listed.colors.items()}
     if lost := found - {*label}:
+        if len(lost)>64:
+            raise InputError(f'masks hold {len(lost)} colors that {listed.file.name} does not list, as if smoothed or '
+                             f'compressed: save them as PNG files, resized to the nearest pixel')
         raise InputError(f'masks hold the colors {_listing(lost)}, which {listed.file.name} does not list: add them '
                          f'there, or {option(f"ignore_index={label_name(min(lost))}")}')
     table, names = class_table({l: listed.names[l] for l in label.values()})
     return {c: table[l] for c,l in label.items()}, names, f'{listed.file.name} by color'
 
+def _main_labels(counts, share=.75):
+    "The most frequent labels, which together have a share of the pixels"
+    out, seen, total = [], 0, sum(counts.values())
+    for l in sorted(counts, key=counts.get, reverse=True):
+        if seen>=share*total: break
+        out.append(l)
+        seen += counts[l]
+    return out
+
 def _refuse_blurred(counts):
-    "An error if masks of black and white were smoothed"
+    "An error if masks of few gray values were smoothed"
     top, total = max(counts), sum(counts.values())
     between = [l for l in counts if 32<l<min(top, 224)]
     if 200<top<256 and len(between)>=16 and counts.get(0, 0)+counts[top]>.8*total:
         raise InputError(f'masks are black and white with {len(between)} grey values between, as if smoothed: '
                          f'{option("threshold=128")}')
+    main = _main_labels(counts)
+    rest = len(counts) - len(main)
+    if top<256 and top-max(main)<=32 and _least_gap(main)>=10 and rest>=max(16, 4*len(main)):
+        raise InputError(f'masks hold mostly the values {_listing(main)} and {rest} more at few pixels, as if smoothed: '
+                         f'save them as PNG files, resized to the nearest pixel, or {option(f"n_classes={top+1}")} if '
+                         f'all are classes')
 
 # %% ../nbs/24_masks.ipynb #b0718131
 def mask_classes(

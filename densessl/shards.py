@@ -23,8 +23,9 @@ from PIL import Image
 
 from .commands import densessl_shard
 from .core import InputError
-from .data import (BadFiles, ViewLoader, _bad_note, _canvas, _is_image, _is_private, _kind, _loaders, _printable,
-                           _reason, _Walk, _window_at, find_images, load_canvas, read_photo)
+from .files import is_private
+from .data import (BadFiles, ViewLoader, _bad_note, _canvas, _is_image, _kind, _loaders, _printable,
+                           _reason, _split_kind, _Walk, _window_at, find_images, load_canvas, read_photo)
 from .views import Recipe
 
 # %% ../nbs/23_shards.ipynb #0b0fe883
@@ -54,6 +55,10 @@ def _photographs(
     if plain: return [next((o for o in plain if o in jpeg), plain[0])]
     return [o for o in names if _kind(o.rpartition('/')[2].partition('.')[2])!='map'] or names
 
+def _is_map_of(stem, photo):
+    "Whether a name is that of a photograph and a word for masks, as `a_mask` for `a`"
+    return _kind(stem)=='map' and _split_kind(stem)==('map', _split_kind(photo)[1])
+
 def _keys(
     tar,   # Open tar file
     read,  # Called before an image: whether its bytes are wanted
@@ -64,12 +69,13 @@ def _keys(
         for m in tar:
             tar.members = []                                           # or tarfile would keep them all
             folder, _, name = m.name.rpartition('/')
-            hidden = name.startswith('.') or any(_is_private(o) for o in folder.split('/') if o not in ('.','..'))
+            hidden = name.startswith('.') or any(is_private(o) for o in folder.split('/') if o not in ('.','..'))
             if hidden or not m.isreg() or not _is_image(name): continue
-            if images and (folder, name.partition('.')[0])!=key:
+            stem = name.partition('.')[0]
+            if images and (folder, stem)!=key and not (folder==key[0] and _is_map_of(stem, key[1])):
                 yield images
                 images = {}
-            key = folder, name.partition('.')[0]
+            if not images: key = folder, stem
             images[m.name] = tar.extractfile(m).read() if read() else None
     except Exception:                                                  # a shard that breaks off: first what was whole
         if images: yield images
@@ -109,7 +115,8 @@ def _read_index(
     "What a list of shards says of them"
     try:
         with _open_url(url) as f: d = json.loads(f.read())
-        if 'shardlist' in d: return {o['url']: (int(o['nsamples']), o.get('filesize')) for o in d['shardlist']}
+        listed = d.get('shardlist') if isinstance(d, dict) else d
+        if listed is not None: return {o['url']: (int(o['nsamples']), o.get('filesize')) for o in listed}
         return {k: (int(v), None) for k,v in d.items()}
     except Exception as e:
         raise InputError(f'{str(url)!r} cannot be used as a list of shards ({_reason(e)}): '
@@ -135,14 +142,22 @@ def count_images(
     "Photographs in a shard without a list; a tar file that is cut short is an error"
     return _count(path)[0]
 
+def _left_out(path, n=100):
+    "The first image, among those of `n` keys of a shard, that is no photograph to train on; None if there is none"
+    with suppress(Exception), open(path, 'rb') as f, tarfile.open(fileobj=f, mode='r:*') as tar:
+        for names in islice(_keys(tar, lambda: False), n):
+            if out := [o for o in names if o not in _photographs(list(names))]: return out[0]
+
 def _count(path):
-    "Photographs in a shard, and the other images in it"
-    photos = images = 0
+    "Photographs in a shard, the other images in it, and those of the photographs that a word for masks names"
+    photos = images = maps = 0
     try:
         with open(path, 'rb') as f:
             with tarfile.open(fileobj=f, mode='r:*') as tar:
                 for names in _keys(tar, lambda: False):
-                    photos += len(_photographs(list(names)))
+                    chosen = _photographs(list(names))
+                    photos += len(chosen)
+                    maps += sum(_kind(o.rpartition('/')[2])=='map' for o in chosen)
                     images += len(names)
             f.seek(0)
             if f.read(2) not in (b'\x1f\x8b', b'BZ', b'\xfd7'):       # compressed: it would have said so
@@ -150,7 +165,7 @@ def _count(path):
                 if any(f.read()): raise OSError('no end mark')
     except Exception as e:
         raise InputError(f'the shard {str(path)!r} is cut short or damaged ({_reason(e)}): write or copy it again')
-    return photos, images-photos
+    return photos, images-photos, maps
 
 # %% ../nbs/23_shards.ipynb #98bc4cf9
 def _name(url): return re.split(r'[/\s]' if _remote(url) else '/', str(url).strip())[-1]
@@ -207,7 +222,7 @@ def shard_list(
                          'add what is missing, or pass holes=True if it is meant so')
     if gone := next((o for o in urls if not _remote(o) and not os.path.isfile(o)), None):
         raise InputError(f'the shard {gone!r} does not exist: add it, or leave it out of the list')
-    known, res, others = _listed(urls, index), [], 0
+    known, res, others, maps = _listed(urls, index), [], 0, 0
     for o in urls:
         if known is None and _remote(o):
             raise InputError(f'how many images {o!r} holds is not known: pass index, a JSON file with the counts')
@@ -215,8 +230,8 @@ def shard_list(
             raise InputError(f'the list of counts does not name {_name(o)!r}: it lists {len(known)} shards, '
                              f'the first is {next(iter(known), None)!r}')
         if known is None:
-            n, more = _count(o)
-            others, size = others+more, None
+            n, more, named = _count(o)
+            others, maps, size = others+more, maps+named, None
         else: n, size = known[_name(o)]
         if size is not None and not _remote(o) and os.path.getsize(o)!=size:
             raise InputError(f'the shard {o!r} has {os.path.getsize(o)} bytes but its list says {size}: '
@@ -226,6 +241,12 @@ def shard_list(
     if not n:
         more = f' and {len(urls)-1} more' if len(urls)>1 else ''
         raise InputError(f'there is no photograph in {urls[0]!r}{more}: give tar files of images')
+    if known is not None and not _remote(urls[0]) and (first := _left_out(urls[0])):
+        warnings.warn(f'images of the shards such as {_printable(first)!r} are left out: masks, depth maps or further images '
+                      f'of a key')
+    if 0<maps<n:
+        warnings.warn(f'{maps} of {n} images of the shards are trained on though their names say mask or depth: put the '
+                      f'files of a photograph next to each other, as webdataset does, or leave these out')
     if others:
         warnings.warn(f'{others} images of the shards are left out: masks, depth maps or further images of a key, '
                       f'beside {n} photographs')

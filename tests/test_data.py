@@ -435,3 +435,53 @@ def test_resumed_epochs_show_the_same_windows(panoramas):
     a.after_batch = b.after_batch = lambda o: o
     whole, rest = [c for c, _, _ in a], [c for c, _, _ in rest_of_epoch(b, 1, lambda: None)]
     assert len(rest) == 2 and all(torch.equal(x, y) for x, y in zip(whole[1:], rest))
+
+
+# ---- what other people's folders hold
+
+def test_previews_and_libraries_of_other_programs(tmp_path):
+    for d in ('shot', 'Catalog Previews.lrdata/0', 'Pictures.photoslibrary/originals/A', 'Pictures.photoslibrary/resources/derivatives', 'System Volume Information'):
+        (tmp_path/d).mkdir(parents=True)
+        for i in range(2): RGB.save(tmp_path/d/f'{i}.jpg')
+    with pytest.warns(UserWarning, match='6 images in hidden folders and those of other programs are left out'):
+        assert {p.relative_to(tmp_path).parts[-2] for p in find_images(tmp_path)} == {'shot', 'A'}
+    with pytest.warns(UserWarning, match='2 images'):
+        assert len(find_images(tmp_path/'Pictures.photoslibrary')) == 2
+
+
+@pytest.mark.parametrize('names,says', [(('5f3a', '77b0'), '2 without a suffix'), (('a.jpg~', 'b.jpg_large'), '2 with more after it'), (('a.nii.gz', 'b.dcm'), r'1 .dcm and 1 .nii.gz \(scans'),
+                                        (('a.npy',), r'1 .npy \(arrays')])
+def test_images_under_other_names_are_said(tmp_path, names, says):
+    RGB.save(tmp_path/'0.jpg')
+    for o in names: RGB.save(tmp_path/o, 'PNG')
+    (tmp_path/'README').write_text('no image')
+    (tmp_path/'0.jpg.json').write_text('{}')
+    with pytest.warns(UserWarning, match=says): assert len(find_images(tmp_path)) == 1
+
+
+@pytest.mark.parametrize('photo,mask', [('color/{}.jpg', 'LabeledApproved/{}_L.png'), ('train2017/{}.jpg', 'stuffthingmaps/train2017/{}.png'), ('{}.jpg', '{}_label_ground-truth.png')])
+def test_masks_of_public_sets_and_tools(tmp_path, photo, mask):
+    for i in range(4):
+        for name, im in ((photo, RGB), (mask, RGB.convert('L').point(lambda v: v//90))):
+            p = tmp_path/name.format(f'{i:04}')
+            p.parent.mkdir(parents=True, exist_ok=True)
+            im.save(p)
+    with pytest.warns(UserWarning, match='4 masks or depth maps|4 images are kept though their names say mask'): find_images(tmp_path)
+
+
+@pytest.mark.parametrize('kind', ['uint16', 'int32', 'float32'])
+def test_thermal_images_keep_their_contrast(tmp_path, kind):
+    "A narrow band far from 0 is brought to all grays"
+    a = np.asarray(RGB.convert('L')).astype(kind)//4 + 29000
+    Image.fromarray(a).save(tmp_path/'0.tif')
+    x = np.asarray(read_photo(tmp_path/'0.tif')[0])
+    assert x.min() == 0 and x.max() == 255
+
+
+def test_pillow_keeps_its_limit_when_threads_read(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    from densessl.masks import read_mask
+    for i in range(8): RGB.convert('L').save(tmp_path/f'{i}.png')
+    before, files = Image.MAX_IMAGE_PIXELS, sorted(tmp_path.glob('*.png'))*40
+    with ThreadPoolExecutor(16) as pool: list(pool.map(lambda p: (read_photo(p), read_mask(p)), files))
+    assert Image.MAX_IMAGE_PIXELS == before

@@ -488,3 +488,115 @@ def test_frames_come_in_the_order_of_their_numbers(tmp_path):
     (tmp_path/'ImageSets/2017').mkdir(parents=True); (tmp_path/'ImageSets/2017/val.txt').write_text('x\n')
     video = davis_sequences(tmp_path)[0].load()
     assert (video.masks.numpy()==MASKS).all() and (video.frames.permute(0,2,3,1).numpy()==IMAGES).all()
+
+# ---- what tools and public sets write
+
+RARE = np.zeros((12,9,14), np.uint8)
+RARE[:,2:6,3:9] = 1
+RARE[:,6:,9:] = 2
+
+def named_files(root, photo, mask, masks=RARE, n=8):
+    "Photographs and masks under names with {} for a number"
+    for i in range(n):
+        for name,o in ((photo, IMAGES[i]), (mask, masks[i])):
+            p = root/name.format(f'{i:02}')
+            p.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(o).save(p)
+    return root
+
+AROUND = {'fastai': ('images/0001TP_{}.png', 'labels/0001TP_{}_P.png', 'NAME_P'), 'double suffix': ('img/{}.jpg', 'masks/{}.jpg.png', 'NAME.jpg'),
+          'task': ('images/a{}.png', 'masks/task-1-a{}-final.png', 'task-1-NAME-final'), 'iSAID': ('train/images/P{}.png', 'train/Semantic_masks/P{}_instance_color_RGB.png', 'NAME_instance')}
+
+@pytest.mark.parametrize('kind', AROUND)
+def test_a_constant_word_around_the_name(tmp_path, kind, capsys):
+    photo, mask, says = AROUND[kind]
+    a, b = quiet(named_files(tmp_path, photo, mask), size=(9,14))
+    assert len(a)+len(b)==8 and (a.masks[0].numpy()==RARE[0]).all() and f'masks are named {says}' in capsys.readouterr().out
+
+def test_two_constant_words_are_no_guess(tmp_path):
+    named_files(tmp_path, 'images/{}.png', 'masks/{}_p.png'); named_files(tmp_path, 'images/{}.png', 'masks/{}_q.png')
+    with pytest.raises(InputError, match='no mask has the name of a photograph'): labelled_data(tmp_path)
+
+@pytest.mark.parametrize('photo,mask', [('images/É{}.png', 'masks/E\u0301{}.png'), ('images/IMG_{}.JPG', 'masks/img_{}.PNG'), ('default/{}.png', 'defaultannot/{}.png'),
+                                        ('train2017/{}.jpg', 'stuffthingmaps/train2017/{}.png')])
+def test_names_that_differ_in_writing(tmp_path, photo, mask):
+    a, b = quiet(named_files(tmp_path, photo, mask), size=(9,14))
+    assert len(a)+len(b)==8 and a.n_classes==3
+
+@pytest.mark.parametrize('photos', [('images/s1/{}.png', 'images/s2/{}.png'), ('train/images/{}.png', 'val/images/{}.png'), ('A/{}.png', 'B/{}.png')])
+def test_one_mask_is_not_given_to_two_photographs(tmp_path, photos):
+    for o in photos: named_files(tmp_path, o, 'masks/{}.png')
+    with pytest.raises(InputError, match=r'masks/00.png in .* could be the mask of .*00.png and of .*00.png'): labelled_data(tmp_path)
+
+def test_a_path_chooses_among_several_masks(tmp_path):
+    for v in ('v1', 'v2'):
+        for s in ('training', 'validation'):
+            for k in ('labels', 'instances'): named_files(tmp_path, f'{s}/images/{{}}.jpg', f'{s}/{v}/{k}/{{}}.png', RARE if v=='v2' else RARE+1, 4)
+    with pytest.raises(InputError, match='training/v1/labels/00.png and training/v2/labels/00.png in'): labelled_data(tmp_path)
+    assert quiet(tmp_path, size=(9,14), labels='v2/labels')[0].masks.unique().tolist()==[0,1,2]
+
+LISTS = {'two': ({'train.txt': range(5), 'val.txt': (5,6,7)}, [5,3], 'parts are those of train.txt, val.txt'), 'rest': ({'valid.txt': (6,7)}, [6,2], 'train is the rest'),
+         'paths': ({'splits/train.txt': range(5), 'splits/test.txt': (6,7)}, [5,2], '1 photographs that no list names are left out (05)'),
+         'pets': ({'annotations/trainval.txt': range(6), 'annotations/test.txt': (6,7)}, [6,2], 'trainval')}
+LINES = dict(two='{}', rest='{}.jpg', paths='images/{}.jpg masks/{}.png', pets='{} 1 1 1')
+
+@pytest.mark.parametrize('kind', LISTS)
+def test_lists_beside_plain_folders(tmp_path, kind, capsys):
+    lists, sizes, says = LISTS[kind]
+    named_files(tmp_path, 'images/{}.jpg', 'masks/{}.png')
+    for name,numbers in lists.items():
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_text(''.join(LINES[kind].replace('{}', f'{i:02}')+'\n' for i in numbers))
+    data = quiet(tmp_path, size=(9,14))
+    assert [len(o) for o in data]==sizes and says in capsys.readouterr().out
+
+def test_lists_that_overlap_or_name_other_files(tmp_path, capsys):
+    named_files(tmp_path, 'images/{}.jpg', 'masks/{}.png')
+    (tmp_path/'train.txt').write_text('x\ny\n')
+    assert [len(o) for o in quiet(tmp_path, size=(9,14))]==[6,2] and 'train.txt name other files or folders and are not used' in capsys.readouterr().out
+    for o in ('train.txt', 'val.txt'): (tmp_path/o).write_text('00\n01\n')
+    with pytest.raises(InputError, match='2 photographs stand in more than one of the lists train.txt, val.txt, as 00'): labelled_data(tmp_path)
+
+@pytest.mark.parametrize('data', [b'', b'<html>404', 'cut'])
+def test_damaged_masks_and_palette_files(tmp_path, data):
+    named_files(tmp_path, 'images/{}.jpg', 'masks/{}.png')
+    p = tmp_path/'masks/03.png'
+    im = Image.open(p).resize((300,300)).convert('P')
+    im.save(p)
+    p.write_bytes(p.read_bytes()[:-200] if data=='cut' else data)
+    with pytest.raises(InputError, match='cannot read .*03.png'): labelled_data(tmp_path)
+
+@pytest.mark.parametrize('values', [(0,100,200), (0,40,80)])
+def test_smoothed_masks_of_several_values(tmp_path, values):
+    m = np.zeros((12,90,140), np.uint8)
+    m[:,20:60,30:60], m[:,40:,90:] = values[1], values[2]
+    soft = np.stack([np.asarray(Image.fromarray(o).resize((200,130), Image.Resampling.BICUBIC).resize((14*9,9*9), Image.Resampling.BICUBIC)) for o in m])
+    named_files(tmp_path, 'images/{}.jpg', 'masks/{}.png', soft)
+    with pytest.raises(InputError, match='more at few pixels, as if smoothed: .* n_classes='): labelled_data(tmp_path)
+
+@pytest.mark.parametrize('text,shift,names', [('__ignore__\n_background_\ncat\ndog\n', 0, ('_background_', 'cat', 'dog')), ('"sky"\n"cat"\n"dog"\n', 0, ('sky', 'cat', 'dog')),
+                                              ('sky\ncat\ndog\n', 1, ('sky', 'cat', 'dog'))])
+def test_lists_of_classes_of_other_tools(tmp_path, text, shift, names):
+    "LabelMe's -1 comes first; quotes are no part of a name; MATLAB counts from 1"
+    named_files(tmp_path, 'images/{}.jpg', 'masks/{}.png', RARE+np.uint8(shift))
+    (tmp_path/'labels.txt').write_text(text)
+    a, _ = quiet(tmp_path, size=(9,14))
+    assert a.classes==names and (a.masks[0].numpy()==RARE[0]).all()
+
+def coco_of(root, file_name, names=('background', 'box')):
+    save(root/'images', IMAGES[:6], NAMES[:6], 'jpg')
+    box = lambda i, c: dict(id=i, image_id=i, category_id=c, segmentation=[[2,2,8,2,8,6,2,6]], area=24, bbox=[2,2,6,4], iscrowd=0)
+    d = dict(images=[dict(id=i, file_name=file_name.format(NAMES[i]), height=9, width=14) for i in range(6)], annotations=[box(i, 1) for i in range(6)], categories=[dict(id=i, name=o) for i,o in enumerate(names)])
+    (root/'instances_default.json').write_text(json.dumps(d))
+
+@pytest.mark.parametrize('file_name', ['{}.jpg', 'C:\\Users\\me\\{}.jpg', '/home/me/{}.jpg', '../../label-studio/media/{}.jpg'])
+def test_coco_photographs_of_another_machine_and_a_category_background(tmp_path, file_name):
+    coco_of(tmp_path, file_name)
+    a, _ = quiet(tmp_path, size=(9,14))
+    assert a.classes==('background', 'box') and a.masks[0].numpy().sum()==24
+
+def test_coco_photographs_of_one_name_are_refused(tmp_path):
+    coco_of(tmp_path, '/data/{}.jpg')
+    f = tmp_path/'instances_default.json'
+    f.write_text(f.read_text().replace('/data/01.jpg', '/other/00.jpg'))
+    with pytest.raises(InputError, match='00.jpg is listed twice'): labelled_data(tmp_path)

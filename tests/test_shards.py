@@ -603,3 +603,22 @@ def test_windows_of_panoramas_in_shards(tmp_path):
     a, b = epochs(0)
     assert a.keys() == b.keys() == set(range(8)) and sum(a[i] != b[i] for i in a) >= 7
     assert epochs(2) == [a, b]
+
+
+def test_masks_named_after_their_photograph(tmp_path):
+    tar_of(tmp_path/'0.tar', [(o, image('PNG' if o.endswith('png') else 'JPEG')) for i in range(4) for o in (f'{i}.jpg', f'{i}_mask.png')])
+    with pytest.warns(UserWarning, match='4 images of the shards are left out'): assert shard_list(tmp_path/'0.tar')[0].n == 4
+    assert [o for o, _ in read_shard(tmp_path/'0.tar')] == [f'{i}.jpg' for i in range(4)]
+
+
+def test_masks_apart_from_their_photographs_are_said(tmp_path):
+    tar_of(tmp_path/'0.tar', [(f'{i}.jpg', image()) for i in range(4)]+[(f'{i}.seg.png', image('PNG')) for i in range(4)])
+    with pytest.warns(UserWarning, match='4 of 8 images of the shards are trained on though their names say mask'): shard_list(tmp_path/'0.tar')
+
+
+@pytest.mark.parametrize('index', [dict(shardlist=[dict(url='0.tar', nsamples=4)]), [dict(url='0.tar', nsamples=4)], {'0.tar': 4}])
+def test_what_is_left_out_is_said_with_an_index_too(tmp_path, index):
+    tar_of(tmp_path/'0.tar', [(f'{i}.{o}', image()) for i in range(4) for o in ('jpg', 'depth.png')])
+    (tmp_path/'index.json').write_text(json.dumps(index))
+    with pytest.warns(UserWarning, match="such as '0.depth.png' are left out") as said: assert shard_list(tmp_path)[0].n == 4
+    assert len(said) == 1
