@@ -264,7 +264,7 @@ SCORES = (*MIOU, 'correspondence')   # what the table at the end shows; gauges a
 def _report(learn, score, out, photos, minutes, method, epochs, others, say):
     "Scores, pictures and the verdict of a run that has come to its end"
     model, dls, recipe = learn.model, learn.dls, learn.dls.recipe
-    start, trained, last = score.start, model.product, f'{method}, {epochs} epochs'
+    start, trained, last = score.start, model.product, f'{method}, {_counted(epochs, "epoch")}'
     export_backbone(learn, out/'backbone.safetensors', overwrite=True)
     rows = learn.collapse_monitor.history
     with open(out/'history.csv', 'w', newline='') as f:
@@ -345,7 +345,7 @@ def _writable(job, out):
     try: yield
     except (OSError, SafetensorError) as e:
         what, why = getattr(e, 'filename', None) or out, getattr(e, 'strerror', None) or e
-        message = f'{str(what)!r} could not be written ({why}), but the trained network is safe in {str(out/"checkpoints")!r}: make room, then {_again(job, out)}'
+        message = f'{str(what)!r} could not be written ({why}), but training is safe up to {str(run_checkpoints(out/"checkpoints")[0])!r}: make room, then {_again(job, out)}'
         raise InputError(message) from e
 
 def _train(job, learn, pair, other, out, say):

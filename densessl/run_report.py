@@ -193,7 +193,8 @@ def run_report(
     settings = _read_json(folder/'settings.json')
     final, over_time = (read_scores(folder/name) for name in ('scores.json', 'scores_by_epoch.json'))
     with open(folder/'history.csv', newline='') as f: rows = list(csv.DictReader(f))
-    title = f"{settings['method']}, {settings['arch']}, {settings['epochs']} epochs"
+    epochs = f"{settings['epochs']} epoch" + ('' if settings['epochs']==1 else 's')
+    title = f"{settings['method']}, {settings['arch']}, {epochs}"
     pictures = [_picture(_png(folder/p), c) for p,c in _CAPTIONS.items() if (folder/p).exists()]
     setting_rows = [[k, str(v)] for k,v in _flat(settings).items()]
     body = [

@@ -155,7 +155,7 @@ def _remarks(
     pc = lambda h, k=by: f'{100*h[k]:.1f} %'
     said = []
     if sign*(best[by]-last[by])>.02 and sign*(best[by]-first[by])>0:
-        said.append(f'{by} ended at {pc(last)}, after {pc(best)} in epoch {best["epoch"]}: a shorter run or a lower learning rate would have kept that.')
+        said.append(f'{by.capitalize()} ended at {pc(last)}, after {pc(best)} in epoch {best["epoch"]}: a shorter run or a lower learning rate would have kept that.')
     if answer=='helped': return said
     if last.get('token rank', 1)<.5*first.get('token rank', 0):
         said.append(f"Token rank fell from {pc(first, 'token rank')} to {pc(last, 'token rank')}: tokens become alike. In FLSL raise beta_sa and beta_ca (suggest_beta); in CLoVE raise lam.")
@@ -358,8 +358,9 @@ class DenseScore(Callback):
     )->str:
         "The verdict and what the curve adds to it; also written to best.txt"
         v = self.conclusion = self.verdict(label, others)
-        words = ' '.join([v.said, *_remarks(self.history, self.best_by, v.answer)])
-        if self._best_is_better():
+        wrong = any(self._trouble().values())   # then no epoch of the run is advised
+        words = v.said if wrong else ' '.join([v.said, *_remarks(self.history, self.best_by, v.answer)])
+        if self._best_is_better() and not wrong:
             words += f' The highest {self.best_by} was that of epoch {self.best["epoch"]}, {100*self.best[self.best_by]:.1f} %'
             words += ': its backbone is best.safetensors.' if self.folder else '.'
         if self.folder and self.best: self._write_best(words)
