@@ -43,9 +43,9 @@ from .video import *
 from .figures import *
 from .gauges import *
 from .callback.score import *
-from .verdict import *
+from .verdict import judge_training, random_start, worth_training
 from .report import *
-from .run_report import *
+from .run_report import run_report
 
 # %% ../nbs/80_all.ipynb #6804bf04
 __all__ = [o for o in globals() if not o.startswith('_') and o!='fastai']
