@@ -16,13 +16,14 @@ warnings.filterwarnings('ignore', message='Your generator is empty')           #
 
 # %% ../nbs/70_cli.ipynb #aa98342a
 import ast, csv, inspect, json, math, os, re, shlex, shutil, sys, time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import timm
 import torch
+from safetensors import SafetensorError
 from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
 
@@ -41,6 +42,7 @@ from .run_report import run_report
 from .learner import dense_picture, methods, similarity_picture
 from .synthetic import CLASSES, draw_scenes
 from .transfer import export_backbone, plain_arguments
+from .weights import network_of
 
 # %% ../nbs/70_cli.ipynb #2e0e8fdd
 def run_folder(
@@ -165,6 +167,11 @@ def _decide(job):
     job.notes = []
     drawn = job.folder is None
     kwargs = parse_kwargs(job.model_kwargs)
+    if job.init and job.arch is None and not job.pretrained:
+        job.arch, own = network_of(job.init)
+        kwargs = own | kwargs
+        job.model_kwargs = ','.join(f'{k}={v!r}' for k,v in kwargs.items())   # for a resume
+        job.notes.append(f'{job.arch}, the network of {job.init}; --arch chooses another')
     suits, stride = outline(job.arch, kwargs) if job.arch else (None, None)
     if job.method is None:
         job.method = suits or 'flsl'
@@ -223,6 +230,7 @@ def _opening(job, learn):
     if total<ENOUGH_STEPS:
         enough = math.ceil(ENOUGH_STEPS/max(1, job.steps))
         lines.append(f'short: below some {ENOUGH_STEPS} steps features hardly change (--epochs {enough})')
+    if total>=Forecast.last+Forecast.least: lines.append(f'after {Forecast.last} steps it says how long the run takes')
     if not drawn and job.images<FEW_PHOTOGRAPHS and not job.init:
         lines.append('few photographs: published weights are the better start (--pretrained or --init)')
     return lines
@@ -231,11 +239,12 @@ class Forecast(Callback):
     "After the first steps says how long the run takes and what memory it needs; changes nothing"
     order,run_valid = 2000,False
     first,last = 2,5                # steps between which the clock runs: the first ones also warm up
+    least = 20                      # steps to go, below which it says nothing
     def before_fit(self): self.count = 0
     def after_batch(self):
         self.count += 1
         left = self.n_epoch*self.n_iter - self.train_iter
-        if rank_distrib() or left<20: return
+        if rank_distrib() or left<self.least: return
         if self.count==self.first: self.began = time.monotonic()
         if self.count!=self.last: return
         second = (time.monotonic()-self.began)/(self.last-self.first)
@@ -255,7 +264,7 @@ SCORES = (*MIOU, 'correspondence')   # what the table at the end shows; gauges a
 def _report(learn, score, out, photos, minutes, method, epochs, others, say):
     "Scores, pictures and the verdict of a run that has come to its end"
     model, dls, recipe = learn.model, learn.dls, learn.dls.recipe
-    start, trained, last = score.start, model.product, f'{method}, {epochs} epochs'
+    start, trained, last = score.start, model.product, f'{method}, {_counted(epochs, "epoch")}'
     export_backbone(learn, out/'backbone.safetensors', overwrite=True)
     rows = learn.collapse_monitor.history
     with open(out/'history.csv', 'w', newline='') as f:
@@ -320,12 +329,30 @@ def note_places(
     os.replace(part, f)
 
 # %% ../nbs/70_cli.ipynb #0f6b6427
+def _again(job, out):
+    "What resumes the run: typed in a shell or, if the run began there, in Python"
+    return f'densessl_pretrain --resume --out {shlex.quote(str(out))}' if job.shell else f'pretrain(out={str(out)!r}, resume=True)'
+
+@contextmanager
+def _stoppable(job, out):
+    "Ctrl-C outside the steps says what resumes the run"
+    try: yield
+    except KeyboardInterrupt: raise KeyboardInterrupt(f'stopped. To resume: {_again(job, out)}') from None
+
+@contextmanager
+def _writable(job, out):
+    "A disk that is full at the end costs no training"
+    try: yield
+    except (OSError, SafetensorError) as e:
+        what, why = getattr(e, 'filename', None) or out, getattr(e, 'strerror', None) or e
+        message = f'{str(what)!r} could not be written ({why}), but training is safe up to {str(run_checkpoints(out/"checkpoints")[0])!r}: make room, then {_again(job, out)}'
+        raise InputError(message) from e
+
 def _train(job, learn, pair, other, out, say):
     "The frozen baselines, then the run; returns its scores, those of the baseline, and minutes"
     dls, first = learn.dls, not rank_distrib()
     score = DenseScore(job.score_every or job.epochs, pair, out=out, linear=pair is not None, say=False)
-    again = f'densessl_pretrain --resume --out {shlex.quote(str(out))}'
-    save = SaveRun(out/'checkpoints', minutes=job.save_minutes, resume=job.resume, settings=dict(seed=job.seed), command=again)
+    save = SaveRun(out/'checkpoints', minutes=job.save_minutes, resume=job.resume, settings=dict(seed=job.seed), command=_again(job, out))
     learn.add_cbs([score, save, Forecast()])
     others = []
     if other and first:
@@ -338,10 +365,10 @@ def _train(job, learn, pair, other, out, say):
 
 def _record(job, arguments, learn):
     "What settings.json says: the run, and the arguments that give it again"
-    decided = {k: getattr(job, k) for k in ('method', 'preset', 'arch', 'bs', 'epochs', 'score_every', 'bf16')}
-    kept = {k: v for k,v in arguments.items() if k!='device'}   # a run may be resumed on another
-    return dict(version=__version__, folder=job.folder and str(job.folder), model_kwargs=job.kwargs, seed=job.seed, images=job.images, init=job.init,
-                device=str(learn.dls.device), config=asdict(learn.model.config), arguments=kept | decided) | decided
+    decided = {k: getattr(job, k) for k in ('method', 'preset', 'arch', 'model_kwargs', 'bs', 'epochs', 'score_every', 'bf16')}
+    kept = {k: v for k,v in arguments.items() if k not in ('device', 'shell')}   # a run may be resumed on another
+    return decided | dict(version=__version__, folder=job.folder and str(job.folder), model_kwargs=job.kwargs, seed=job.seed, images=job.images, init=job.init,
+                device=str(learn.dls.device), config=asdict(learn.model.config), arguments=kept | decided)
 
 def _job(**arguments):
     "Decide, open, say, train, report"
@@ -362,9 +389,10 @@ def _job(**arguments):
         shutil.rmtree(out/'checkpoints', ignore_errors=True)   # of the run that is overwritten
         (out/'settings.json').write_text(json.dumps(_record(job, arguments, learn), indent=1))
     say(*_opening(job, learn), f'writing to {out}')
-    score, others, minutes = _train(job, learn, pair, other, out, say)
+    with _stoppable(job, out): score, others, minutes = _train(job, learn, pair, other, out, say)
     if not first: return out, [], learn
-    scores = _report(learn, score, out, photos, minutes, job.method, job.epochs, others, say)
+    with _stoppable(job, out), _writable(job, out):
+        scores = _report(learn, score, out, photos, minutes, job.method, job.epochs, others, say)
     shutil.rmtree(out/'checkpoints')
     say(f'written to {out}: ' + ', '.join(sorted(p.name for p in out.iterdir())))
     return out, scores, learn
@@ -388,19 +416,19 @@ def resumed(
     try: old = json.loads((out/'settings.json').read_text())['arguments']
     except (OSError, ValueError, KeyError, TypeError): raise InputError(f'{str(out)!r} is not the folder of a run that can be gone on with: it has no settings.json of densessl_pretrain') from None
     if (out/'scores.json').exists() and not run_checkpoints(out/'checkpoints'):
-        raise InputError(f'the run in {str(out)!r} is complete: there is nothing to go on with')
-    own = ('out', 'resume', 'overwrite', 'workers', 'save_minutes')
+        raise InputError(f'the run in {str(out)!r} is complete: there is nothing to resume. To train longer, start another run from its backbone, init={out/"backbone.safetensors"}')
+    own = ('out', 'resume', 'overwrite', 'workers', 'save_minutes', 'shell')
     args = absolute_paths(args)
     def same(k, v): return v in (defaults[k], old[k]) or k in _PLACES and old[k] and os.path.exists(v)    # it may have moved
     if differ := [f'{k} was {old[k]!r}, now {v!r}' for k,v in args.items() if k in old and k not in own and not same(k, v)]:
         raise InputError(f'the run in {str(out)!r} has other settings: {", ".join(differ)}; leave them out to go on, or choose another --out')
-    return {k: v if k in ('out', 'resume', 'overwrite') or v!=defaults[k] else old.get(k, v) for k,v in args.items()}
+    return {k: v if k in ('out', 'resume', 'overwrite', 'shell') or v!=defaults[k] else old.get(k, v) for k,v in args.items()}
 
 # %% ../nbs/70_cli.ipynb #8fb1d596
 def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs=None, settings=None, img_size=None, bs=None, epochs=None, lr=None,
              seed=0, workers=None, bf16=None, labelled=None, baseline=None, score_every=None, save_minutes=10., resume=False, out=None,
              overwrite=False, n_scenes=1024, init=None, pretrained=False, device=None, max_bad=.1,
-             labelled_as=''):
+             labelled_as='', shell=False):
     "The main job from Python; see `densessl_pretrain` for the arguments. Returns the run folder, the scores and the learner"
     args = dict(locals())
     return _job(**(resumed(args, {k: p.default for k,p in inspect.signature(pretrain).parameters.items()}) if resume else args))

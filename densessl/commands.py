@@ -88,10 +88,10 @@ def in_a_sentence(
     e:BaseException,
 ):                     # Text, or None: a fault of ours
     "What an error means to whoever typed the command"
+    if isinstance(e, KeyboardInterrupt): return str(e) or 'stopped'
     from densessl.core import InputError   # imports torch
     if isinstance(e, InputError): return str(e)
     if isinstance(e, OSError) and e.strerror: return f'{e.filename!r}: {e.strerror.lower()}' if e.filename else e.strerror.lower()
-    if isinstance(e, KeyboardInterrupt): return 'stopped'
 
 def as_typed(
     message:str,     # Sentence in the words of Python
@@ -199,7 +199,7 @@ def densessl_pretrain(
 ):
     "Pretrain a backbone, and say whether it helped"
     args = dict(locals())
-    _later('cli').pretrain(**args)
+    _later('cli').pretrain(**args, shell=True)
 
 # %% ../nbs/04_commands.ipynb #129b11d3
 @command('BACKBONE DATA [options]', 'backbone.safetensors labelled/ --others resnet50')

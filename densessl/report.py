@@ -107,6 +107,12 @@ def _start_line(label, scores):
     cells = [f'{p} {v.mean():.1f}{spread(v)}' for p,v in values.items()]
     return ' | '.join([label, *cells])
 
+def _told_by_folder(names, labels):
+    "The files that every run has by their folder too: one results file takes the scores of many runs"
+    of_a_run = ('backbone.safetensors', 'best.safetensors', 'start.safetensors')
+    def told(n, label): return '/'.join(Path(n).absolute().with_suffix('').parts[-2:]) if Path(n).name in of_a_run and '/' not in label else label
+    return [told(*o) for o in zip(names, labels)]
+
 def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,linear', limit=None, seed=0, out=None, device=None, starts=5,
              labelled_as=''):
     "What `densessl_evaluate` does; returns the scores and what is to be said of them"
@@ -118,6 +124,7 @@ def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,lin
     enc, norm = open_backbone(backbone, size)
     size = size or (enc.img_size if isinstance(enc.img_size, int) else enc.img_size[0])
     name, *labels = backbone_labels([backbone, *names])
+    if out is not None: name, *labels = _told_by_folder([backbone, *names], [name, *labels])
     rest = [(l, *open_backbone(n, size)) for l,n in zip(labels, names)]
     judge = judge_for(data, size, probes, limit, labelled_as, **({} if is_davis(data) else dict(seed=seed)))
     views, said = [], ''

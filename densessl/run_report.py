@@ -60,6 +60,7 @@ def _panels(n, cols=4):
     plt.close(fig)
     for ax in axs.flat[n:]: ax.axis('off')
     for ax in axs.flat:
+        ax.ticklabel_format(useOffset=False)
         ax.tick_params(labelsize=7)
         ax.spines[['top', 'right']].set_visible(False)
     return fig, axs.flat
@@ -80,6 +81,7 @@ def score_curves(
         ax.plot(at, y, 'o-', ms=3, c='#0072B2')
         ax.plot(at[best], y[best], '*', ms=11, c='#D55E00')
         ax.axhline(y[0], ls=':', lw=1, c='.5')
+        if max(y)-min(y)<2: ax.set_ylim((max(y)+min(y))/2-1, (max(y)+min(y))/2+1)   # two points at least: less is noise
         ax.set_title(f'{probe} {arrow(probe)}, %', fontsize=9)
         ax.set_xlabel('epoch', fontsize=8)
     return fig
@@ -106,7 +108,7 @@ figcaption {color: #555; max-width: 60em}
 table {border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto}
 th, td {padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd}
 th:first-child, td:first-child {text-align: left}
-pre {background: #f6f6f6; padding: .8em; overflow-x: auto}
+pre {background: #f6f6f6; padding: .8em; white-space: pre-wrap}
 .verdict {padding: .8em 1em; border-left: 6px solid #999; background: #f6f6f6; font-size: 1.1em}
 .helped {border-color: #009E73} .harmed {border-color: #D55E00}
 '''
@@ -132,7 +134,7 @@ def _flat(settings, name=''):
 
 # %% ../nbs/67_run_report.ipynb #3a38626b
 _CAPTIONS = {
-    'picture.png': 'Each row is a photograph. For the random start (before) and the trained backbone (after): the soft '
+    'picture.png': 'Each row is a photograph. For the start (before) and the trained backbone (after): the soft '
                    'mask of the patch under the dot (bright: similar), the modes of all patches, and the patches '
                    'themselves, as colors (first three principal components). A good backbone gives one object one '
                    'color, and the soft mask stays on the object.',
@@ -191,7 +193,8 @@ def run_report(
     settings = _read_json(folder/'settings.json')
     final, over_time = (read_scores(folder/name) for name in ('scores.json', 'scores_by_epoch.json'))
     with open(folder/'history.csv', newline='') as f: rows = list(csv.DictReader(f))
-    title = f"{settings['method']}, {settings['arch']}, {settings['epochs']} epochs"
+    epochs = f"{settings['epochs']} epoch" + ('' if settings['epochs']==1 else 's')
+    title = f"{settings['method']}, {settings['arch']}, {epochs}"
     pictures = [_picture(_png(folder/p), c) for p,c in _CAPTIONS.items() if (folder/p).exists()]
     setting_rows = [[k, str(v)] for k,v in _flat(settings).items()]
     body = [

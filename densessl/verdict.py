@@ -170,8 +170,8 @@ def _to_tell(gains):
                 'train longer, or on more photographs.')
     if math.isinf(g.images): return f'One test photograph says nothing of others: take at least 20 {kind}.'
     need = math.ceil((g.n or 1)*g.images**2/(g.gain**2-g.seeds**2))
-    return (f'About {need} {kind} (there are {g.n}) would tell a difference of this size, '
-            'or a longer training that makes it larger.')
+    or_longer = ', or a longer training that makes it larger' if g.gain>0 else ''
+    return f'About {need} {kind} (there are {g.n}) would tell a difference of this size{or_longer}.'
 
 def verdict(
     gains,           # A `Gain` each score

@@ -166,7 +166,7 @@ def test_a_folder_of_photographs(home, method, monkeypatch):
     monkeypatch.chdir(home)
     eval(made, dict(timm=timm))                  # the line loads the file, every weight of it
     assert 'could not be read' in r.stdout and '07.jpg' in r.stdout
-    assert r.stdout.index('before training: ') < r.stdout.index('epoch 1: ') < r.stdout.index('| random start') < r.stdout.index(f'{method}, 1 epoch') < r.stdout.index('points against random start')
+    assert r.stdout.index('before training: ') < r.stdout.index('epoch 1 of 1: ') < r.stdout.index('epoch 1 of 1, scores: ') < r.stdout.index('| random start') < r.stdout.index(f'{method}, 1 epoch') < r.stdout.index('points against random start')
 
     s = json.loads((out/'settings.json').read_text())
     assert (s['folder'], s['method'], s['preset'], s['bs'], s['epochs']) == (str(home/'photos'), method, 'scenes', 8, 1)
@@ -193,20 +193,16 @@ TeacherEMA.after_step = after_step
 densessl_pretrain()
 """
 
-def test_stopped_and_gone_on_with(home):
-    straight = run(home, SCRIPT, ['photos', *TINY, '--out', 'straight'])
-    assert straight.returncode==0, straight.stderr
+def test_stopped_and_resumed(home):
     r = run(home, STOPPED, ['photos', *TINY, '--out', 'stopped'])
     assert r.returncode==128+15 and 'SIGTERM' in r.stderr and 'Traceback' not in r.stderr, r.stderr
     assert not (home/'stopped'/'backbone.safetensors').exists()
-    r = run(home, SCRIPT, ['--resume', '--out', 'stopped', '--lr', '0.5'])
-    assert r.returncode==1 and 'lr was None, now 0.5' in r.stderr, r.stderr
-    r = run(home, SCRIPT, ['--resume', '--out', 'stopped'])
-    assert r.returncode==0 and 'going on with' in r.stdout, r.stderr
-    for name in ('backbone.safetensors', 'best.safetensors', 'history.csv', 'scores.json', 'scores_by_epoch.json'):
-        assert (home/'stopped'/name).read_bytes()==(home/'straight'/name).read_bytes(), name
-    r = run(home, SCRIPT, ['--resume', '--out', 'stopped'])
-    assert r.returncode==1 and 'complete' in r.stderr
+    resume = ['densessl_pretrain', '--resume', '--out', 'stopped']
+    r = run(home, MANY, input=json.dumps([[*resume, '--lr', '0.5'], resume, [*resume, '--epochs', '20']]))
+    other, resumed, complete = json.loads(r.stdout.splitlines()[-1])
+    assert other[0]==1 and 'lr was None, now 0.5' in other[2], other
+    assert resumed[0]==0 and 'going on with' in resumed[1] and (home/'stopped'/'backbone.safetensors').exists(), resumed
+    assert complete[0]==1 and 'complete' in complete[2] and '--init stopped/backbone.safetensors' in complete[2], complete
 
 
 def test_two_processes_stopped_and_gone_on_with(home):
@@ -392,16 +388,39 @@ def test_a_small_folder_gets_a_small_batch_and_more_epochs(home):
     assert 'short' not in said and '24 photographs, 3 steps an epoch in batches of 8, 167 epochs: 501 steps' in said
 
 
-def test_the_forecast_changes_nothing(home):
-    "Two runs of 24 steps, one without the callback that looks at the clock"
-    import torch
+def test_the_forecast_changes_nothing():
+    "Two runs of 24 steps, one with the callback that looks at the clock"
     from densessl import cli
-    def run_to_the_end(out, silent):
-        count = cli.Forecast.after_batch
-        if silent: cli.Forecast.after_batch = lambda self: None
-        try: cli.pretrain(str(home/'photos'), preset='scenes', arch='vit_tiny_patch16_224', img_size=32, workers=0, epochs=8, score_every=0, out=home/out,
-                          model_kwargs='patch_size=8,embed_dim=24,depth=1,num_heads=3')
-        finally: cli.Forecast.after_batch = count
+    from densessl.data import scene_dls
     torch.set_num_threads(1)
-    run_to_the_end('timed', False); run_to_the_end('untimed', True)
-    for name in ('history.csv', 'backbone.safetensors'): assert (home/'timed'/name).read_bytes()==(home/'untimed'/name).read_bytes()
+    m = cli.methods['flsl']
+    config = cli.change_settings(m.presets['scenes'], dict(img_size=32, local_size=16))
+    def trained(cbs):
+        cli.set_seed(0)
+        learn = m.learner(scene_dls(96, m.recipe(config), bs=4, seed=0), 'vit_tiny_patch16_224', config, model_kwargs=dict(patch_size=8, embed_dim=24, depth=1, num_heads=3))
+        learn.fit(1, cbs=cbs)
+        return learn.model.state_dict()
+    with_it, without = trained(cli.Forecast()), trained([])
+    assert all(torch.equal(with_it[k], v) for k,v in without.items())
+
+
+def test_weights_bring_their_network(home, tmp_path):
+    "`--init FILE` without `--arch`: the network of the file, its arguments written down for a resume"
+    net = timm.create_model('vit_tiny_patch16_224', num_classes=0)
+    torch.save(dict(teacher={f'backbone.{k}': v for k,v in net.state_dict().items()}), tmp_path/'dino.pth')
+    job = decided(home, init=str(tmp_path/'dino.pth'))
+    assert (job.method, job.arch)==('flsl', 'vit_tiny_patch16_224') and any('the network of' in n for n in job.notes)
+    assert decided(home, init=str(tmp_path/'dino.pth'), arch='vit_small_patch16_224').arch=='vit_small_patch16_224'
+    from densessl.encoders import dense_encoder
+    from densessl.transfer import export_backbone
+    export_backbone(dense_encoder('test_resnet', img_size=32, output_stride=8, channels=(16,16,16,24)), tmp_path/'cnn.safetensors')
+    job = decided(home, init=str(tmp_path/'cnn.safetensors'))
+    assert (job.method, job.arch, job.kwargs['output_stride'], job.kwargs['channels'])==('clove', 'test_resnet', 8, (16,16,16,24))
+    again = decided(home, init=str(tmp_path/'cnn.safetensors'), arch=job.arch, model_kwargs=job.model_kwargs)
+    assert again.kwargs==job.kwargs
+
+
+def test_files_of_two_runs_have_two_names():
+    from densessl.report import _told_by_folder
+    assert _told_by_folder(['a/backbone.safetensors', 'resnet50', 'tiny.safetensors'], ['backbone', 'resnet50', 'tiny'])==['a/backbone', 'resnet50', 'tiny']
+    assert _told_by_folder(['b/backbone.safetensors'], ['backbone'])==['b/backbone']

@@ -118,8 +118,8 @@ def straight(method, photos, **kwargs):
     return STRAIGHT[key]
 
 
-@pytest.mark.parametrize('method', methods)
-@pytest.mark.parametrize('step', (2, STEPS-1, STEPS, STEPS+1, 2*STEPS))   # step 2 is the middle of an accumulation
+@pytest.mark.parametrize('method,step', (*(('flsl', s) for s in (2, STEPS-1, STEPS, STEPS+1, 2*STEPS)),   # step 2 is the middle of an accumulation
+                                         ('clove', STEPS-1), ('dino', STEPS+1)))
 def test_stop_and_resume(method, step, photos, tmp_path):
     "Told to stop inside an epoch, at its last batch and after the first of the next; with accumulation, a validation set, two workers before and none after"
     want = straight(method, photos, accumulate=True)
@@ -188,11 +188,11 @@ def gone(pid, seconds=20):
     return not children(pid)
 
 
-@pytest.mark.parametrize('method,workers', (('flsl', 2), ('clove', 0), ('dino', 2)))
+@pytest.mark.parametrize('method,workers', (('flsl', 2), ('clove', 0)))
 def test_kill_9(method, workers, photos, tmp_path):
-    "Killed three times at random moments, then left to end"
+    "Killed twice at random moments, then left to end"
     rng = random.Random(method)
-    for i in range(3):
+    for i in range(2):
         n = len(run_checkpoints(tmp_path/'run'))
         p = in_child(train, method, photos, tmp_path/'run', workers, (), i>0)
         before = newest_step(tmp_path/'run')
@@ -588,7 +588,7 @@ def test_photographs_that_moved(photos, tmp_path):
 
 # --- the command, as a user starts and stops it -------------------------------------------------------------------------------------------------------------
 
-COMMAND = """import sys, time
+COMMAND = """import os, signal, sys, time
 from densessl.callback.teacher import TeacherEMA
 from densessl.cli import densessl_pretrain
 update = TeacherEMA.after_step
@@ -596,6 +596,16 @@ def after_step(self):
     update(self)
     time.sleep(.1)        # so that a signal hits the epoch that it is meant for
 TeacherEMA.after_step = after_step
+if where := os.environ.get('INTERRUPT'):          # Ctrl-C outside the steps
+    from densessl.callback import checkpoint, score
+    from densessl import cli
+    def at(owner, name):
+        real = getattr(owner, name)
+        def f(*args, **kwargs):
+            signal.raise_signal(signal.SIGINT)
+            return real(*args, **kwargs)
+        setattr(owner, name, f)
+    at(*dict(write=(checkpoint._Hashed, 'write'), scoring=(score.DenseScore, '_score_start'), after=(checkpoint.SaveRun, 'after_epoch'), report=(cli, 'run_report'))[where])
 sys.exit(densessl_pretrain())
 """
 RUN = ('--epochs 5 --bs 8 --workers 0 --preset scenes --img_size 32 --settings local_size=16,hidden_dim=32,bottleneck_dim=16,n_prototypes=16 --score_every 0 '
@@ -604,9 +614,9 @@ RUN = ('--epochs 5 --bs 8 --workers 0 --preset scenes --img_size 32 --settings l
 
 class Process:
     "The command in a process, with a terminal or without; `says` is what it has printed"
-    def __init__(self, home, args, threads, terminal):
+    def __init__(self, home, args, threads, terminal, **env):
         (home/'command.py').write_text(COMMAND)
-        env = os.environ | dict(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY='passive', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore')
+        env = os.environ | dict(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY='passive', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore') | env
         self.ours, theirs = pty.openpty() if terminal else os.pipe()
         heard = dict(stdin=theirs if terminal else subprocess.DEVNULL, stdout=theirs, stderr=theirs)
         as_in_a_terminal = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -635,6 +645,38 @@ class Process:
         return code
 
 
+def few_photos(folder):
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(24): Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((40+i, 40), Image.Resampling.BICUBIC).save(folder/f'{i:02}.jpg')
+
+
+@pytest.mark.parametrize('where', ('write', 'scoring', 'after', 'report'))
+def test_interrupted_outside_the_steps(where, tmp_path):
+    "In the first write of a checkpoint, while the start is scored, when the epoch is over, and while the report is written: one line that resumes the run"
+    few_photos(tmp_path/'few')
+    p = Process(tmp_path, ['few', *RUN, '--epochs', '1', '--out', 'run'], 1, False, INTERRUPT=where)
+    assert p.end()==130 and 'Traceback' not in p.says, p.says
+    assert p.says.rstrip().endswith('To resume: densessl_pretrain --resume --out run'), p.says
+    if where!='report': return
+    p = Process(tmp_path, ['--resume', '--out', 'run'], 1, False)
+    assert p.end()==0 and (tmp_path/'run'/'report.html').exists(), p.says
+
+
+def test_the_disk_is_full_when_the_report_is_written(photos, tmp_path, monkeypatch):
+    "The training is not lost: one sentence, the checkpoints stay, and the run can be resumed; started in Python, it is resumed in Python"
+    from densessl import cli
+    def full(*args, **kwargs): raise OSError(errno.ENOSPC, 'No space left on device', str(tmp_path/'run'/'report.html'))
+    small = dict(zip((o.removeprefix('--') for o in RUN[::2]), RUN[1::2])) | dict(epochs=1, bs=8, workers=0, img_size=32, score_every=0)
+    with monkeypatch.context() as m:
+        m.setattr(cli, 'run_report', full)
+        with pytest.raises(InputError, match="report.html' could not be written .No space left on device., but .*make room, then pretrain.out='.*run', resume=True"):
+            pretrain(str(photos), out=str(tmp_path/'run'), **small)
+    assert run_checkpoints(tmp_path/'run'/'checkpoints')
+    pretrain(out=str(tmp_path/'run'), resume=True)
+    assert (tmp_path/'run'/'report.html').exists() and not (tmp_path/'run'/'checkpoints').exists()
+
+
 @pytest.mark.parametrize('threads,terminal,plan', (
     (1, False, ((signal.SIGINT, 0), (signal.SIGTERM, 2), (signal.SIGKILL, 4))),
     (2, True, ((signal.SIGKILL, 0), (signal.SIGINT, 2), (signal.SIGTERM, 4)))))
@@ -642,9 +684,7 @@ def test_the_command_is_killed_and_resumed(threads, terminal, plan, tmp_path):
     "In the first, a middle and the last epoch, with other numbers of workers after each, from another working directory, and with photographs that have moved"
     home, here, out = tmp_path/'home', tmp_path/'here', tmp_path/'home'/'my run'
     for d in (home, here): d.mkdir()
-    rng = np.random.default_rng(0)
-    (home/'few').mkdir()
-    for i in range(24): Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((40+i, 40), Image.Resampling.BICUBIC).save(home/'few'/f'{i:02}.jpg')
+    few_photos(home/'few')
     def start(*args, where=home): return Process(where, args, threads, terminal)
     whole = start('few', *RUN, '--out', 'whole')
     assert whole.end()==0, whole.says
@@ -653,9 +693,9 @@ def test_the_command_is_killed_and_resumed(threads, terminal, plan, tmp_path):
         code = p.kill(signum, epoch, out)
         assert code==(-9 if signum==signal.SIGKILL else 128+signum) and 'Traceback' not in p.says, p.says
         assert read_header(run_checkpoints(out/'checkpoints')[0])['epoch']==epoch
-        if signum!=signal.SIGKILL: assert f"To go on from there: densessl_pretrain --resume --out '{'my run' if i==0 else out}'" in p.says, p.says
+        if signum!=signal.SIGKILL: assert f"To resume: densessl_pretrain --resume --out '{'my run' if i==0 else out}'" in p.says, p.says
         if i==1: (home/'few').rename(here/'moved')
         p = start('--resume', '--workers', str((2, 1, 0)[i]), '--out', str(out), *(['moved'] if i==1 else []), where=here)
     assert p.end()==0 and 'Traceback' not in p.says, p.says
-    for name in ('backbone.safetensors', 'history.csv'): assert (out/name).read_bytes()==(home/'whole'/name).read_bytes(), name
+    for name in ('backbone.safetensors', 'best.safetensors', 'history.csv', 'scores.json', 'scores_by_epoch.json'): assert (out/name).read_bytes()==(home/'whole'/name).read_bytes(), name
     assert not (out/'checkpoints').exists()

@@ -63,7 +63,7 @@ class _Hashed:
     def write(self, b):
         self.sha.update(b)
         try: return self.f.write(b)
-        except OSError as e:
+        except BaseException as e:
             self.error = e
             raise
     def flush(self): self.f.flush()
@@ -81,7 +81,7 @@ def write_checkpoint(
             out = _Hashed(f)
             out.write(_MAGIC + b' ' + json.dumps(dict(format=_FORMAT)|header).encode() + b'\n')
             try: torch.save(_plain(state), out)
-            except RuntimeError as e:                  # torch hides the error of the file behind one of its own
+            except RuntimeError as e:                  # torch hides the error of the file, or Ctrl-C, behind one of its own
                 raise out.error or e
             f.write(out.sha.digest())
             f.flush()
@@ -612,12 +612,14 @@ class SaveRun(Callback):
     def _stop(self):
         "End the fit as fastai does"
         if self.stopped is None: self.stopped = signal.SIGTERM     # another process was told
-        if not _rank(): print(f'stopped; the state {_place(self.saved[1])} is in {self.saved[0]}. To go on from there: {self.command}', flush=True)
         raise CancelFitException
 
     def after_fit(self):
         "Everything as it was before the fit; after a signal, leave with its code"
         self._leave()
         if self.stopped is not None:
+            if not _rank():
+                path, header = self.saved
+                print(f'stopped; the state {_place(header)} is in {path}. To resume: {self.command}', flush=True)
             self.learn._end_cleanup()
             raise RunStopped(self.stopped)

@@ -154,8 +154,8 @@ def _remarks(
     best = max(rows[1:], key=lambda h: sign*h[by])
     pc = lambda h, k=by: f'{100*h[k]:.1f} %'
     said = []
-    if best is not last and sign*(best[by]-last[by])>.02:
-        said.append(f'{by} ended at {pc(last)}, after {pc(best)} in epoch {best["epoch"]}: a shorter run or a lower learning rate would have kept that.')
+    if sign*(best[by]-last[by])>.02 and sign*(best[by]-first[by])>0:
+        said.append(f'{by.capitalize()} ended at {pc(last)}, after {pc(best)} in epoch {best["epoch"]}: a shorter run or a lower learning rate would have kept that.')
     if answer=='helped': return said
     if last.get('token rank', 1)<.5*first.get('token rank', 0):
         said.append(f"Token rank fell from {pc(first, 'token rank')} to {pc(last, 'token rank')}: tokens become alike. In FLSL raise beta_sa and beta_ca (suggest_beta); in CLoVE raise lam.")
@@ -193,7 +193,7 @@ class DenseScore(Callback):
         self.n_starts,self.published,self.say = starts,published,say
         self.scores,self.history,self.best,self._start,self._data,self._views = [],[],None,None,None,None
         self.base,self.done = (0,0),(0,0)                          # (epochs, steps) of earlier fits, and of all
-        self.others,self.start_name,self.conclusion = [],'random start',None
+        self.others,self.start_name,self.conclusion,self.line = [],'random start',None,''
         self.first_losses,self.epoch_losses = [],[]                # of the first steps, and of the epoch
 
     # what there is to score
@@ -330,6 +330,12 @@ class DenseScore(Callback):
         self.trained = True
 
     def after_epoch(self):
+        "Score the product, if it is time, and say so below the line of the epoch"
+        self.score_epoch()
+        if self.line: print(self.line, flush=True)
+        self.line = ''
+
+    def score_epoch(self):
         "Score the product, if it is time"
         if not self.trained: return   # `learn.validate()` and skipped epochs come by here, too
         self.trained,self.done = False,(self.base[0]+self.epoch+1, self.base[1]+self.train_iter)
@@ -352,12 +358,20 @@ class DenseScore(Callback):
     )->str:
         "The verdict and what the curve adds to it; also written to best.txt"
         v = self.conclusion = self.verdict(label, others)
-        words = ' '.join([v.said, *_remarks(self.history, self.best_by, v.answer)])
-        if self.best and self.best['epoch']<self.done[0]:
+        wrong = any(self._trouble().values())   # then no epoch of the run is advised
+        words = v.said if wrong else ' '.join([v.said, *_remarks(self.history, self.best_by, v.answer)])
+        if self._best_is_better() and not wrong:
             words += f' The highest {self.best_by} was that of epoch {self.best["epoch"]}, {100*self.best[self.best_by]:.1f} %'
             words += ': its backbone is best.safetensors.' if self.folder else '.'
         if self.folder and self.best: self._write_best(words)
         return words
+
+    def _best_is_better(self):
+        "Is the best epoch worth more than the last one, and than the start?"
+        if not self.best: return False
+        by, first, last = self.best_by, self.history[0], self.history[-1]
+        sign = -1 if by in GAUGES and GAUGES[by].better=='lower' else 1
+        return sign*(self.best[by]-last[by])>=.005 and (first['epoch']>0 or sign*(self.best[by]-first[by])>0)
 
     def _score_start(self):
         if self.history: return      # by a fit that was broken off before its first step
@@ -369,6 +383,8 @@ class DenseScore(Callback):
         self._start = (self.gathered(product) if fresh else copy.deepcopy(product)).cpu().eval().requires_grad_(False)
         if self.folder: self._export('start')
         self._score()
+        if self.line: print(self.line, flush=True)
+        self.line = ''
 
     def _score(self):
         epoch, step = self.done
@@ -385,7 +401,10 @@ class DenseScore(Callback):
             if self.folder:
                 self._export('best')
                 self._write_best()
-        if self.verbose: print(f'{label}: ' + ', '.join(f'{s.probe} {100*s.value:.1f}' for s in new) + ' %' + (f'; best {self.best_by}' if better else ''), flush=True)
+        if self.verbose:
+            when = f'epoch {epoch} of {self.base[0]+self.n_epoch}, scores' if epoch else label
+            self.line = f'{when}: ' + ', '.join(f'{s.probe} {100*s.value:.1f}' for s in new) + ' %'
+            if better: self.line += f'; best {self.best_by}'
 
     def _judge_start(self, label):
         "The frozen start, with the head of the method's own teacher"
@@ -477,7 +496,7 @@ def columns(self:DenseScore):
 @patch
 def row(self:DenseScore):
     "Score now if it is time; the values of `columns`, the same in all processes"
-    self.after_epoch()
+    self.score_epoch()
     last = self.history[-1] if self.history else {}
     return _from_first(lambda: [last.get(k, float('nan')) for k in self.columns])
 
