@@ -589,7 +589,7 @@ def coco_of(root, file_name, names=('background', 'box')):
     d = dict(images=[dict(id=i, file_name=file_name.format(NAMES[i]), height=9, width=14) for i in range(6)], annotations=[box(i, 1) for i in range(6)], categories=[dict(id=i, name=o) for i,o in enumerate(names)])
     (root/'instances_default.json').write_text(json.dumps(d))
 
-@pytest.mark.parametrize('file_name', ['{}.jpg', 'C:\\Users\\me\\{}.jpg', '/home/me/{}.jpg', '../../label-studio/media/{}.jpg'])
+@pytest.mark.parametrize('file_name', ['{}.jpg', 'D:\\sets\\{}.jpg', '/srv/sets/{}.jpg', '../../label-studio/media/{}.jpg'])
 def test_coco_photographs_of_another_machine_and_a_category_background(tmp_path, file_name):
     coco_of(tmp_path, file_name)
     a, _ = quiet(tmp_path, size=(9,14))
