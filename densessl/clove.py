@@ -55,9 +55,10 @@ class CLoVEConfig:
     drop_path_rate:float=0.          # Stochastic depth of the student
 
     def __post_init__(self):
-        check_ranges(self, img_size='[1, inf)', local_size='[1, inf)', n_local='[0, inf)', hidden_dim='[1, inf)', out_dim='[1, inf)',
-                     num_heads='[1, inf)', attn_temp='(0, inf)', threshold='(0, inf)', lam='[0, inf)', margin='(-inf, inf)', lr='(0, inf)',
-                     warmup='[0, 1]', lr_floor='[0, 1]', wd='[0, inf)', drop_path_rate='[0, 1)')
+        check_ranges(self, img_size='[1, inf)', local_size='[1, inf)', n_local='[0, inf)', hidden_dim='[1, inf)',
+                     out_dim='[1, inf)', num_heads='[1, inf)', attn_temp='(0, inf)', threshold='(0, inf)',
+                     lam='[0, inf)', margin='(-inf, inf)', lr='(0, inf)', warmup='[0, 1]', lr_floor='[0, 1]',
+                     wd='[0, inf)', drop_path_rate='[0, 1)')
         if self.reduction not in ('pair', 'mean'): raise InputError(f"reduction must be 'pair' or 'mean', got {self.reduction!r}")
         check_ramp('momentum', self.momentum, hi=1)
         if self.optimizer not in ('lars', 'adamw'): raise InputError(f"optimizer must be 'lars' or 'adamw', got {self.optimizer!r}")

@@ -102,14 +102,16 @@ class DINOConfig:
     pos_scale:float=1.               # Amplitude of the fixed sin-cos positions
 
     def __post_init__(self):
-        check_ranges(self, img_size='[1, inf)', local_size='[1, inf)', n_local='[0, inf)', hidden_dim='[1, inf)', bottleneck_dim='[1, inf)',
-                     temp_s='(0, inf)', temp_t_warmup='[0, 1]', lr='(0, inf)', final_lr='[0, inf)', warmup='[0, 1]', clip='(0, inf]',
-                     freeze_epochs='[0, inf)', drop_path_rate='[0, 1)', pos_scale='[0, inf)')
+        check_ranges(self, img_size='[1, inf)', local_size='[1, inf)', n_local='[0, inf)', hidden_dim='[1, inf)',
+                     bottleneck_dim='[1, inf)', temp_s='(0, inf)', temp_t_warmup='[0, 1]', lr='(0, inf)',
+                     final_lr='[0, inf)', warmup='[0, 1]', clip='(0, inf]', freeze_epochs='[0, inf)',
+                     drop_path_rate='[0, 1)', pos_scale='[0, inf)')
         for k,lo,hi in (('momentum', 0., 1.), ('wd', 0., math.inf), ('temp_t', 0., math.inf)): check_ramp(k, getattr(self, k), lo, hi)
         if not 0<min(self.temp_t)<=max(self.temp_t)<self.temp_s: raise InputError(f'temp_t must lie between 0 and temp_s = {self.temp_s}, got {self.temp_t}: a teacher that is not sharper than the student collapses to the uniform distribution')
         if not 0<=self.centre_momentum<1: raise InputError(f'centre_momentum must be in [0, 1), got {self.centre_momentum}: a centre that never moves does not prevent collapse')
         if not (isinstance(self.n_prototypes, int) and self.n_prototypes>=2):
-            raise InputError(f'n_prototypes must be a whole number, at least 2, got {self.n_prototypes}: with one prototype every view has the same distribution')
+            raise InputError(f'n_prototypes must be a whole number, at least 2, got {self.n_prototypes}: '
+                             'with one prototype every view has the same distribution')
         for k in ('blur_p', 'solarize_p'):
             if len(getattr(self, k))!=3: raise InputError(f'{k} needs three numbers (first global view, second, local views), got {getattr(self, k)}')
 

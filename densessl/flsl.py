@@ -60,16 +60,19 @@ class FLSLConfig:
     pos_offset:float=0.           # 0.1: resample positions as the public code does
 
     def __post_init__(self):
-        check_ranges(self, img_size='[1, inf)', local_size='[1, inf)', n_local='[0, inf)', beta_sa='(0, inf)', beta_ca='(0, inf)',
-                     window='[1, inf)', local_window='[1, inf)', hidden_dim='[1, inf)', bottleneck_dim='[1, inf)', upsilon='(-inf, inf)', eta='(-inf, inf)', gamma='(-inf, inf)',
-                     temp_s='(0, inf)', temp_t_warmup='[0, 1]', lr='(0, inf)', final_lr='[0, inf)', warmup='[0, 1]', clip='(0, inf]',
-                     freeze_epochs='[0, inf)', drop_path_rate='[0, 1)', pos_scale='[0, inf)', pos_offset='[0, 1)')
+        check_ranges(self, img_size='[1, inf)', local_size='[1, inf)', n_local='[0, inf)', beta_sa='(0, inf)',
+                     beta_ca='(0, inf)', window='[1, inf)', local_window='[1, inf)', hidden_dim='[1, inf)',
+                     bottleneck_dim='[1, inf)', upsilon='(-inf, inf)', eta='(-inf, inf)', gamma='(-inf, inf)',
+                     temp_s='(0, inf)', temp_t_warmup='[0, 1]', lr='(0, inf)', final_lr='[0, inf)', warmup='[0, 1]',
+                     clip='(0, inf]', freeze_epochs='[0, inf)', drop_path_rate='[0, 1)', pos_scale='[0, inf)',
+                     pos_offset='[0, 1)')
         check_ramp('momentum', self.momentum, hi=1)
         check_ramp('wd', self.wd)
         check_ramp('temp_t', self.temp_t, lo=1e-4)
         K = self.n_prototypes
         if K is not None and not (isinstance(K, int) and K>=2):
-            raise InputError(f'n_prototypes must be a whole number, at least 2, got {K}: with one prototype every token has the same cluster')
+            raise InputError(f'n_prototypes must be a whole number, at least 2, got {K}: '
+                             'with one prototype every token has the same cluster')
 
 # %% ../nbs/40_flsl.ipynb #268c5e7e
 flsl_presets = dict(
