@@ -415,7 +415,7 @@ def test_weights_bring_their_network(home, tmp_path):
     from densessl.transfer import export_backbone
     export_backbone(dense_encoder('test_resnet', img_size=32, output_stride=8, channels=(16,16,16,24)), tmp_path/'cnn.safetensors')
     job = decided(home, init=str(tmp_path/'cnn.safetensors'))
-    assert (job.method, job.arch, job.kwargs['output_stride'], job.kwargs['channels'])==('clove', 'test_resnet', 8, (16,16,16,24))
+    assert (job.method, job.arch, job.kwargs['output_stride'], tuple(job.kwargs['channels']))==('clove', 'test_resnet', 8, (16,16,16,24))
     again = decided(home, init=str(tmp_path/'cnn.safetensors'), arch=job.arch, model_kwargs=job.model_kwargs)
     assert again.kwargs==job.kwargs
 
