@@ -390,7 +390,9 @@ def labelled_data(
         raise InputError(f'{len(both)} photographs are in both parts, {" and ".join(parts)}, as {both[0]}: what is scored '
                          f'must not be learned from')
     read = _reader(found, parts, divisor, threshold, palette)
-    if remap is not None: table, names, how = {int(k): v for k,v in remap.items()} | {l: None for l in several(ignore_index)}, None, 'remap'
+    if remap is not None:
+        void = [l for l,c in (found.table or {}).items() if c is None and l not in remap] + list(several(ignore_index))
+        table, names, how = {int(k): v for k,v in remap.items()} | {l: None for l in void}, None, 'remap'
     else: table, names, how = _meaning(root, layout, found, parts, read, n_classes, ignore_index, named)
     C = 1 + max((c for c in table.values() if c is not None), default=-1)
     if not C: raise InputError(f'{root}: every class is left out by ignore_index={ignore_index}')
