@@ -69,7 +69,10 @@ def test_training_is_the_same_to_the_last_bit(method, bf16, photos, tmp_path):
     after = torch.get_rng_state(), np.random.get_state()[1].tolist()
     b = fit(learner(method, photos, Watch(), bf16=bf16), 2)
     assert len(a.watch.values)==2*(2+1)        # two steps and one batch of the validation set in each epoch
-    assert a.watch.values==b.watch.values and a.recorder.values==b.recorder.values
+    assert a.watch.values==b.watch.values
+    n = len(b.recorder.values[0])              # the score has a column of its own at the end
+    assert [list(v)[:n] for v in a.recorder.values]==[list(v) for v in b.recorder.values]
+    assert {len(v) for v in a.recorder.values}=={n+1}
     assert all(torch.equal(p, q) for p,q in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
     assert torch.equal(after[0], torch.get_rng_state()) and after[1]==np.random.get_state()[1].tolist()
     assert a.watch.modes==b.watch.modes and any(a.watch.modes[0]) and all(map(all, a.watch.grads))
@@ -130,10 +133,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     def full(scores, path):
         path.write_text('[{"mod')
-        raise OSError('no space left')
+        raise OSError(28, 'No space left on device')
     monkeypatch.setattr('densessl.callback.score.write_scores', full)
-    with pytest.raises(OSError): cb._score()
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix!='.part'}==before
+    with pytest.warns(UserWarning, match='could not be written'): cb._score()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()}==before
 
 class Stop(Exception): pass
 class StopAt(Callback):
