@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.progress import CSVLogger, ShowGraphCallback
+from fastai.callback.progress import CSVLogger
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 from fastai.torch_core import get_model
@@ -296,7 +296,7 @@ def show_skipped(
     seconds:float,  # What the run has taken so far
     rows:list,      # Rows of fastai's table
 ):
-    "Tell bars, curves and tables what was there before"
+    "Tell bars and tables what was there before"
     for cb in learn.cbs:
         bar = vars(cb).get('mbar')
         if hasattr(type(cb), 'skip_epochs'): cb.skip_epochs(epochs, seconds)
@@ -304,8 +304,6 @@ def show_skipped(
             bar.update(0)                          # fastprogress takes its start from here
             _set_clock(cb, seconds)
             bar.update(epochs)
-        if isinstance(cb, ShowGraphCallback):
-            cb.nb_batches = [(i+1)*len(learn.dls.train) for i in range(epochs)]
         if isinstance(cb, CSVLogger) and not cb.append:
             cb.file.writelines(','.join(map(str, row))+'\n' for row in rows)
 
