@@ -9,6 +9,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -200,7 +201,7 @@ def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if 
 def test_baseline_jpeg_of_any_size_is_decoded_at_an_eighth(tmp_path):
     "A photograph of 170 megapixels is more than Pillow's warning, but read at an eighth it is small"
     (tmp_path/'a.jpg').write_bytes(claim(saved(SCENES[0], 'JPEG'), 13_000, 13_000))
-    with data._quiet(), Image.open(tmp_path/'a.jpg') as im: im.draft(None, (64, 64)); data._refuse_bomb(im, (13_000, 13_000)); assert im.size == (1625, 1625)
+    with data.no_pillow_warnings(), Image.open(tmp_path/'a.jpg') as im: im.draft(None, (64, 64)); data._refuse_bomb(im, (13_000, 13_000)); assert im.size == (1625, 1625)
 
 
 @pytest.mark.parametrize('ext', ['jpg', 'png'])
@@ -379,3 +380,11 @@ def test_no_file_stays_open(photos):
     before = len(os.listdir('/proc/self/fd'))
     for _ in range(3): epoch(photos, max_bad=1.)
     assert len(os.listdir('/proc/self/fd')) <= before
+
+def test_threads_that_read_leave_the_process_as_it_was(tmp_path):
+    "Warnings are shown again, and the terminal is written to again, when no thread reads any more"
+    names = [tmp_path/f'{i}.tif' for i in range(16)]
+    for p in names: Image.new('RGB', (9, 9)).save(p)
+    before = warnings.showwarning, os.fstat(2).st_ino, Image.MAX_IMAGE_PIXELS
+    with ThreadPoolExecutor(8) as pool: list(pool.map(data.read_photo, names*40))
+    assert (warnings.showwarning, os.fstat(2).st_ino, Image.MAX_IMAGE_PIXELS)==before
