@@ -121,12 +121,15 @@ def _rgb(im):
     return im.convert('RGB')
 
 # %% ../nbs/22_data.ipynb #f4155a88
-def _open_file(path):
-    "A file opened to be read, by us so that Pillow never maps it into memory; never a pipe or a device"
-    s = os.stat(path)
+def _open_file(file):
+    "A file opened to be read, by us so that Pillow never maps it into memory; never a pipe or a device; an open one from its start"
+    if hasattr(file, 'read'):
+        file.seek(0)
+        return nullcontext(file)
+    s = os.stat(file)
     if not stat.S_ISREG(s.st_mode): raise OSError('not a regular file')
     if not s.st_size: raise OSError('empty file')
-    return open(path, 'rb')
+    return open(file, 'rb')
 
 # %% ../nbs/22_data.ipynb #103b73a6
 def _printable(
@@ -152,8 +155,7 @@ _STARTS = {                                              # of files that are no 
 
 def _what_it_is(file):
     "What a file that is no image seems to be, by how it starts"
-    with suppress(OSError), nullcontext(file) if hasattr(file, 'read') else open(file, 'rb') as f:
-        f.seek(0)
+    with suppress(OSError), _open_file(file) as f:
         start = f.read(200)
         return next((says for o,says in _STARTS.items() if re.match(o, start, re.S)), 'not an image')
     return 'not an image'
@@ -249,8 +251,7 @@ def read_photo(
 )->tuple:           # Upright RGB `Image` and (height, width) of the whole photograph
     "A photograph as it is meant to be seen, the first frame if there are several; `UnreadablePhoto` if it is none"
     try:
-        if hasattr(file, 'read'): return _decode(file, size, file.seek(0, os.SEEK_END))
-        with _open_file(file) as f: return _decode(f, size, os.path.getsize(file))
+        with _open_file(file) as f: return _decode(f, size, f.seek(0, os.SEEK_END))
     except Image.DecompressionBombError as e: raise DecompressionBombError(file, str(e)) from None
     except UnidentifiedImageError as e: raise UnreadablePhoto(file, _what_it_is(file)) from e
     except Exception as e: raise UnreadablePhoto(file, _reason(e)) from e
@@ -319,10 +320,10 @@ def _photo_names(stem):
     return {'_'.join(parts), '_'.join(short)}
 
 # %% ../nbs/22_data.ipynb #facc41ce
-def _look(path):
+def _look(file):
     "Size, mode ('L' for gray in any form) and number of values, up to 256, of an image; None if it cannot be read"
     try:
-        with no_pillow_warnings(), _open_file(path) as f, Image.open(f, formats=tuple(_FORMATS)) as im:
+        with no_pillow_warnings(), _open_file(file) as f, Image.open(f, formats=tuple(_FORMATS)) as im:
             size, mode = im.size, im.mode
             im.draft(None, (256,256))
             if math.prod(im.size)>5e7: return size, mode, 256
@@ -441,6 +442,13 @@ def _is_image(name): return name.lower().endswith(IMAGE_SUFFIXES)
 _COPY_SUFFIX  = re.compile(r'\.(jpe?g|png|webp|tiff?)([~!_@?&:][^.]*|\.\d+)$')          # as a.jpg_large, a.jpg~, a.jpg.1
 _IMAGE_STARTS = re.compile(rb'\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|RIFF....WEBP', re.S)
 
+def _unread_suffix(name):
+    "The suffix of a file that is not read here, though it may hold what people take for photographs; or None"
+    name = name.lower()
+    if name.startswith('.'): return None
+    if _COPY_SUFFIX.search(name): return 'copysuffix'
+    return next((o for o in (name[-7:], os.path.splitext(name)[1]) if o in _NOT_READ), None)
+
 def _is_run(dirs, names):
     "Whether `densessl_pretrain` writes its results to a folder of these folders and files"
     return 'settings.json' in names and ('checkpoints' in dirs or bool({'start.safetensors', 'backbone.safetensors'} & {*names}))
@@ -468,7 +476,7 @@ class _Walk:
             shown = [o for o in images if not o.startswith('.')]
             if shown: self.names[Path(d).relative_to(folder).parts] = shown
             self.private['hidden files'] += len(images)-len(shown)
-            if len(images)<len(names): self.other.update(filter(None, map(self.suffix, names)))
+            if len(images)<len(names): self.other.update(filter(None, map(_unread_suffix, names)))
             self.bare(d, [o for o in names if '.' not in o])
         self.private = +self.private
     def images_in(self, folder):
@@ -476,12 +484,6 @@ class _Walk:
         n = sum(_is_image(o) for _,_,names in os.walk(folder) for o in names)
         self.n += n
         return n
-    def suffix(self, name):
-        "The suffix of a file that is not read here, though it may hold what people take for photographs"
-        name = name.lower()
-        if name.startswith('.'): return None
-        if _COPY_SUFFIX.search(name): return 'copysuffix'
-        return next((o for o in (name[-7:], os.path.splitext(name)[1]) if o in _NOT_READ), None)
     def bare(self, folder, names):
         "Count the images among files without a suffix; of a folder without any among the first 20 no more are opened"
         n = 0
@@ -495,6 +497,13 @@ def _some(counts, n=4):
     "Names of what was counted, the most frequent first"
     names = [o for o,_ in Counter(counts).most_common()]
     return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
+
+def _not_read(counts):
+    "What is not read, and what to do about it; `counts` of the suffixes"
+    counts, called = sorted(counts.items()), dict(nosuffix='without a suffix', copysuffix='with more after it, as .jpg~')
+    whys = dict.fromkeys(_NOT_READ[s] for s,_ in counts)
+    parts = [' and '.join(f'{n} {called.get(s, s)}' for s,n in counts if _NOT_READ[s]==why) + f' ({why})' for why in whys]
+    return 'not read: '+', '.join(parts)
 
 def _remarks(walk, out, kept):
     "What of a folder is not trained on, and why"
@@ -513,11 +522,7 @@ def _remarks(walk, out, kept):
     if kept:
         says.append(f'{len(kept)} images are kept though their names say mask, depth or thumbnail, {such(kept)}: '
                     'take them away if they are no photographs')
-    whys = dict.fromkeys(_NOT_READ[s] for s in sorted(walk.other))
-    counts = sorted(walk.other.items())
-    called = dict(nosuffix='without a suffix', copysuffix='with more after it, as .jpg~')
-    unread = [' and '.join(f'{n} {called.get(s, s)}' for s,n in counts if _NOT_READ[s]==why) + f' ({why})' for why in whys]
-    if unread: says.append('not read: '+', '.join(unread))
+    if walk.other: says.append(_not_read(walk.other))
     return '; '.join(says)
 
 # %% ../nbs/22_data.ipynb #37da8ed6
@@ -702,27 +707,28 @@ def _has_pages(im):
     return im.size==size
 
 def _masks_among(files):
-    "Files that are gray beside others in color, or of few colors; and the number of those that could be read"
-    looks = {o: look for o in files if (look := _look(o))}
+    "Names of files that are gray beside others in color, or of few colors; and the number of those that could be read"
+    looks = {name: look for name,file in files if (look := _look(file))}
     flat = {o for o,(_,_,n) in looks.items() if n<=_FEW}
     gray = {o for o,(_,mode,_) in looks.items() if mode in ('1','L','LA') or mode[0] in 'IF'}
     return sorted(flat|gray if len(gray)<len(looks) else flat), len(looks)
 
-def _survey(files, n=100, closer=32):
-    "What the headers of up to `n` files, and the pixels of some, say of them all: sentences"
-    some, long, pages, says = random.Random(0).sample(files, min(n, len(files))), [], [], []
-    for o in some:
-        with suppress(Exception), no_pixel_limit(), no_pillow_warnings(), _open_file(o) as f, Image.open(f, formats=tuple(_FORMATS)) as im:
+def _survey(files, closer=32):
+    "What the headers of some files (name, path or open file), and the pixels of the first of them, say of all: sentences"
+    long, pages, says = [], [], []
+    for name,file in files:
+        with (suppress(Exception), no_pixel_limit(), no_pillow_warnings(), _open_file(file) as f,
+              Image.open(f, formats=tuple(_FORMATS)) as im):
             w, h = im.size
-            if max(w, h)>LONGEST*min(w, h): long.append(o)
-            if _has_pages(im): pages.append(o)
+            if max(w, h)>LONGEST*min(w, h): long.append(name)
+            if _has_pages(im): pages.append(name)
     if long:
-        says.append(f'{len(long)} of {len(some)} photographs looked at are panoramas, longer than {LONGEST} : 1, such as '
+        says.append(f'{len(long)} of {len(files)} photographs looked at are panoramas, longer than {LONGEST} : 1, such as '
                     f'{_printable(min(long))!r}: of each an epoch shows one window of {LONGEST} : 1, another one every time')
     if pages:
-        says.append(f'{len(pages)} of {len(some)} files looked at hold several pictures, such as {_printable(min(pages))!r}: '
+        says.append(f'{len(pages)} of {len(files)} files looked at hold several pictures, such as {_printable(min(pages))!r}: '
                     f'the first of each is trained on')
-    odd, seen = _masks_among(some[:closer])
+    odd, seen = _masks_among(files[:closer])
     if len(odd)>max(1, seen/20):
         says.append(f'{len(odd)} of {seen} images looked at have few colors, or are gray beside others in color, as masks and '
                     f'depth maps are, such as {_printable(odd[0])!r}: take them away if they are no photographs')
@@ -752,7 +758,8 @@ def image_dls(
     dls = _loaders(CanvasDataset(train, size), CanvasDataset(valid, size), recipe, bs, num_workers, device, pin_memory, bad, _seeded(seed, drop_last))
     for ds in (dls.train_ds, dls.valid_ds):          # one that can be read, or an error before the training starts
         if len(ds) and (note := CanvasDataset(ds.paths, 8)[0][2]).startswith('\0'): bad.add([note])
-    for o in _survey(files): warnings.warn(o)
+    some = random.Random(0).sample(files, min(100, len(files)))
+    for o in _survey([(o, o) for o in some]): warnings.warn(o)
     return dls
 
 # %% ../nbs/22_data.ipynb #8d845e65

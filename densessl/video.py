@@ -253,6 +253,15 @@ def _frames(files):
     number = lambda p: [int(o) if o.isdigit() else o for o in re.split(r'(\d+)', p.stem)]
     return by_stem(sorted(files, key=number))
 
+def _missing_frames(stems):
+    "What an even pace leaves out, in words: 4 of 1, 2, 3, 5, and 10 of 0, 5, 15; nothing if names do not end in numbers"
+    parts = [re.fullmatch(r'(.*?)(\d+)', o) for o in stems]
+    if len(parts)<3 or not all(parts) or len({m[1] for m in parts})>1: return ''
+    at = sorted({int(m[2]) for m in parts})
+    step = min(b-a for a,b in zip(at, at[1:]))
+    gap = sorted({*range(at[0], at[-1], step)}-{*at})
+    return f'{len(gap)} of the frames {at[0]} to {at[-1]} are missing, as {gap[0]}' if gap else ''
+
 def davis_sequences(
     root,                    # Folder with JPEGImages, Annotations and ImageSets
     split:str='val',         # File in ImageSets/<year>
@@ -274,8 +283,7 @@ def davis_sequences(
         if not x: raise InputError(f'{n}: no frame in {root/"JPEGImages"/resolution/n}')
         if gone := [s for s in x if s not in m]: raise InputError(f'{n}: {len(gone)} of {len(x)} frames have no mask, as {gone[0]}: a score needs one for every frame')
         if gone := [s for s in m if s not in x]: raise InputError(f'{n}: {len(gone)} of {len(m)} masks have no frame, as {gone[0]}: a video with a gap cannot be followed')
-        at = [int(s) for s in x if s.isdigit()]
-        if len(at)==len(x) and (gap := sorted({*range(at[0], at[-1])}-{*at})): raise InputError(f'{n}: {len(gap)} of the frames {at[0]} to {at[-1]} are missing, as {gap[0]}: a video with a gap cannot be followed')
+        if gap := _missing_frames(x): raise InputError(f'{n}: {gap}: a video with a gap cannot be followed')
         out.append(DavisSequence(n, tuple(x.values()), tuple(m[s] for s in x)))
     return out
 
