@@ -466,7 +466,7 @@ class _Walk:
             seen.add(real)
             inside = os.path.basename(real)
             if _is_run(dirs, names):
-                self.private[f'{inside}, a run of densessl'] += self.images_in(d)
+                self.private[f'the run {inside}'] += self.images_in(d)
                 dirs.clear()
                 continue
             self.n += len(names)

@@ -129,6 +129,9 @@ def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,lin
     if out is not None:
         out = Path(out).expanduser()
         _check_results(out)
+    both = [str(Path(n).expanduser().absolute()) for n in (backbone, *names)]
+    if twice := [n for n,p in zip(names, both[1:]) if both.count(p)>1]:
+        raise InputError(f'--others names {twice[0]!r}, which is scored already: name each backbone once')
     if not data.is_dir(): raise InputError(f'{str(data)!r} is not a folder: give labelled photographs, videos in the layout of DAVIS, or photographs')
     if not 1<=starts<=8: raise InputError(f'starts must be from 1 to 8, got {starts}')
     probes = tuple(p.strip() for p in probes.split(','))

@@ -253,6 +253,11 @@ def _frames(files):
     number = lambda p: [int(o) if o.isdigit() else o for o in re.split(r'(\d+)', p.stem)]
     return by_stem(sorted(files, key=number))
 
+def _resolution(root):
+    "The only folder in JPEGImages, or 480p"
+    there = [o.name for o in (root/'JPEGImages').glob('*/')]
+    return there[0] if len(there)==1 else '480p'
+
 def _missing_frames(stems):
     "What an even pace leaves out, in words: 4 of 1, 2, 3, 5, and 10 of 0, 5, 15; nothing if names do not end in numbers"
     parts = [re.fullmatch(r'(.*?)(\d+)', o) for o in stems]
@@ -266,11 +271,12 @@ def davis_sequences(
     root,                    # Folder with JPEGImages, Annotations and ImageSets
     split:str='val',         # File in ImageSets/<year>
     year:str=None,           # '2017', '2016' or '480p'; default the first of these that has the split
-    resolution:str='480p',   # Folder in JPEGImages and Annotations
+    resolution:str=None,     # Folder in JPEGImages and Annotations; default the only one there is, or 480p
     names=None,              # Sequences to take; default all of the split
 )->list:                     # DavisSequence, in the order of the split
     "The sequences of a split, checked for frames without masks but not read"
     root, found = Path(root), _split_file(root, split, year)
+    resolution = resolution or _resolution(root)
     lines = [l.split()[0] for l in found.read_text(encoding='utf-8').splitlines() if l.strip()]
     have = list(dict.fromkeys(Path(l).parent.name if '/' in l else l for l in lines))  # 2016's own lists name every frame
     names = have if names is None else [names] if isinstance(names, str) else list(names)
@@ -333,7 +339,7 @@ def davis_score(
     root,                  # Folder in the layout of DAVIS; or a list of `Video` or `DavisSequence`
     split:str='val',       # These as in `davis_sequences`
     year:str=None,
-    resolution:str='480p',
+    resolution:str=None,
     names=None,
     size=None,             # These as in `propagate_video`
     multiple:int=None,

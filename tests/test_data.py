@@ -598,7 +598,7 @@ def test_results_of_runs_are_left_out(tmp_path):
         (tmp_path/o).parent.mkdir(exist_ok=True)
         (tmp_path/o).write_text('{}')
     names, said = listed(tmp_path)
-    assert names == [f'{i}.jpg' for i in range(6)] and '12 images in hidden folders' in said and 'flsl-1, a run of densessl' in said
+    assert names == [f'{i}.jpg' for i in range(6)] and '12 images in hidden folders' in said and 'the run flsl-1' in said
 
 
 def surveyed(folder):

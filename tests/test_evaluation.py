@@ -271,3 +271,9 @@ def test_a_folder_without_enough_photographs_is_one_short_sentence(place, tmp_pa
     (tmp_path/'0.png').write_bytes((place/'photos'/'0.png').read_bytes())
     with pytest.raises(InputError, match='at least 2 photographs that can be read, got 1') as f: evaluate(place/'b.safetensors', tmp_path, starts=1)
     assert len(str(f.value)) < 300+len(str(tmp_path))*3
+
+
+def test_a_backbone_is_scored_once(place):
+    from densessl.report import evaluate
+    with pytest.raises(InputError, match="b.safetensors', which is scored already"): evaluate(place/'b.safetensors', place/'photos', others=str(place/'b.safetensors'), starts=1)
+    with pytest.raises(InputError, match="names 'resnet18', which is scored already"): evaluate(place/'b.safetensors', place/'photos', others='resnet18,resnet18', starts=1)

@@ -319,3 +319,12 @@ def test_frames_in_the_order_of_their_numbers(tmp_path):
         for i in range(12): (d/f'{i:05}.png').rename(d/f'frame_{i+1}.png')
     got = davis_sequences(tmp_path)[0].load()
     assert torch.equal(got.frames, v.frames)
+
+def test_davis_at_full_resolution(tmp_path):
+    "The only resolution there is; 480p where there are two"
+    save(tmp_path, drifting())
+    want = davis_score(colours, tmp_path, multiple=4)[0].value
+    for kind in ('JPEGImages', 'Annotations'): (tmp_path/kind/'480p').rename(tmp_path/kind/'Full-Resolution')
+    assert davis_score(colours, tmp_path, multiple=4)[0].value==want
+    for kind in ('JPEGImages', 'Annotations'): (tmp_path/kind/'480p').mkdir()
+    with pytest.raises(InputError, match='no frame in .*480p'): davis_sequences(tmp_path)
