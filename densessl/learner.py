@@ -7,7 +7,7 @@ __all__ = ['methods', 'Schedules', 'AutocastBF16', 'autocast_depth', 'precision_
            'flsl_learner', 'clove_learner', 'dino_learner', 'dense_picture', 'similarity_picture']
 
 # %% ../nbs/56_learner.ipynb #4684c731
-import inspect, math, warnings
+import math, warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
-from fastai.learner import Learner, Metric, Recorder, mk_metric
+from fastai.learner import AvgMetric, Learner, Recorder, mk_metric
 from fastai.torch_core import get_model, num_distrib
 from fastcore.basics import PrettyString, patch
 from fastcore.foundation import L
@@ -195,14 +195,13 @@ def _check_callback(cb):
     plain = kind=='TensorBoardCallback' and not isinstance(cb, type) and not (cb.trace_model or cb.log_preds or cb.projector)
     if kind is not None and not plain: _refuse(kinds[0], kind)
 
-def _check_metric(metric):
-    "A sentence for a metric that compares predictions with targets"
-    f = getattr(metric, 'func', metric)
-    if isinstance(f, Metric) or not callable(f): return
-    needed = [p for p in inspect.signature(f).parameters.values() if p.default is p.empty and p.kind<=p.POSITIONAL_OR_KEYWORD]
-    if len(needed)>1:
-        raise InputError(f'the metric {getattr(f, "__name__", f)!r} compares with targets, and there are none: '
-                         'DenseScore scores on labelled photographs while it trains')
+def _metric(metric):
+    "fastai's metric; a sentence for one that compares predictions with targets"
+    metric = mk_metric(metric)
+    if isinstance(metric, AvgMetric) or type(metric).__module__=='fastai.metrics':
+        raise InputError(f'the metric {metric.name!r} compares with targets, and there are none: DenseScore scores '
+                         'on labelled photographs while it trains, and a Metric of your own may read learn.pred')
+    return metric
 
 def _number(value, name):
     "A setting of a fit as a plain number; None stays"
@@ -216,7 +215,9 @@ def _number(value, name):
 class DenseLearner(Learner):
     "fastai's `Learner` for pretraining; what cannot work without labels says what to use"
     @property
-    def model(self): return self.__dict__['model']
+    def model(self):
+        if 'model' not in self.__dict__: raise AttributeError('model')   # of a copy that is being made
+        return self.__dict__['model']
     @model.setter
     def model(self, m):
         "A compiled wrapper would rename the weights in every checkpoint"
@@ -230,8 +231,7 @@ class DenseLearner(Learner):
     @metrics.setter
     def metrics(self, metrics):
         "fastai's; there are no targets"
-        for m in L(metrics): _check_metric(m)
-        self._metrics = L(metrics).map(mk_metric)
+        self._metrics = L(metrics).map(_metric)
 
     def add_cbs(self, cbs):
         "fastai's, all or none"
