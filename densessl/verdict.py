@@ -92,7 +92,9 @@ class Gain(NamedTuple):
     @property
     def margin(self): return max(LEAST, math.hypot(self.seeds, self.images))
     @property
-    def sign(self): return 0 if abs(self.gain)<=self.margin else int(math.copysign(1, self.gain))
+    def sign(self):
+        if not abs(self.gain)>self.margin: return 0         # nor if the gain is NaN
+        return int(math.copysign(1, self.gain))
 
 def _t(degrees):
     "0.975 quantile of Student's t"

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['random_states', 'set_random_states', 'DamagedCheckpoint', 'write_checkpoint', 'read_header', 'read_checkpoint',
-           'without_stopping', 'writable_folder', 'data_identity', 'run_settings', 'compare_settings', 'numerics',
-           'other_digits', 'gather_state', 'restore_state', 'show_skipped', 'rest_of_epoch', 'RunStopped',
+           'without_stopping', 'writable_folder', 'one_process', 'data_identity', 'run_settings', 'compare_settings',
+           'numerics', 'other_digits', 'gather_state', 'restore_state', 'show_skipped', 'rest_of_epoch', 'RunStopped',
            'run_checkpoints', 'newest_checkpoint', 'check_data', 'SaveRun']
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #0cb2834b
 import hashlib, io, json, os, pickle, random, re, signal, threading, time, warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from importlib.metadata import version
@@ -157,6 +157,35 @@ def writable_folder(
     if not os.access(there, os.W_OK|os.X_OK):
         raise InputError(f'{str(there)!r} cannot be written to (no permission, or a file system that is read-only): choose another folder than {str(path)!r}')
     return path
+
+# %% ../../nbs/57_callback.checkpoint.ipynb #e4104286
+try: import fcntl
+except ImportError: fcntl = None   # Windows
+
+def _lock(handle):
+    "Lock an open folder; False if another process has it"
+    try: fcntl.flock(handle, fcntl.LOCK_EX|fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    except OSError: pass           # a file system without locks
+    return True
+
+@contextmanager
+def one_process(
+    folder,        # Of a run
+    patience=10.,  # Seconds to wait: workers of a process that was killed live on for a few
+):
+    "Only one process at a time inside, or an error; however a process ends, it is no longer inside"
+    if fcntl is None:
+        yield
+        return
+    handle, until = os.open(folder, os.O_RDONLY), time.monotonic()+patience
+    try:
+        while not _lock(handle):
+            if time.monotonic()>until:
+                raise InputError(f'another process is writing to {str(folder)!r}: wait until it has ended, or choose another folder')
+            time.sleep(.1)
+        yield
+    finally: os.close(handle)
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #c0d5ae68
 def _inner(dl): return vars(dl).get('dl', dl)    # a loader may be wrapped for many processes
@@ -358,6 +387,11 @@ class RunStopped(SystemExit):
     "The run was told to stop by a signal, and its state is saved; `code` is 128 plus the signal"
     def __init__(self, signum): super().__init__(128+signum); self.signum = signum
 
+def _to_hear():
+    "Signals that end a process, but for those that it was started to ignore, as by nohup or in the background of a script"
+    named = (getattr(signal, name, None) for name in ('SIGTERM', 'SIGINT', 'SIGHUP'))    # Windows has no SIGHUP
+    return [s for s in named if s is not None and signal.getsignal(s)!=signal.SIG_IGN]
+
 def _await_term(parent):
     "End this process when its parent, and no other, says so"
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid!=parent: pass
@@ -365,7 +399,8 @@ def _await_term(parent):
 
 def _shielded(wif):
     "A worker's start: signals to the whole group of processes are for the parent to answer"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for s in ('SIGINT', 'SIGHUP'):
+        if hasattr(signal, s): signal.signal(getattr(signal, s), signal.SIG_IGN)
     if hasattr(signal, 'sigwaitinfo'):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_await_term, args=(os.getppid(),), daemon=True).start()
@@ -447,6 +482,7 @@ class SaveRun(Callback):
         self.folder, self.minutes, self.every, self.keep, self.resume, self.more = writable_folder(folder), minutes, every, keep, resume, settings or {}
         self.command = command or f'the same fit with SaveRun({str(folder)!r}, resume=True)'
         self.stopped, self.pending, self.handlers, self.held, self.seconds = None, None, {}, False, []
+        self.lock = ExitStack()
 
     def before_fit(self):
         "Go on or begin, and listen for signals"
@@ -454,13 +490,18 @@ class SaveRun(Callback):
         if not self.run: return
         self.stopped, self.pending, self.first, self.began, self.rows = None, None, 0, time.time(), []
         self.mine = run_settings(self.learn) | json.loads(json.dumps(_flat(self.more), default=str))
-        path = _from_first(self._open)
-        if path is None: self._save(0, 0, must=True)
-        else: self._resume(path)
+        try:
+            path = _from_first(self._open)
+            if path is None: self._save(0, 0, must=True)
+            else: self._resume(path)
+        except BaseException:
+            self.lock.close()
+            raise
         self.learn._with_events = self._events
         for dl in self.dls.loaders: dl.wif = partial(_shielded, dl.wif)
         if threading.current_thread() is threading.main_thread():
-            self.pid, self.handlers = os.getpid(), {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+            self.pid = os.getpid()
+            self.handlers = {s: signal.signal(s, self._on_signal) for s in _to_hear()}
 
     def _open(self):
         "Path of the checkpoint to go on with, or None; an error if the folder is not for this run"
@@ -470,7 +511,8 @@ class SaveRun(Callback):
         if found and not self.resume: raise InputError(f'{str(d)!r} holds checkpoints already, the newest is {found[0].name}: go on with that run (resume=True) or choose another folder')
         try: d.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise InputError(f'{str(d)!r} cannot be made ({e.strerror}): choose another folder') from e
-        if not found and self.resume: print(f'nothing to go on with in {d}: starting at the beginning', flush=True)
+        self.lock.enter_context(one_process(d))
+        if not found and self.resume: print(f'no checkpoint in {d}: starting at the beginning', flush=True)
         if not found: return None
         self.loaded = newest_checkpoint(d)
         return str(self.loaded[0])
@@ -486,7 +528,7 @@ class SaveRun(Callback):
         if differ := other_digits(header['versions'], numerics()): warnings.warn(differ)
         if differ := compare_settings(header['loader'], _order_settings(_inner(self.dls.train))): warnings.warn(f'the order of the photographs depends on settings that have changed ({differ}): the rest of the epoch sees others, everything else goes on as it was')
         for p in self.folder.glob('step-*.run.part') if not _rank() else (): p.unlink()       # a write that was killed
-        if not _rank(): print(f'going on with {path}, {_place(header)}', flush=True)
+        if not _rank(): print(f'resuming {path}, {_place(header)}', flush=True)
         own = self._own(state['ranks'])
         restore_state(state, self.learn, self)
         if state['bad_files']: self.dls.bad_files.load_state_dict(state['bad_files'])
@@ -592,7 +634,8 @@ class SaveRun(Callback):
             signal.raise_signal(signum)
         else:
             self.stopped = signum
-            os.write(2, f'\n{signal.Signals(signum).name}: finishing the step and saving; once more interrupts at once\n'.encode())
+            said = f'\n{signal.Signals(signum).name}: finishing the step and saving; once more interrupts at once\n'
+            with suppress(OSError): os.write(2, said.encode())     # the terminal may be closed
 
     def _unlisten(self):
         for s,h in self.handlers.items():
@@ -602,6 +645,7 @@ class SaveRun(Callback):
     def _leave(self):
         self._hold(False)
         self._unlisten()
+        self.lock.close()
         for dl in self.dls.loaders:
             if getattr(dl.wif, 'func', None) is _shielded: dl.wif = dl.wif.args[0]
         for k in ('_with_events', 'one_batch'): vars(self.learn).pop(k, None)

@@ -167,6 +167,7 @@ def _remarks(
 class DenseScore(Callback):
     "Scores the product of the model before training, every few epochs and at the end, and keeps the best"
     order,run_valid = 66,False   # after the monitors, before checkpoints; validation is no training
+    own_line = True              # scores are printed below the line of the epoch
     def __init__(self,
         every:int=1,        # Epochs between two scorings
         labelled=None,      # (train, test) SegmentationData, or a folder that `labelled_data` reads: with nearest-neighbour mIoU
@@ -317,13 +318,17 @@ class DenseScore(Callback):
         self.epoch_losses = []
         if self.epoch==0 and self.done==(0,0): _from_first(self._score_start)
 
+    def after_loss(self):
+        "Remember the loss; a batch that is cancelled has none"
+        if not self.training: return
+        loss = self.learn.loss.detach()
+        if len(self.first_losses)<8 and self.done[1]<8: self.first_losses.append(loss)
+        self.epoch_losses.append(loss)
+
     def after_batch(self):
         "Count"
         if not self.training: return
         self.done = self.base[0]+self.epoch, self.base[1]+self.train_iter
-        loss = self.learn.loss.detach()
-        if len(self.first_losses)<8 and self.done[1]<=8: self.first_losses.append(loss)
-        self.epoch_losses.append(loss)
 
     def after_train(self):
         "An epoch was trained, not skipped"
@@ -442,12 +447,14 @@ class DenseScore(Callback):
     def state_dict(self):
         "Scores, rows, the best and what was trained, in plain Python"
         return dict(scores=[asdict(s) for s in self.scores], history=self.history, best=self.best, base=self.base, done=self.done,
-                    start_name=self.start_name, first_losses=[float(l) for l in self.first_losses])
+                    start_name=self.start_name, first_losses=list(map(float, self.first_losses)),
+                    epoch_losses=list(map(float, self.epoch_losses)))
 
     def load_state_dict(self, state):
         "Go on from there, inside a fit: each fit begins to count where the last one ended"
         self.scores,self.history,self.best,self.base,self.done = [Score(**s) for s in state['scores']],state['history'],state['best'],tuple(state['base']),tuple(state['done'])
-        self.start_name,self.first_losses = state.get('start_name', 'random start'),list(state.get('first_losses', []))
+        self.start_name = state.get('start_name', 'random start')
+        self.first_losses, self.epoch_losses = (list(state.get(k, [])) for k in ('first_losses', 'epoch_losses'))
 
     def plot(self,
         names=None,         # Scores to draw; default all
