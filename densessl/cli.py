@@ -383,7 +383,7 @@ def _record(job, arguments, learn):
 def _begin(job, arguments, learn, out):
     "Write the settings; of a run that is overwritten, what would be taken for this one is removed"
     shutil.rmtree(out/'checkpoints', ignore_errors=True)
-    for name in ('scores.json', 'report.html'): (out/name).unlink(missing_ok=True)
+    for name in ('scores.json', 'report.html', 'start.safetensors'): (out/name).unlink(missing_ok=True)
     _write_json(out/'settings.json', _record(job, arguments, learn))
 
 def _job(**arguments):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
-from fastcore.xml import (Body, Code, Details, Figcaption, Figure, H1, H2, Head, Html, Img, Li, Meta, P, Pre, Safe, Style,
-                          Summary, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml)
+from fastcore.xml import (Body, Code, Details, Figcaption, Figure, H1, H2, Head, Html, Img, Li, Meta, P, Pre, Safe,
+                          Style, Summary, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml)
 from .core import InputError
 from .evaluation import read_scores
 from .gauges import GAUGES
@@ -203,7 +203,8 @@ def run_report(
         H1(title), P(_data_line(settings)),
         *([P(verdict, cls=f'verdict {answer}'.strip())] if verdict else []), *map(P, notes),
         H2('Scores of the frozen features'), _score_table(final),
-        P('↑ higher is better, ↓ lower is better; ± is the standard deviation over random starts.'), _protocols(final),
+        P('↑ higher is better, ↓ lower is better; ± is the standard deviation over random starts.'),
+        _protocols(final),
         *([H2('How to load the backbone'), Pre(Code('\n'.join(load)))] if load else []),
         H2('Pictures'), *pictures,
         H2('Curves'),

@@ -267,14 +267,16 @@ class Progress(ProgressCallback):
         batch = self.batch if epochs_done==self.epoch else 0
         left = seconds_left(epochs_done, self.n_epoch, batch, self.n_batches, step, epoch_end)
         pace = (self.dls.bs or 1)*max(1, num_distrib())/step
-        texts |= dict(speed=f'{pace:.0f} img/s' if pace>=10 else f'{pace:.2g} img/s', waiting=f'data {100*self.times.waiting:.0f} %')
+        texts['speed'] = f'{pace:.0f} img/s' if pace>=10 else f'{pace:.2g} img/s'
+        texts['waiting'] = f'data {100*self.times.waiting:.0f} %'
         if epochs_done<self.n_epoch: texts['left'] = f'{format_time(left)} left'
         return texts
 
     def log_epoch(self, log):
         "fastai's row of numbers as one line"
         now = self.rates(self.epoch+1)
-        numbers = [words+now[k] for k,words in dict(speed='', waiting='waiting for ', memory='memory ', left='').items() if k in now]
+        words = dict(speed='', waiting='waiting for ', memory='memory ', left='')
+        numbers = [before+now[k] for k,before in words.items() if k in now]
         width = _columns() if self.line is not None else None
         values = dict(zip(self.recorder.metric_names, log))
         for cb in self.learn.cbs:                     # one that prints its scores on a line of its own
