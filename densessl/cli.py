@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENOUGH_STEPS', 'FEW_PHOTOGRAPHS', 'SCORES', 'run_folder', 'parse_kwargs', 'scene_data', 'suited_batch', 'photo_data',
-           'change_settings', 'outline', 'fit_local_views', 'Forecast', 'absolute_paths', 'check_places', 'note_places',
-           'resumed', 'pretrain']
+           'change_settings', 'outline', 'fit_local_views', 'read_batch', 'try_step', 'absolute_paths', 'check_places',
+           'note_places', 'resumed', 'pretrain']
 
 # %% ../nbs/70_cli.ipynb #f40de7d7
 import warnings
@@ -17,6 +17,7 @@ warnings.filterwarnings('ignore', message='Your generator is empty')           #
 # %% ../nbs/70_cli.ipynb #aa98342a
 import ast, csv, inspect, json, math, os, re, shlex, shutil, sys, time
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,6 @@ from types import SimpleNamespace
 import timm
 import torch
 from safetensors import SafetensorError
-from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
 
 from . import __version__
@@ -34,7 +34,10 @@ from .data import find_images, image_dls, scene_dls
 from .shards import is_shards, shard_dls, shard_list
 from .labelled import SegmentationData, labelled_data, labelled_options
 from .evaluation import MIOU, scores_table, write_scores
-from .callback.checkpoint import SaveRun, check_data, one_process, run_checkpoints
+from .augment import make_views
+from densessl.callback.checkpoint import (SaveRun, check_data, one_process, random_states, run_checkpoints,
+    set_random_states)
+from .callback.guard import is_out_of_memory, memory_advice
 from .callback.progress import lasting_output, memory_in_use
 from .callback.score import DenseScore, kept_photographs
 from .report import open_backbone
@@ -212,6 +215,55 @@ def _open(job, m):
     other = open_backbone(job.baseline, job.config.img_size) if job.baseline else None
     return learn, pair, photos, other
 
+# %% ../nbs/70_cli.ipynb #5a1c0f3e
+def read_batch(
+    dl,       # Loader of canvases
+    n:int=4,  # Items that are read, again and again
+)->tuple:     # Canvases and sizes of a batch; seconds that reading all of it would take its processes
+    "A batch of the first photographs, without a draw from the loader"
+    n, began = min(n, len(dl.dataset)), time.perf_counter()
+    items = [dl.dataset[i] for i in range(n)]
+    seconds = (time.perf_counter()-began)/n*dl.bs/max(1, dl.num_workers)
+    canvas, hw = (torch.stack([torch.as_tensor(items[i%n][k]) for i in range(dl.bs)]) for k in (0, 1))
+    return canvas, hw, seconds
+
+def try_step(
+    learn,            # Learner that has not begun
+    bf16:bool=False,  # Forward pass in bfloat16
+)->tuple:             # Seconds of a step; memory in use, in words
+    "A step as it will be, but for the optimiser's part, on a copy: learner and random states stay as they are"
+    dls, states = learn.dls, random_states()
+    device = dls.device
+    model, loss_func = (deepcopy(o).to(device).train() for o in (learn.model, learn.loss_func))
+    try:
+        canvas, hw, reading = read_batch(dls.train)
+        for _ in range(2):          # the first also warms up
+            began = time.perf_counter()
+            views = make_views(dls.recipe, canvas.to(device), hw)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16): loss = loss_func(model(views))
+            memory = memory_in_use(device)
+            loss.backward()
+            if device.type=='cuda': torch.cuda.synchronize(device)
+            computing = time.perf_counter()-began
+    except Exception as e:
+        if not is_out_of_memory(e): raise
+        c = learn.model.config
+        raise InputError(f'{device} is out of memory: {memory_advice(dls.bs, c.img_size, c.n_local, half=bf16)}') from None
+    finally: set_random_states(states)
+    return max(computing, reading) if dls.train.num_workers else computing+reading, memory
+
+# %% ../nbs/70_cli.ipynb #6b2d1a4f
+def _duration(seconds):
+    "In the unit that suits"
+    for unit,size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
+        if seconds>=2*size: return f'{seconds/size:.0f} {unit}'
+    return f'{seconds:.0f} seconds'
+
+def _expected(learn, steps, bf16):
+    "What the run will take"
+    seconds, memory = try_step(learn, bf16)
+    return f'expected: about {_duration(seconds*steps)} and the scoring, {seconds:.2g} s a step; {memory} of memory'
+
 def _counted(n, what): return f'{n:,} {what}' + ('' if n==1 else 's')
 
 def _opening(job, learn):
@@ -226,36 +278,14 @@ def _opening(job, learn):
         f'{job.images:,} {what}, {_counted(job.steps, "step")} an epoch in batches of {job.bs}, '
         f'{_counted(job.epochs, "epoch")}: {_counted(total, "step")}',
         f'{apart}views of {sizes} px, on {dls.device} in {"bfloat16" if job.bf16 else "float32"}',
-        *job.notes]
+        *job.notes,
+        _expected(learn, total, job.bf16)]
     if total<ENOUGH_STEPS:
         enough = math.ceil(ENOUGH_STEPS/max(1, job.steps))
         lines.append(f'short: below some {ENOUGH_STEPS} steps features hardly change (--epochs {enough})')
-    if total>=Forecast.last+Forecast.least: lines.append(f'after {Forecast.last} steps it says how long the run takes')
     if not drawn and job.images<FEW_PHOTOGRAPHS and not job.init:
         lines.append('few photographs: published weights are the better start (--pretrained or --init)')
     return lines
-
-class Forecast(Callback):
-    "After the first steps says how long the run takes and what memory it needs; changes nothing"
-    order,run_valid = 2000,False
-    first,last = 2,5                # steps between which the clock runs: the first ones also warm up
-    least = 20                      # steps to go, below which it says nothing
-    def before_fit(self): self.count = 0
-    def after_batch(self):
-        self.count += 1
-        left = self.n_epoch*self.n_iter - self.train_iter
-        if rank_distrib() or left<self.least: return
-        if self.count==self.first: self.began = time.monotonic()
-        if self.count!=self.last: return
-        second = (time.monotonic()-self.began)/(self.last-self.first)
-        line = f'{second:.2g} s a step: about {_duration(second*left)} to go, and the scoring; {memory_in_use(self.dls.device)} of memory'
-        print(f'\r{line:<79}' if sys.stdout.isatty() else line, flush=True)
-
-def _duration(seconds):
-    "In the unit that suits"
-    for unit,size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
-        if seconds>=2*size: return f'{seconds/size:.0f} {unit}'
-    return f'{seconds:.0f} seconds'
 
 # %% ../nbs/70_cli.ipynb #8c107f5f
 SCORES = (*MIOU, 'correspondence')   # what the table at the end shows; gauges are in scores_by_epoch.json
@@ -364,7 +394,7 @@ def _train(job, learn, pair, other, out, say):
     dls, first = learn.dls, not rank_distrib()
     score = DenseScore(job.score_every or job.epochs, pair, out=out, linear=pair is not None, say=False)
     save = SaveRun(out/'checkpoints', minutes=job.save_minutes, resume=job.resume, settings=dict(seed=job.seed), command=_again(job, out))
-    learn.add_cbs([score, save, Forecast()])
+    learn.add_cbs([score, save])
     others = []
     if other and first:
         others = [s for s in score.judge(other[0].to(dls.device), job.baseline, **other[1]) if s.probe in SCORES]
