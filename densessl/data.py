@@ -383,6 +383,8 @@ def _is_image(name): return name.lower().endswith(IMAGE_SUFFIXES)
 _COPY_SUFFIX  = re.compile(r'\.(jpe?g|png|webp|tiff?)([~!_@?&:][^.]*|\.\d+)$')          # as a.jpg_large, a.jpg~, a.jpg.1
 _IMAGE_STARTS = re.compile(rb'\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|RIFF....WEBP', re.S)
 
+_RUN_PICTURES = {'curves.png', 'picture.png', 'similarity.png'}   # that densessl_pretrain writes beside settings.json
+
 class _Walk:
     "What is in a folder and in all the folders in it"
     def __init__(self, folder):
@@ -400,8 +402,11 @@ class _Walk:
             dirs[:] = sorted(o for o in dirs if not is_private(o, inside))
             images = sorted(o for o in names if _is_image(o))
             shown = [o for o in images if not o.startswith('.')]
+            if 'settings.json' in names:   # of a run that writes into the folder of its photographs
+                self.private['pictures of runs'] += len(_RUN_PICTURES.intersection(shown))
+                shown = [o for o in shown if o not in _RUN_PICTURES]
             if shown: self.names[Path(d).relative_to(folder).parts] = shown
-            self.private['hidden files'] += len(images)-len(shown)
+            self.private['hidden files'] += sum(o.startswith('.') for o in images)
             if len(images)<len(names): self.other.update(filter(None, map(self.suffix, names)))
             self.bare(d, [o for o in names if '.' not in o])
         self.private = +self.private

@@ -107,6 +107,7 @@ BAD = {                                          # name -> command line, words i
     'out inside a file':   (['photos', *TINY, '--out', 'notes/a.txt/run'], ['notes/a.txt', 'is a file']),
     'out cannot be made':  (['photos', *TINY, '--out', '/proc/densessl'], ['/proc/densessl', 'cannot be']),
     'two starts':          (['photos', *TINY, '--init', 'x', '--pretrained'], ['--pretrained', '--init x']),
+    'out is the input':    (['photos', *TINY, '--out', 'photos/../photos', '--overwrite'], ['is the folder of the photographs']),
     'resume nothing':      (['photos', *TINY, '--resume'], ['--out']),
     'resume a stranger':   (['photos', *TINY, '--resume', '--out', 'full'], ['full', 'settings.json']),
 }
@@ -202,11 +203,11 @@ def test_stopped_and_resumed(home):
     r = run(home, MANY, input=json.dumps([[*resume, '--lr', '0.5'], resume, [*resume, '--epochs', '20']]))
     other, resumed, complete = json.loads(r.stdout.splitlines()[-1])
     assert other[0]==1 and 'lr was None, now 0.5' in other[2], other
-    assert resumed[0]==0 and 'going on with' in resumed[1] and (home/'stopped'/'backbone.safetensors').exists(), resumed
+    assert resumed[0]==0 and 'resuming' in resumed[1] and (home/'stopped'/'backbone.safetensors').exists(), resumed
     assert complete[0]==1 and 'complete' in complete[2] and '--init stopped/backbone.safetensors' in complete[2], complete
 
 
-def test_two_processes_stopped_and_gone_on_with(home):
+def test_two_processes_stopped_and_resumed(home):
     def start(script, *args):
         (home/'script.py').write_text(script)
         env = {k: v for k,v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')} | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore')
@@ -216,7 +217,7 @@ def test_two_processes_stopped_and_gone_on_with(home):
     assert r.returncode and '3 steps an epoch' in r.stdout and 'stopped; the state' in r.stdout, r.stdout+r.stderr
     assert not (home/'pair'/'backbone.safetensors').exists()
     r = start(SCRIPT, '--resume', '--out', 'pair')
-    assert r.returncode==0 and r.stdout.count('written to pair')==1 and r.stdout.count('going on with')==1, r.stdout+r.stderr
+    assert r.returncode==0 and r.stdout.count('written to pair')==1 and r.stdout.count('resuming')==1, r.stdout+r.stderr
     assert {p.name for p in (home/'pair').iterdir()} >= {'backbone.safetensors', 'best.safetensors', 'history.csv', 'scores.json', 'picture.png', 'settings.json'}
 
 

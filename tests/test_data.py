@@ -485,3 +485,13 @@ def test_pillow_keeps_its_limit_when_threads_read(tmp_path):
     before, files = Image.MAX_IMAGE_PIXELS, sorted(tmp_path.glob('*.png'))*40
     with ThreadPoolExecutor(16) as pool: list(pool.map(lambda p: (read_photo(p), read_mask(p)), files))
     assert Image.MAX_IMAGE_PIXELS == before
+
+
+def test_a_run_inside_the_folder_of_its_photographs(tmp_path):
+    "Its pictures are no photographs; files of the same names elsewhere are"
+    for name in ('a.jpg', 'mine/picture.png', 'runs/flsl-1/picture.png', 'runs/flsl-1/curves.png', 'runs/flsl-1/b.jpg'):
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8)).save(tmp_path/name)
+    (tmp_path/'runs/flsl-1/settings.json').write_text('{}')
+    with pytest.warns(UserWarning, match='2 images .*pictures of runs'): found = find_images(tmp_path)
+    assert [str(p.relative_to(tmp_path)) for p in found]==['a.jpg', 'mine/picture.png', 'runs/flsl-1/b.jpg']
