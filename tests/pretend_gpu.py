@@ -89,6 +89,8 @@ class _Functions(TorchFunctionMode):
         kwargs, name = dict(kwargs or {}), getattr(func, '__name__', '')
         if func in FACTORIES and _is_gpu(kwargs.get('device')):
             return func(*args, **(kwargs | dict(device='cpu'))).to(GPU)
+        if func is torch.Tensor.new_tensor and isinstance(args[0], OnGPU):
+            return torch.tensor(*args[1:], **dict(dtype=args[0].dtype)|kwargs).to(GPU)
         if func in (torch.Tensor.cuda, torch.Tensor.cpu): return self.to(args[0], name)
         if func is torch.Tensor.to: return self.to(*args, **kwargs)
         if func is torch.Tensor.pin_memory: return args[0]
