@@ -283,12 +283,18 @@ def _counted(parts):
 def _spread(pairs, limit): return pairs if limit is None or len(pairs)<=limit else tuple(pairs[i*len(pairs)//limit] for i in range(limit))
 
 def _count_labels(pairs, read):
-    "Label -> how many pixels have it"
+    "For each mask: label -> how many pixels have it"
     count = lambda p: dict(zip(*(o.tolist() for o in np.unique(read(p[1]), return_counts=True))))
-    total = Counter()
-    with ThreadPoolExecutor() as pool:
-        for c in pool.map(count, pairs): total.update(c)
-    return dict(total)
+    with ThreadPoolExecutor() as pool: return [*pool.map(count, pairs)]
+
+def _refuse_objects(counts):
+    "An error if each mask numbers its objects from 1 on"
+    tops = {max(c) for c in counts}
+    gapless = all({*c} | {0}=={*range(max(c)+1)} for c in counts)
+    if gapless and len(tops)>2 and max(tops)>7:
+        raise InputError(f'each mask holds all numbers from 1 to its own last one, {min(tops)} to {max(tops)}, as if they '
+                         f'counted objects: {option("threshold=1")} to tell objects from the rest, or '
+                         f'{option(f"n_classes={max(tops)+1}")} if they are classes')
 
 def _mask_size(mask):
     if isinstance(mask, Instances): return tuple(mask.hw)
@@ -343,7 +349,9 @@ def _meaning(root, layout, found, parts, read, n_classes, ignore_index, named):
                              f'{option("layout=folder")}')
         ignored = {l: None for l in several(ignore_index) if l!='none'}
         return found.table | ignored, found.classes, f'those of {layout}' + (f', {", ".join(map(str, ignored))} left out' if ignored else '')
-    counts = _count_labels([p for v in parts.values() for p in v], read)
+    each = _count_labels([p for v in parts.values() for p in v], read)
+    counts = dict(sum(map(Counter, each), Counter()))
+    if n_classes is None and not found.lists: _refuse_objects(each)
     if not named and max(counts)==150 and n_classes is None and not found.lists and (root/'annotations/training').is_dir():
         raise InputError(f'{root} has the folders of ADE20K and labels up to 150, but none of its lists: '
                          f'{option("layout=ade20k")} if label 0 is no class, or layout=folder')
