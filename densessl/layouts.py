@@ -92,7 +92,7 @@ _PART = {w: k for k,v in PARTS.items() for w in v.split()}
 _FILL = set('dir folder ground set sets data dataset split part'.split())
 _COPIES = set('color colors colour colours colormap colormaps colored rgb visualization viz vis overlay overlays human'.split())
 _MASK_ENDS = ('masks?|labels?|lbl|label(train)?ids|train_?ids?|(label)?color|gt|gtfine|gtcoarse|segs?|segmentations?|'
-              'annotations?|annot|anno|semantic|truth|manual1?|l|m')
+              'annotations?|annot|anno|semantic|truth|manual1?|l|m|jpe?g|png|tiff?|bmp')
 _PHOTO_ENDS = 'images?|img|photo|rgb|rgb_anon|sat|leftimg8bit|orig|original|training|test|0000'
 
 def part_of(
@@ -417,7 +417,6 @@ def voc(root, **kw):
 
 def divided_mask(
     path,              # Image file
-    hw=None,           # Size of the photograph, not needed
     divisor:int=1000,  # Labels from here on are class*divisor + instance
 ):                     # Classes, integer array (h,w)
     "A mask that counts instances within each class"
@@ -462,7 +461,8 @@ def _is_coco(file, kind):
 def _photo_folder(root, f, part, images):
     "Where the photographs of a JSON file are"
     options = [*((root/'images'/part, root/part) if part else ()), root/'images', f.parent, root]
-    return next((d for d in options if d.is_dir() and (not images or (d/images[0]['file_name']).is_file())), root/'images')
+    is_there = lambda d: d.is_dir() and (not images or (d/images[0]['file_name']).is_file())
+    return next((d for d in options if is_there(d)), root/'images')
 
 def _photo(folder, name):
     "The photograph of a name; one that begins with the folders of another machine is looked for by its last part"
@@ -480,6 +480,30 @@ def _panoptic_mask(f, image, own):
 def _instance_mask(f, image, own):
     return Instances(f'{f.name}, {image["file_name"]}', (image['height'], image['width']), tuple(own))
 
+def _read_coco(root, f, kind, names, splits):
+    "Adds the categories and the images of a file"
+    d = json.loads(read_text(f))
+    for c in d['categories']:
+        if names.setdefault(c['id'], c['name'])!=c['name']:
+            raise InputError(f'{f} calls the category {c["id"]} {c["name"]!r}, another file {names[c["id"]]!r}: the '
+                             f'parts must have the same categories')
+    word = f.stem.removeprefix(kind).strip('_')
+    part = next((w for w in (word, f.parent.name) if part_of(w)), word if f.stem.startswith(kind) else '')
+    folder, of = _photo_folder(root, f, part, d['images']), {}
+    for a in d['annotations']: of.setdefault(a['image_id'], []).append(a)
+    for im in d['images']:
+        mask = _panoptic_mask if kind=='panoptic' else _instance_mask
+        pair = _photo(folder, im['file_name']), mask(f, im, of.get(im['id'], []))
+        splits.setdefault(part or im.get('split', 'all'), []).append(pair)
+
+def _without_lost(splits):
+    "Those whose photograph is there, and what to say of the others"
+    there = {k: tuple(o for o in v if o[0].is_file()) for k,v in splits.items()}
+    lost = [p for k,v in splits.items() for p,_ in v if not p.is_file()]
+    if lost and not any(there.values()): raise InputError(f'{lost[0]} is not there, and no other listed photograph is')
+    notes = [f'{len(lost)} listed photographs that are not there are left out ({_some(p.name for p in lost)})'] if lost else []
+    return {k: v for k,v in there.items() if v}, notes
+
 def coco(
     root,
     kind:str,   # 'panoptic' or 'instances'
@@ -488,35 +512,32 @@ def coco(
     "COCO's annotations"
     files = _json_files(root, kind)
     if not files: return
-    splits, names, where = {}, {}, _panoptic_mask if kind=='panoptic' else _instance_mask
+    splits, names = {}, {}
     for f in files:
-        try:
-            d = json.loads(read_text(f))
-            new = {c['id']: c['name'] for c in d['categories']}
-            if differ := [i for i in new if names.get(i, new[i])!=new[i]]:
-                raise InputError(f'{f} calls the category {differ[0]} {new[differ[0]]!r}, another file '
-                                 f'{names[differ[0]]!r}: the parts must have the same categories')
-            names |= new
-            part = next((w for w in (f.stem.removeprefix(kind).strip('_'), f.parent.name) if part_of(w)), f.stem.removeprefix(kind).strip('_') if f.stem.startswith(kind) else '')
-            folder, of = _photo_folder(root, f, part, d['images']), {}
-            for a in d['annotations']: of.setdefault(a['image_id'], []).append(a)
-            for im in d['images']: splits.setdefault(part or im.get('split', 'all'), []).append((_photo(folder, im['file_name']), where(f, im, of.get(im['id'], []))))
+        try: _read_coco(root, f, kind, names, splits)
         except InputError: raise
         except ValueError as e: raise InputError(f'cannot read {f}: {e}') from None
-        except (KeyError, TypeError) as e: raise InputError(f'{f} is no COCO {kind} file: {e!r}') from None
-    ids, things = sorted(names), kind=='instances'
-    if things and not any(a.get('segmentation') for v in splits.values() for _,m in v for a in m.annotations):
-        raise InputError(f'{files[0]} holds boxes without outlines: boxes are not scored here, a mask for each '
-                         f'photograph is needed')
+        except (KeyError, TypeError, AttributeError) as e:
+            raise InputError(f'{f} is no COCO {kind} file: {e!r}') from None
     for part,pairs in splits.items():
         if twice := [p for p,n in Counter(p for p,_ in pairs).items() if n>1]:
             raise InputError(f'{twice[0]} is listed twice for the part {part} in {", ".join(f.name for f in files)}: list '
                              f'each photograph once')
-    ground = {c for c in ids if things and names[c].lower().strip('_') in ('background', 'bg')}
-    ids = [c for c in ids if c not in ground]
-    table = {BACKGROUND: 0 if things else None} | {c: 0 for c in ground} | {c: i+things for i,c in enumerate(ids)}
-    notes = ('what is in no instance is the class background',) if things else ()
-    return Found({k: tuple(v) for k,v in splits.items()}, table, ('background',)*things + tuple(names[c] for c in ids), read_instances if things else read_panoptic, notes=notes)
+    splits, notes = _without_lost(splits)
+    ids = sorted(names)
+    if kind=='panoptic':
+        table = {BACKGROUND: None} | {c: i for i,c in enumerate(ids)}
+        return Found(splits, table, tuple(names[c] for c in ids), read_panoptic, notes=tuple(notes))
+    outlined = [bool(a.get('segmentation')) for v in splits.values() for _,m in v for a in m.annotations]
+    if not any(outlined):
+        raise InputError(f'{files[0]} holds boxes without outlines: boxes are not scored here, a mask for each '
+                         f'photograph is needed')
+    ground = {c for c in ids if names[c].lower().strip('_') in ('background', 'bg')}
+    things = [c for c in ids if c not in ground]
+    table = {BACKGROUND: 0} | {c: 0 for c in ground} | {c: i+1 for i,c in enumerate(things)}
+    notes.append('what is in no instance is the class background')
+    if bare := outlined.count(False): notes.append(f'{bare} of {len(outlined)} instances have no outline and are not drawn')
+    return Found(splits, table, ('background', *(names[c] for c in things)), read_instances, notes=tuple(notes))
 
 # %% ../nbs/26_layouts.ipynb #a085b613
 _YOLO = re.compile(r'\s*\d+(\s+[-+.\deE]+){4,}\s*')

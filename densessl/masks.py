@@ -114,7 +114,6 @@ def _values(im, path, by_color):
 
 def read_mask(
     path,                # Image file
-    hw=None,             # Size of the photograph, not needed
     threshold:int=None,  # Grey values from here on become 1, the others 0; default as they are
     palette:str='index', # What counts in a palette file, 'index' or 'color'
 ):                       # Labels, integer array (h,w); colors as `color_label` makes them
