@@ -448,17 +448,14 @@ def _is_image(name): return name.lower().endswith(IMAGE_SUFFIXES)
 _COPY_SUFFIX  = re.compile(r'\.(jpe?g|png|webp|tiff?)([~!_@?&:][^.]*|\.\d+)$')   # as a.jpg_large, a.jpg~, a.jpg.1
 _IMAGE_STARTS = re.compile(rb'\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|RIFF....WEBP', re.S)
 
+_RUN_PICTURES = {'curves.png', 'picture.png', 'similarity.png'}   # that densessl_pretrain writes beside settings.json
+
 def _unread_suffix(name):
     "The suffix of a file that is not read here, though it may hold what people take for photographs; or None"
     name = name.lower()
     if name.startswith('.'): return None
     if _COPY_SUFFIX.search(name): return 'copysuffix'
     return next((o for o in (name[-7:], os.path.splitext(name)[1]) if o in _NOT_READ), None)
-
-def _is_run(dirs, names):
-    "Whether `densessl_pretrain` writes its results to a folder of these folders and files"
-    if 'settings.json' not in names: return False
-    return 'checkpoints' in dirs or 'start.safetensors' in names or 'backbone.safetensors' in names
 
 class _Walk:
     "What is in a folder and in all the folders in it"
@@ -472,17 +469,16 @@ class _Walk:
                 continue
             seen.add(real)
             inside = os.path.basename(real)
-            if _is_run(dirs, names):
-                self.private[f'the run {inside}'] += self.images_in(d)
-                dirs.clear()
-                continue
             self.n += len(names)
             for o in (o for o in dirs if is_private(o, inside)): self.private[o] += self.images_in(os.path.join(d, o))
             dirs[:] = sorted(o for o in dirs if not is_private(o, inside))
             images = sorted(o for o in names if _is_image(o))
             shown = [o for o in images if not o.startswith('.')]
+            if 'settings.json' in names:   # of a run that writes into the folder of its photographs
+                self.private['pictures of runs'] += len(_RUN_PICTURES.intersection(shown))
+                shown = [o for o in shown if o not in _RUN_PICTURES]
             if shown: self.names[Path(d).relative_to(folder).parts] = shown
-            self.private['hidden files'] += len(images)-len(shown)
+            self.private['hidden files'] += sum(o.startswith('.') for o in images)
             if len(images)<len(names): self.other.update(filter(None, map(_unread_suffix, names)))
             self.bare(d, [o for o in names if '.' not in o])
         self.private = +self.private

@@ -488,6 +488,16 @@ def test_pillow_keeps_its_limit_when_threads_read(tmp_path):
     assert Image.MAX_IMAGE_PIXELS == before
 
 
+def test_a_run_inside_the_folder_of_its_photographs(tmp_path):
+    "Its pictures are no photographs; files of the same names elsewhere are"
+    for name in ('a.jpg', 'mine/picture.png', 'runs/flsl-1/picture.png', 'runs/flsl-1/curves.png', 'runs/flsl-1/b.jpg'):
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8)).save(tmp_path/name)
+    (tmp_path/'runs/flsl-1/settings.json').write_text('{}')
+    with pytest.warns(UserWarning, match='2 images .*pictures of runs'): found = find_images(tmp_path)
+    assert [str(p.relative_to(tmp_path)) for p in found]==['a.jpg', 'mine/picture.png', 'runs/flsl-1/b.jpg']
+
+
 # ---- what Pillow reads wrongly or not at all
 
 def tiff(path, a, photometric, extra=(), planar=1):
@@ -589,16 +599,6 @@ def test_pairs_of_public_sets(tmp_path, photos, maps):
     many(tmp_path, (photos, photo), (maps, depth_map))
     names, said = listed(tmp_path)
     assert names == [photos.format(i) for i in range(6)] and '6 masks or depth maps' in said
-
-
-def test_results_of_runs_are_left_out(tmp_path):
-    "densessl_pretrain . writes its pictures into the folder of photographs: the next run does not train on them"
-    many(tmp_path, ('{}.jpg', photo), ('runs/flsl-1/picture{}.png', photo), ('cut/short/similarity{}.png', photo))
-    for o in ('runs/flsl-1/settings.json', 'runs/flsl-1/backbone.safetensors', 'cut/short/settings.json', 'cut/short/checkpoints/1'):
-        (tmp_path/o).parent.mkdir(exist_ok=True)
-        (tmp_path/o).write_text('{}')
-    names, said = listed(tmp_path)
-    assert names == [f'{i}.jpg' for i in range(6)] and '12 images in hidden folders' in said and 'the run flsl-1' in said
 
 
 def surveyed(folder):
