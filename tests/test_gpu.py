@@ -6,19 +6,24 @@ import copy
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
 from fastai.callback.core import Callback
 from torch.testing import assert_close
 
+from densessl.callback.guard import _from_first
 from densessl.callback.score import DenseScore
 from densessl.core import InputError
 from densessl.data import scene_dls
@@ -179,6 +184,25 @@ def test_views_on_the_device(method):
     with pretend_gpu(): assert (res := check.views_beside_cpu(method, torch.device('cuda')))['ok'], res
 
 
+# ---- several processes
+
+def wait_for_the_first(rank, init, out):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=init, rank=rank, world_size=2, timeout=timedelta(seconds=1))
+    value = _from_first(lambda: time.sleep(2.5) or 'scores')
+    (out/str(rank)).write_text(value)
+    os._exit(0)
+
+@pytest.mark.skipif(sys.platform!='linux' or not dist.is_gloo_available(), reason='forks, with gloo')
+def test_the_others_wait_for_a_long_scoring(tmp_path):
+    "Longer than the time limit of their group, which is ten minutes with nccl"
+    context = multiprocessing.get_context('fork')
+    ps = [context.Process(target=wait_for_the_first, args=(r, f'file://{tmp_path/"meet"}', tmp_path)) for r in range(2)]
+    for p in ps: p.start()
+    for p in ps: p.join(60)
+    assert [(tmp_path/str(r)).read_text() for r in range(2)]==['scores']*2
+
+
 # ---- compiled
 
 def parts_of(method, **kwargs):
@@ -286,7 +310,7 @@ def test_a_failed_check_is_told(tmp_path, capsys):
 def test_arms_share_the_clock():
     "The schedules end when the seconds do, and what is scored half-way does not count"
     seen = []
-    clock = check.ByTheClock(.6, lambda: (seen.append(clock.trained), __import__('time').sleep(1.)))
+    clock = check.ByTheClock(.6, lambda: (seen.append(clock.trained), time.sleep(1.)))
     class Look(Callback):
         order = 70
         def before_batch(self): self.rates.append(self.learn.pct_train)
