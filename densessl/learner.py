@@ -7,17 +7,18 @@ __all__ = ['methods', 'Schedules', 'AutocastBF16', 'autocast_depth', 'precision_
            'DenseLearner', 'flsl_learner', 'clove_learner', 'dino_learner', 'dense_picture', 'similarity_picture']
 
 # %% ../nbs/56_learner.ipynb #4684c731
-import warnings
+import math, warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
-from fastai.learner import Learner, Recorder
+from fastai.learner import AvgMetric, Learner, Recorder, mk_metric
 from fastai.torch_core import get_model, num_distrib
 from fastcore.basics import PrettyString, patch
 from fastcore.foundation import L
@@ -79,7 +80,7 @@ class Schedules(Callback):
         "Give back the learning rate, for the next fit, and the curves, for `learn.recorder.plot_sched()`"
         self.opt.set_hyper('lr', self.base)
         rows = self.history[self.began:]
-        if rows: self.learn.recorder.hps = {k: [r[k] for r in rows] for k in rows[0]}
+        if rows and hasattr(self.learn, 'recorder'): self.learn.recorder.hps = {k: [r[k] for r in rows] for k in rows[0]}
 
     def state_dict(self):
         "What was set so far, for a checkpoint; the schedules themselves have no state"
@@ -96,11 +97,12 @@ class AutocastBF16(Callback):
     order,context,plain = 10,None,()   # where fastai has its mixed precision
     def before_fit(self):
         "Plain attention on a CPU"
-        self.plain = [m for m in self.learn.model.modules() if getattr(m, 'fused_attn', False)] if self.dls.device.type=='cpu' else []
+        self.kind = torch.device(self.dls.device).type
+        self.plain = [m for m in self.learn.model.modules() if getattr(m, 'fused_attn', False)] if self.kind=='cpu' else []
     def before_batch(self):
         "Enter autocast"
         for m in self.plain: m.fused_attn = False
-        self.context = torch.autocast(self.dls.device.type, dtype=torch.bfloat16)
+        self.context = torch.autocast(self.kind, dtype=torch.bfloat16)
         self.context.__enter__()
     def after_loss(self):
         "Leave it before the backward pass"
@@ -189,25 +191,33 @@ class ViewRecorder(Recorder):
 
     def plot_loss(self, skip_start=5, with_valid=None, **kwargs):
         "fastai's curve; with a validation loss where there is one"
-        if with_valid is None: with_valid = 'valid_loss' in self.metric_names
-        return super().plot_loss(skip_start, with_valid, **kwargs)
+        there = 'valid_loss' in self.metric_names
+        return super().plot_loss(skip_start, there if with_valid is None else there and with_valid, **kwargs)
 
 # %% ../nbs/56_learner.ipynb #63a15dfd
+_FEATURES = ('a pretraining learner has no predictions: extract(learn.model.product, photos) '
+             'gives the features of photographs')
+_FLOAT32 = 'the losses need weights in float32: use learn.to_fp16() or learn.to_bf16()'
 _INSTEAD = dict(
-    get_preds='a pretraining learner has no predictions: extract(learn.model.product, photos) gives the features of photographs',
-    predict='a pretraining learner has no predictions: extract(learn.model.product, photos) gives the features of photographs',
+    get_preds=_FEATURES, predict=_FEATURES, FetchPredsCallback=_FEATURES, GatherPredsCallback=_FEATURES,
     tta='a pretraining learner has no predictions: learn.dense_report() says how good its features are',
-    show_results='there are no targets to compare with: learn.show_views() shows what the network sees and learn.show_modes() what its tokens know',
-    export='a pickled learner is of no use without labels: export_backbone(learn, "backbone.safetensors") writes the network, learn.save(name) the weights, SaveRun a run to resume',
-    fine_tune='there is no new head on a trained body: learn.freeze(); learn.fit(1); learn.unfreeze(); learn.fit(n) trains the heads first',
-    MixHandler='it mixes labels, and there are none: colours and crops are in the settings (augment, scale)',
-    ReduceLROnPlateau='the schedules set the learning rate before every step: stop with EarlyStoppingCallback and fit again with a lower lr',
-    ShowGraphCallback="it takes the table's second column for the validation loss: learn.recorder.plot_loss() after the fit, DenseScore(...).plot() for scores",
+    show_results='there are no targets to compare with: learn.show_views() shows what the network sees '
+        'and learn.show_modes() what its tokens know',
+    export='a pickled learner is of no use without labels: export_backbone(learn, "backbone.safetensors") writes '
+        'the network, learn.save(name) the weights, SaveRun a run to resume',
+    fine_tune='there is no new head on a trained body: learn.freeze(); learn.fit(1); learn.unfreeze(); learn.fit(n) '
+        'trains the heads first',
+    loss_func='the loss is that of the method: leave it out, its terms are in the settings (config)',
+    splitter='weights with and without decay are the groups of parameters: leave it out',
+    MixHandler='it mixes labels, and there are none: colors and crops are in the settings (augment, scale)',
+    ReduceLROnPlateau='the schedules set the learning rate before every step: stop with EarlyStoppingCallback '
+        'and fit again with a lower lr',
+    ShowGraphCallback="it takes the table's second column for the validation loss: learn.recorder.plot_loss() "
+        'after the fit, DenseScore(...).plot() for scores',
     BnFreeze='it cannot pass over a batch norm without weights, as the projector has one',
-    ModelToHalf='the losses need weights in float32: use learn.to_fp16() or learn.to_bf16()',
-    NonNativeMixedPrecision='the losses need weights in float32: use learn.to_fp16() or learn.to_bf16()',
+    ModelToHalf=_FLOAT32, NonNativeMixedPrecision=_FLOAT32,
     TensorBoardCallback='views can be neither traced nor shown as predictions: pass trace_model=False, log_preds=False',
-    TensorBoardProjectorCallback='there are no predictions to project: learn.show_modes() shows the tokens as colours',
+    TensorBoardProjectorCallback='there are no predictions to project: learn.show_modes() shows the tokens as colors',
 )
 
 def _refuse(name, kind=None): raise InputError(f'{name}: {_INSTEAD[kind or name]}')
@@ -219,11 +229,29 @@ def _check_callback(cb):
     plain = kind=='TensorBoardCallback' and not isinstance(cb, type) and not (cb.trace_model or cb.log_preds or cb.projector)
     if kind is not None and not plain: _refuse(kinds[0], kind)
 
+def _metric(metric):
+    "fastai's metric; a sentence for one that compares predictions with targets"
+    metric = mk_metric(metric)
+    if isinstance(metric, AvgMetric) or type(metric).__module__=='fastai.metrics':
+        raise InputError(f'the metric {metric.name!r} compares with targets, and there are none: DenseScore scores '
+                         'on labelled photographs while it trains, and a Metric of your own may read learn.pred')
+    return metric
+
+def _number(value, name):
+    "A setting of a fit as a plain number; None stays"
+    if value is None: return None
+    try: number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError): number = math.nan
+    if not 0<=number<math.inf: raise InputError(f'{name} must be one number, 0 or more, got {value!r}')
+    return number
+
 # %% ../nbs/56_learner.ipynb #a1394690
 class DenseLearner(Learner):
     "fastai's `Learner` for pretraining; what cannot work without labels says what to use"
     @property
-    def model(self): return self.__dict__['model']
+    def model(self):
+        if 'model' not in self.__dict__: raise AttributeError('model')   # of a copy that is being made
+        return self.__dict__['model']
     @model.setter
     def model(self, m):
         "A compiled wrapper would rename the weights in every checkpoint"
@@ -231,6 +259,13 @@ class DenseLearner(Learner):
             raise InputError('torch.compile(model) wraps the model, and its weights get other names: '
                              'learn.model.compile(backend="aot_eager") compiles it in place')
         self.__dict__['model'] = m
+
+    @property
+    def metrics(self): return self._metrics
+    @metrics.setter
+    def metrics(self, metrics):
+        "fastai's; there are no targets"
+        self._metrics = L(metrics).map(_metric)
 
     def add_cbs(self, cbs):
         "fastai's, all or none"
@@ -244,9 +279,9 @@ class DenseLearner(Learner):
 
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         "fastai's; a `wd` is held for the whole fit, in place of its schedule"
-        wd = self.wd if wd is None else wd
-        if wd is not None and not (isinstance(wd, (int, float)) and 0<=wd<float('inf')):
-            raise InputError(f'wd must be one number, 0 or more, got {wd}')
+        if not isinstance(n_epoch, (int, np.integer)) or n_epoch<0:
+            raise InputError(f'the number of epochs must be whole, 0 or more, got {n_epoch!r}')
+        lr, wd = _number(self.lr if lr is None else lr, 'lr'), _number(self.wd if wd is None else wd, 'wd')
         for cb in self._grab_cbs(Schedules): cb.fixed_wd = wd
         logger = self.logger
         try: super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
@@ -276,7 +311,9 @@ class DenseLearner(Learner):
 
     def freeze_to(self, n):
         "-1 (`freeze`): the encoder rests and the student's heads train; 0 (`unfreeze`): both train"
-        if n not in (-1, 0): raise InputError(f'freeze_to({n}): there are two parts, the encoder and the heads: freeze() lets the encoder rest, unfreeze() trains both')
+        if n not in (-1, 0):
+            raise InputError(f'freeze_to({n}): there are two parts, the encoder and the heads: '
+                             'freeze() lets the encoder rest, unfreeze() trains both')
         if self.opt is None: self.create_opt()
         trained = {p for g in self.opt.param_lists for p in g}
         encoder = [p for p in get_model(self.model).student.encoder.parameters() if p in trained]
@@ -307,7 +344,7 @@ class DenseLearner(Learner):
     def fine_tune(self, *args, **kwargs): _refuse('fine_tune')
 
     def summary(self):
-        "Parts with their parameters, views, optimiser, loss and callbacks"
+        "Parts with their parameters, views, optimizer, loss and callbacks"
         m, dls = get_model(self.model), self.dls
         lines = [f'{type(m).__name__} of {getattr(m.student.encoder, "arch", "an encoder")}', '',
                  f'{"Part":<20} {"Class":<20} {"Parameters":>12} {"Trainable":>12}', '-'*67]
@@ -316,7 +353,8 @@ class DenseLearner(Learner):
                 sizes = [(p.numel(), p.requires_grad) for p in part.parameters()]
                 trainable = sum(n for n,on in sizes if on)
                 lines.append(f'{side+"."+k:<20} {type(part).__name__:<20} {sum(n for n,_ in sizes):>12,} {trainable:>12,}')
-        lines += ['', 'Views: ' + ', '.join(f'{c.count} x {c.name} of {c.size} px' for c in dls.recipe.crops) + f', of {dls.bs} photographs a batch',
+        views = ', '.join(f'{c.count} x {c.name} of {c.size} px' for c in dls.recipe.crops)
+        lines += ['', f'Views: {views}, of {dls.bs} photographs a batch',
                   f'Optimizer: {getattr(self.opt_func, "__name__", self.opt_func)}', f'Loss: {type(self.loss_func).__name__}',
                   'Callbacks: ' + ', '.join(cb.name for cb in self.cbs.sorted('order'))]
         return PrettyString('\n'.join(lines))
@@ -339,23 +377,41 @@ def show_batch(self:ViewLoader,
 # %% ../nbs/56_learner.ipynb #df936fbb
 def _settings(config, presets, recipe, dls):
     "Settings from their name, checked against the views of the data"
+    kind, names = type(presets['paper']), ', '.join(presets)
+    if not hasattr(dls, 'recipe'):
+        raise InputError(f'a method trains on DataLoaders of views, got a {type(dls).__name__}: '
+                         f'image_dls(folder, {recipe.__name__}(config)) makes them')
     if isinstance(config, str):
-        if config not in presets: raise InputError(f'there is no preset {config!r}: use one of {", ".join(presets)}')
+        if config not in presets: raise InputError(f'there is no preset {config!r}: use one of {names}')
         config = presets[config]
+    if not isinstance(config, kind):
+        raise InputError(f'config must be a {kind.__name__} or the name of a preset ({names}), got a {type(config).__name__}')
     missing = sorted({c.name: c.size for c in recipe(config).crops}.items() - {c.name: c.size for c in dls.recipe.crops}.items())
-    if missing: raise InputError(f'the data lacks the views {dict(missing)} (name: size) of the settings: make the DataLoaders with {recipe.__name__}(config)')
+    if missing:
+        raise InputError(f'the data lacks the views {dict(missing)} (name: size) of the settings: '
+                         f'make the DataLoaders with {recipe.__name__}(config)')
     return config
+
+def _check_kwargs(kwargs):
+    "A sentence for arguments of timm that have another place"
+    if not isinstance(kwargs, dict):
+        raise InputError(f'model_kwargs must be a dict, as dict(patch_size=8), got {kwargs!r}')
+    if 'img_size' in kwargs: raise InputError('leave img_size out of model_kwargs: it is a setting of the method')
+    if 'pretrained' in kwargs: raise InputError('leave pretrained out of model_kwargs: use pretrained=True')
+    if wrong := [k for k in kwargs if not isinstance(k, str)]: raise InputError(f'model_kwargs has {wrong[0]!r} for a name')
 
 def _encoder(arch, c, model_kwargs, dls, pretrained=False, init=None):
     "The network that a name stands for, with the weights asked for; refused if it cannot take the views or be exported"
     if pretrained and (init is not None or not isinstance(arch, str)):
         raise InputError('pretrained=True takes the published weights of arch, a name: leave out init, or pretrained')
     if arch is None and init is None: raise InputError('arch=None takes the network of init: give init, or the name of a network')
+    _check_kwargs(model_kwargs or {})
     kwargs = {k: getattr(c, k) for k in ('drop_path_rate', 'pos_scale', 'pos_offset') if hasattr(c, k)}
     if pretrained: kwargs['pretrained'] = True
     if arch is None: arch, own = network_of(init)
     else: own = {}
-    encoder = arch if isinstance(arch, DenseEncoder) else dense_encoder(arch, img_size=c.img_size, **(kwargs | own | (model_kwargs or {})))
+    kwargs |= own | (model_kwargs or {})
+    encoder = arch if isinstance(arch, DenseEncoder) else dense_encoder(arch, img_size=c.img_size, **kwargs)
     encoder.check_size(c.img_size, c.img_size, 'img_size')
     if c.n_local: encoder.check_size(c.local_size, c.local_size, 'local_size')
     check_exportable(encoder)
@@ -368,20 +424,41 @@ def _encoder(arch, c, model_kwargs, dls, pretrained=False, init=None):
                           f'for equal input make the DataLoaders with replace(recipe, {k}={tuple(norm[k])})')
     return encoder
 
-def _learner(dls, model, loss_func, schedules, monitor, metrics, lr, own=(), opt_func=adamw, cbs=(), bf16=False,
-             compile=False, **kwargs):
-    "What every method's learner has; `own` are the method's callbacks, `cbs` the user's"
-    cbs = [ManyProcesses(), schedules, StopIfNotFinite(), OutOfMemory(), TeacherEMA(cosine(*model.config.momentum)), monitor, *([AutocastBF16()] if bf16 else []), *own, *L(cbs)]
+def _split(model): return split_decay(get_model(model).student)
+
+def _learner(
+    dls, model, loss_func, schedules, monitor,
+    parts,             # Names of the terms of the loss
+    lr,                # Learning rate of the method for this batch
+    kwargs,            # The user's, for `Learner`
+    own=(),            # Callbacks of the method
+    cbs=(),            # The user's
+    bf16=False,
+    compile=False,     # True, or the name of a backend
+    opt_func=adamw,    # Optimizer of the method
+):
+    "What every method's learner has"
+    for k in ('loss_func', 'splitter'):
+        if k in kwargs: _refuse(k)
+    usual = [ManyProcesses(), schedules, StopIfNotFinite(), OutOfMemory(), TeacherEMA(cosine(*model.config.momentum)), monitor]
+    if bf16: usual.append(AutocastBF16())
     if compile: compile_blocks(model, 'inductor' if compile is True else compile)
-    learn = DenseLearner(dls, model, loss_func=loss_func, opt_func=opt_func, splitter=lambda m: split_decay(get_model(m).student), lr=lr, metrics=[LossPart(k) for k in metrics], cbs=cbs, **kwargs)
+    kwargs = dict(lr=lr, opt_func=opt_func) | kwargs
+    metrics = [*(LossPart(k) for k in parts), *L(kwargs.pop('metrics', None))]
+    learn = DenseLearner(dls, model, loss_func=loss_func, splitter=_split, metrics=metrics, cbs=[*usual, *own, *L(cbs)], **kwargs)
     learn.remove_cb(learn.recorder).add_cb(ViewRecorder())
     learn.recorder.train_metrics, learn.recorder.valid_metrics = True, len(dls.valid)>0
     return show_progress(learn)
 
 def _batch(dls): return dls.bs*max(1, num_distrib())
 
-def _head_schedules(c): return Schedules(warmup_cosine(1., c.final_lr/c.lr, c.warmup), dict(wd=cosine(*c.wd)), dict(temp_t=linear_ramp(*c.temp_t, c.temp_t_warmup)))
-def _head_callbacks(c): return [ClipGrad(c.clip), *([FreezeLastLayer(c.freeze_epochs)] if c.freeze_epochs else [])]
+def _head_schedules(c):
+    temp = linear_ramp(*c.temp_t, c.temp_t_warmup)
+    return Schedules(warmup_cosine(1., c.final_lr/c.lr, c.warmup), dict(wd=cosine(*c.wd)), dict(temp_t=temp))
+
+def _head_callbacks(c):
+    frozen = [FreezeLastLayer(c.freeze_epochs)] if c.freeze_epochs else []
+    return [ClipGrad(c.clip), *frozen]
 
 # %% ../nbs/56_learner.ipynb #e02275a2
 def flsl_learner(
@@ -403,9 +480,12 @@ def flsl_learner(
     queries = bs*count_queries(c, arch)
     if c.n_prototypes is None: c = replace(c, n_prototypes=choose_prototypes(queries))
     if c.n_prototypes>queries:
-        raise InputError(f'n_prototypes is {c.n_prototypes} but a step has only {queries} queries ({bs} photographs): use at most {choose_prototypes(queries)} prototypes, a larger batch or a smaller window')
-    return _learner(dls, FLSL(arch, c), FLSLLoss(c), _head_schedules(c), CollapseMonitor(every=monitor_every), ('intra', 'inter', 'volume'), c.lr*bs/256,
-                    _head_callbacks(c), cbs=cbs, bf16=bf16, compile=compile, **kwargs)
+        raise InputError(f'n_prototypes is {c.n_prototypes} but a step has only {queries} queries ({bs} photographs): '
+                         f'use at most {choose_prototypes(queries)} prototypes, a larger batch or a smaller window')
+    return _learner(dls, FLSL(arch, c), FLSLLoss(c), _head_schedules(c), CollapseMonitor(every=monitor_every),
+                    ('intra', 'inter', 'volume'), c.lr*bs/256, kwargs,
+                    own=_head_callbacks(c), cbs=cbs, bf16=bf16, compile=compile)
+
 
 # %% ../nbs/56_learner.ipynb #ae75a060
 def clove_learner(
@@ -426,8 +506,11 @@ def clove_learner(
     model = CLoVE(_encoder(arch, c, model_kwargs, dls, pretrained, init), c)
     schedules = Schedules(warmup_cosine(1., c.lr_floor, c.warmup, start=c.lr_floor), dict(wd=cosine(c.wd, c.wd)), {})
     monitor = CollapseMonitor(match_state, diagnose_matches, every=monitor_every)
-    return _learner(dls, model, CLoVELoss(c), schedules, monitor, ('positive', 'negative', 'gap'), c.lr*_batch(dls)/256,
-                    opt_func=dict(lars=lars, adamw=adamw)[c.optimizer], cbs=cbs, bf16=bf16, compile=compile, **kwargs)
+    opt_func = dict(lars=lars, adamw=adamw)[c.optimizer]
+    return _learner(dls, model, CLoVELoss(c), schedules, monitor,
+                    ('positive', 'negative', 'gap'), c.lr*_batch(dls)/256, kwargs,
+                    cbs=cbs, bf16=bf16, compile=compile, opt_func=opt_func)
+
 
 # %% ../nbs/56_learner.ipynb #c94d75a5
 def _dino_numbers(learn): return dino_state(learn) | dict(rank=token_rank(learn.pred.tokens.flatten(0, 1)[:4096]))
@@ -448,8 +531,11 @@ def dino_learner(
     "A fastai Learner that pretrains with DINO, the baseline"
     c = _settings(config, dino_presets, dino_recipe, dls)
     monitor = CollapseMonitor(_dino_numbers, diagnose_dino, every=monitor_every)
-    return _learner(dls, DINO(_encoder(arch, c, model_kwargs, dls, pretrained, init), c), DINOLoss(c), _head_schedules(c), monitor, ('entropy', 'kl', 'perplexity'), c.lr*_batch(dls)/256,
-                    _head_callbacks(c), cbs=cbs, bf16=bf16, compile=compile, **kwargs)
+    model = DINO(_encoder(arch, c, model_kwargs, dls, pretrained, init), c)
+    return _learner(dls, model, DINOLoss(c), _head_schedules(c), monitor,
+                    ('entropy', 'kl', 'perplexity'), c.lr*_batch(dls)/256, kwargs,
+                    own=_head_callbacks(c), cbs=cbs, bf16=bf16, compile=compile)
+
 
 # %% ../nbs/56_learner.ipynb #fdc54f74
 class _Method(NamedTuple):
@@ -460,7 +546,7 @@ class _Method(NamedTuple):
     arch:str         # Network for photographs
     scene_arch:str   # Network for drawn scenes
     scene_kwargs:str # Its arguments for timm
-    scene_epochs:int # Epochs of 1,024 scenes in about three minutes on two CPU cores
+    scene_epochs:int # Epochs of 1,024 scenes in about four minutes on two CPU cores
 
 methods = dict(
     flsl = _Method(flsl_presets, flsl_recipe, flsl_learner, 'vit_small_patch16_224', 'vit_tiny_patch16_224', 'patch_size=8,embed_dim=64,depth=3,num_heads=4', 32),
