@@ -35,8 +35,8 @@ from .shards import is_shards, shard_dls, shard_list
 from .labelled import SegmentationData, labelled_data, labelled_options
 from .evaluation import MIOU, scores_table, write_scores
 from .augment import make_views
-from .callback.checkpoint import (DamagedCheckpoint, SaveRun, check_data, one_process, random_states,
-    read_header, run_checkpoints, set_random_states)
+from .callback.checkpoint import DamagedCheckpoint, read_header, run_checkpoints
+from .callback.checkpoint import SaveRun, check_data, one_process, random_states, set_random_states
 from .callback.guard import is_out_of_memory, memory_advice
 from .callback.progress import lasting_output, memory_in_use
 from .callback.score import DenseScore, kept_photographs
@@ -315,6 +315,7 @@ def _report(learn, score, out, photos, seconds, method, epochs, others, say):
     after = [replace(s, model=last) for s in score.scores if s.model==f'epoch {epochs}' and s.probe in SCORES]
     scores = [*starts, *others, *after]
     write_scores(scores, out/'scores.json')
+    write_scores(score.scores, out/'scores_by_epoch.json')     # again: it may be lost, or the disk was full
     shown = {name: net for name,net in dict(before=start, after=trained).items() if net is not None}
     dense_picture(photos, shown, model.mask_beta, recipe).savefig(out/'picture.png', dpi=144)
     similarity_picture(photos, shown, recipe).savefig(out/'similarity.png', dpi=144)
