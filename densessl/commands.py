@@ -103,7 +103,7 @@ def as_typed(
         name, value = m.groups()
         if name in options: return {'True': f'--{name}', 'False': f'no --{name}'}.get(value, f'--{name} {value}')
         return f'--settings {name}={value}' if name in settings else m[0]
-    return re.sub(r"(?<![\w,.\-])(?<!--settings )(\w+)=([\w.+\-]*\w)", spelled, message)
+    return re.sub(r"(?<![\w,.\-])(?<!--settings )(\w+)=([\w.+\-/~@]*\w)", spelled, message)
 
 # %% ../nbs/04_commands.ipynb #6fca2b26
 def _settings_names():

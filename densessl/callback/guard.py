@@ -112,7 +112,7 @@ class StopIfNotFinite(Callback):
 
     def before_batch(self):
         "Note the precision, and the buffers if they may have to go back"
-        device = self.dls.device.type if getattr(self.dls, 'device', None) else 'cpu'
+        device = torch.device(getattr(self.dls, 'device', None) or 'cpu').type
         half = torch.is_autocast_enabled(device)
         self.cast = torch.autocast(device, dtype=torch.get_autocast_dtype(device)) if half else nullcontext()
         if self.skip: self.kept = [(b, b.clone()) for b in get_model(self.learn.model).buffers()]

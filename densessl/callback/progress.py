@@ -194,7 +194,7 @@ def memory_in_use(
     device,  # torch.device of the model
 )->str:
     "Peak of the GPU's memory, or the memory of this process"
-    if device.type=='cuda': used = torch.cuda.max_memory_allocated(device)
+    if torch.device(device).type=='cuda': used = torch.cuda.max_memory_allocated(device)
     else: used = psutil.Process().memory_info().rss
     return f'{used/1e9:.1f} GB'
 
