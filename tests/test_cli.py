@@ -105,7 +105,12 @@ BAD = {                                          # name -> command line, words i
     'colors':              (['photos', *TINY, '--settings', 'augment=2'], ['augment=none', '2']),
     'out inside a file':   (['photos', *TINY, '--out', 'notes/a.txt/run'], ['notes/a.txt', 'is a file']),
     'out cannot be made':  (['photos', *TINY, '--out', '/proc/densessl'], ['/proc/densessl', 'cannot be']),
-    'two starts':          (['photos', *TINY, '--init', 'x', '--pretrained'], ['--pretrained', '--init x']),
+    'two starts':          (['photos', *TINY, '--init', './x', '--pretrained'], ['--pretrained', '--init ./x']),
+    'a file for a name':   (['photos', *tiny(arch='weights.pth')], ["'weights.pth' is a file", '--init weights.pth']),
+    'weights of no name':  (['photos', *tiny(arch='vit_tiny_patch16_224.none')], ["'none'", 'vit_tiny_patch16_224']),
+    'text for weights':    (['photos', *TINY, '--init', 'notes/a.txt'], ['notes/a.txt', 'it is text']),
+    'size for timm':       (['photos', *tiny(model_kwargs='img_size=64')], ['leave img_size out of model_kwargs']),
+    'weights for timm':    (['photos', *tiny(model_kwargs='pretrained=true')], ['leave pretrained out of model_kwargs: use --pretrained']),
     'resume nothing':      (['photos', *TINY, '--resume'], ['--out']),
     'resume a stranger':   (['photos', *TINY, '--resume', '--out', 'full'], ['full', 'settings.json']),
 }

@@ -34,7 +34,8 @@ class TeacherEMA(Callback):
     def before_fit(self):
         "See that there is a teacher"
         if not hasattr(self.owner, 'update_teacher'):
-            raise InputError(f'TeacherEMA needs a model with a method update_teacher(momentum), {type(self.owner).__name__} has none')
+            raise InputError('TeacherEMA needs a model with a method update_teacher(momentum), '
+                             f'{type(self.owner).__name__} has none')
         self.cancelled = False
 
     def after_cancel_step(self):
