@@ -35,11 +35,11 @@ class CLoVEConfig:
     flip:float=0.5                   # Chance of a horizontal flip, each view on its own
     augment:Augment|None=Augment(solarize_p=0.)  # Colors, each view on its own, without those below; None: as they are
     blur_p:tuple=(1.,0.1,0.5)        # Chance of blur: first global view, second global view, local views
-    solarize_p:tuple=(0.,0.2,0.)     # Chance of solarisation, likewise
+    solarize_p:tuple=(0.,0.2,0.)     # Chance of solarization, likewise
     hidden_dim:int=4096              # Width of the projector
     out_dim:int=256                  # Features that are compared
     num_heads:int=8                  # Heads of the attention
-    cosine:bool=False                # Cosine attention; False: only the output is normalised, as in the public code
+    cosine:bool=False                # Cosine attention; False: only the output is normalized, as in the public code
     attn_temp:float=0.2              # Temperature of cosine attention
     threshold:float=0.7              # Cells match when nearer than this, in diagonals of the larger cell
     lam:float=2.                     # Weight of the positive similarity

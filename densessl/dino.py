@@ -88,7 +88,7 @@ class DINOConfig:
     flip:float=0.5                   # Chance of a horizontal flip, each view on its own
     augment:Augment|None=Augment(solarize_p=0.)  # Colors, each view on its own, without those below; None: as they are
     blur_p:tuple=(1.,0.1,0.5)        # Chance of blur: first global view, second global view, local views
-    solarize_p:tuple=(0.,0.2,0.)     # Chance of solarisation, likewise
+    solarize_p:tuple=(0.,0.2,0.)     # Chance of solarization, likewise
     n_prototypes:int=65536           # K
     hidden_dim:int=2048              # Width of the head's MLP
     bottleneck_dim:int=256           # Features that meet the prototypes

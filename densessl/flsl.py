@@ -32,7 +32,7 @@ class FLSLConfig:
     student_scale:tuple=(0.5,1.)  # Area of the student view, share of the teacher view
     local_scale:tuple=(0.05,0.4)  # Area of a local view, share of the teacher view
     flip:float=0.5                # Chance of a horizontal flip, each view on its own
-    augment:Augment|None=Augment()  # Colour, blur and solarisation, each view on its own; None leaves the pixels alone
+    augment:Augment|None=Augment()  # Color, blur and solarization, each view on its own; None leaves the pixels alone
     normalize:bool=True           # Unit tokens, as the poster has them; False: raw ones, as the public code
     beta_sa:float=2.              # Inverse temperature of the self-attention, > 0
     beta_ca:float=4.              # Inverse temperature of the cross-attention, > 0; below `beta_sa` it collapses

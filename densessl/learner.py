@@ -46,11 +46,11 @@ from .visualise import pca_rgb, show_images, show_views, unnormalise
 
 # %% ../nbs/56_learner.ipynb #00fa917c
 class Schedules(Callback):
-    "Set optimiser values and attributes of the loss from functions of progress, before every batch"
+    "Set optimizer values and attributes of the loss from functions of progress, before every batch"
     order,run_valid = 60,False   # fastai's own place for schedules
     def __init__(self,
         lr,     # Factor of the learning rate of the fit, function of progress
-        opt,    # Name of an optimiser value -> function of progress
+        opt,    # Name of an optimizer value -> function of progress
         loss,   # Name of an attribute of the loss -> function of progress
     ): self.lr,self.opt_values,self.loss_values,self.history,self.fixed_wd,self.began = lr,opt,loss,[],None,0
 

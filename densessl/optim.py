@@ -29,7 +29,7 @@ def split_decay(
 
 # %% ../nbs/51_optim.ipynb #1509e7a1
 class DecayWrapper(OptimWrapper):
-    "fastai's wrapper of a torch optimiser, whose weight decay goes to the last parameter group only"
+    "fastai's wrapper of a torch optimizer, whose weight decay goes to the last parameter group only"
     @property
     def hypers(self):
         "As fastai's, without those that are not set: `TensorBoardCallback` writes every one as a number"
@@ -107,7 +107,7 @@ class FreezeLastLayer(Callback):
         self.frozen = [p for m in self.learn.model.modules() if isinstance(m, PrototypeHead) for p in m.last_layer()]
         if not self.frozen: raise InputError('FreezeLastLayer finds no PrototypeHead in the model: leave it out')
     def before_step(self):
-        "Drop their gradients: a parameter without gradient is passed over by the optimiser, weight decay included"
+        "Drop their gradients: a parameter without gradient is passed over by the optimizer, weight decay included"
         if self.epoch + self.iter/self.n_iter < self.n_epochs:
             for p in self.frozen: p.grad = None
 

@@ -222,12 +222,12 @@ def _fitted(state, encoder):
         state = {re.sub('^fc_norm', 'norm', k): v for k,v in state.items()}
     roots = {k.partition('.')[0] for k in want if '.' in k} - set(_HEADS)
     left = [k for k in state if k not in want and k.partition('.')[0] not in roots]
-    state = _without_tokens(want, {k: v for k,v in state.items() if k not in left})
-    state |= {k: v for k,v in want.items() if k.endswith('num_batches_tracked') and k not in state}
+    state = {k: v for k,v in state.items() if k not in left}
     p, q = state.get('pos_embed'), want.get('pos_embed')
     if side and q is not None and p.shape!=q.shape and p.shape[2]==q.shape[2]:
         state['pos_embed'] = resample_positions(p[:, -side*side:].float(), (side, side), net.patch_embed.grid_size)
-    return state, left
+    state |= {k: v for k,v in want.items() if k.endswith('num_batches_tracked') and k not in state}
+    return _without_tokens(want, state), left
 
 def _by_timm(state, encoder):
     "Weights under timm's names, where timm can rewrite those of the authors"
@@ -403,7 +403,7 @@ def open_backbone(
     verbose:bool=True, # Say what was read
     **model_kwargs, # For timm, with a checkpoint of others or a timm name
 ):                  # DenseEncoder in evaluation mode; dict(mean, std) of its input
-    "A frozen backbone and how its input is normalised"
+    "A frozen backbone and how its input is normalized"
     name = str(name)
     path, named, said = _file_of(name)
     if said and verbose: print(said, flush=True)
@@ -417,7 +417,7 @@ def open_backbone(
         with safe_open(path, 'pt') as f: card = json.loads(f.metadata()['densessl'])
         return encoder, {k: tuple(card.get(k) or _IMAGENET[k]) for k in ('mean', 'std')}
     encoder, said = _foreign(path, arch or named, size, **model_kwargs)
-    if verbose: print(f"{said}. Its input is normalised with ImageNet's mean and standard deviation.", flush=True)
+    if verbose: print(f"{said}. Its input is normalized with ImageNet's mean and standard deviation.", flush=True)
     return encoder.eval(), dict(_IMAGENET)
 
 # %% ../nbs/33_weights.ipynb #1df62221

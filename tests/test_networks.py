@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from densessl import transfer
 from densessl.core import InputError
-from densessl.encoders import DenseEncoder, check_exportable, dense_encoder
+from densessl.encoders import DenseEncoder, check_exportable, dense_encoder, resample_positions
 from densessl.transfer import export_backbone, load_backbone
 from densessl.weights import init_backbone, open_backbone
 
@@ -391,6 +391,15 @@ def test_positions_of_a_grid_that_is_not_square(tmp_path):
     with pytest.raises(InputError, match=r'pos_embed is \(1, 51, 64\) instead of'): open_backbone(tmp_path/'wide.pth')
     e, _ = open_backbone(tmp_path/'wide.pth', size=(80, 160))
     same_weights(e, donor(img_size=(80, 160)).state_dict())
+
+@pytest.mark.parametrize('size', [96, 48, 32])
+def test_positions_of_another_size_are_resampled(size, tmp_path):
+    "Also where the grid is so small that the difference in number could be that of tokens"
+    torch.save(donor(img_size=64).state_dict(), tmp_path/'p.pth')
+    e = dense_encoder('test_vit', img_size=size)
+    init_backbone(e, tmp_path/'p.pth')
+    want = resample_positions(donor(img_size=64).pos_embed[:,1:], (4, 4), (size//16, size//16))
+    torch.testing.assert_close(e.net.pos_embed, want)
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_weights_that_are_not_finite(value, tmp_path):

@@ -15,7 +15,7 @@ from ..schedules import cosine
 
 # %% ../../nbs/52_callback.teacher.ipynb #53479b9f
 class TeacherEMA(Callback):
-    "Update the model's teacher after each step of the optimiser (FLSL, CLoVE)"
+    "Update the model's teacher after each step of the optimizer (FLSL, CLoVE)"
     run_valid = False
     def __init__(self,
         momentum=None,  # Function of progress, or a number; None is FLSL's cosine from 0.996 to 1
