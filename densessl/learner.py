@@ -173,8 +173,8 @@ _INSTEAD = dict(
     tta='a pretraining learner has no predictions: learn.dense_report() says how good its features are',
     show_results='there are no targets to compare with: learn.show_views() shows what the network sees '
         'and learn.show_modes() what its tokens know',
-    export='a pickled learner is of no use without labels: export_backbone(learn, "backbone.safetensors") writes '
-        'the network, learn.save(name) the weights, SaveRun a run to resume',
+    export='a learner is exported for its predictions, and there are none: export_backbone(learn, '
+        '"backbone.safetensors") writes the network, learn.save(name) the weights, SaveRun a run to resume',
     fine_tune='there is no new head on a trained body: learn.freeze(); learn.fit(1); learn.unfreeze(); learn.fit(n) '
         'trains the heads first',
     loss_func='the loss is that of the method: leave it out, its terms are in the settings (config)',
@@ -383,6 +383,8 @@ def _encoder(arch, c, model_kwargs, dls, pretrained=False, init=None):
     if arch is None and init is None:
         raise InputError('arch=None takes the network of init: give init, or the name of a network')
     _check_kwargs(model_kwargs or {})
+    if model_kwargs and isinstance(arch, DenseEncoder):
+        raise InputError('arch is an encoder that is built already: leave out model_kwargs, or give the name of a network')
     kwargs = {k: getattr(c, k) for k in ('drop_path_rate', 'pos_scale', 'pos_offset') if hasattr(c, k)}
     if pretrained: kwargs['pretrained'] = True
     if arch is None: arch, own = network_of(init)
@@ -555,7 +557,7 @@ def dense_picture(
     x = photos.float()/255
     S, n = x.shape[-1], len(x)
     cols = 1+3*len(encoders)
-    fig, axs = plt.subplots(n, cols, figsize=(1.15*cols, 1.2*n+.3), dpi=72, squeeze=False, constrained_layout=True)
+    fig, axs = plt.subplots(n, cols, figsize=(1.15*cols, 1.2*n+.3), dpi=130, squeeze=False, constrained_layout=True)
     for ax,p in zip(axs[:,0], x):
         ax.imshow(p.permute(1,2,0))
         ax.plot(query[0]*S, query[1]*S, 'o', c='w', mec='k', ms=5)
@@ -599,7 +601,7 @@ def similarity_picture(
     boxes = random_boxes(torch.ones(2*n, 2), (.35, .7), (3/4, 4/3), rng).unflatten(0, (2, n))
     (v1, b1), (v2, b2) = (crop_resize(photos, b, size) for b in boxes)
     cols = 2+len(encoders)
-    fig, axs = plt.subplots(n, cols, figsize=(1.25*cols, 1.25*n+.3), dpi=60, squeeze=False, constrained_layout=True)
+    fig, axs = plt.subplots(n, cols, figsize=(1.25*cols, 1.25*n+.3), dpi=120, squeeze=False, constrained_layout=True)
     circle = dict(mfc='none', mec='c', mew=1.5, ms=8)
     for e,(name,enc) in enumerate(encoders.items()):
         (h, w), (z1, z2) = enc.grid(size, size), (_unit_tokens(enc, v.float()/255, recipe) for v in (v1, v2))

@@ -121,6 +121,7 @@ def test_a_network_of_ones_own_is_wrapped(tmp_path):
     "What the sentence advises"
     own = DenseEncoder(timm.create_model('test_vit', num_classes=0, img_size=32, patch_size=8), 'test_vit', dict(num_classes=0, img_size=32, patch_size=8), 32)
     learn = learner('flsl', own, settings=dict(img_size=32, local_size=32))
+    with pytest.raises(InputError, match='leave out model_kwargs'): learner('flsl', own, model_kwargs=dict(depth=1))
     with learn.no_bar(): learn.fit(1)
     export_backbone(learn, tmp_path/'own.safetensors')
 
