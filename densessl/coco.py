@@ -35,8 +35,10 @@ def decode_runs(
     hw,      # Height and width
 ):           # Mask, bool array (h,w)
     "A mask from its run-length code, column by column"
-    counts = decode_counts(counts) if isinstance(counts, (str,bytes)) else counts
-    if sum(counts)!=hw[0]*hw[1] or min(counts, default=0)<0: raise InputError(f'a run-length code covers {sum(counts)} pixels, the image of {hw[1]}x{hw[0]} has {hw[0]*hw[1]}')
+    if isinstance(counts, (str,bytes)): counts = decode_counts(counts)
+    if sum(counts)!=hw[0]*hw[1] or min(counts, default=0)<0:
+        raise InputError(f'a run-length code covers {sum(counts)} pixels, the image of {hw[1]}x{hw[0]} has '
+                         f'{hw[0]*hw[1]}')
     return np.repeat(np.arange(len(counts))%2==1, counts).reshape(hw[::-1]).T
 
 # %% ../nbs/25_coco.ipynb #6a536fd1
@@ -59,13 +61,12 @@ def fill_polygon(
 BACKGROUND = -1   # What belongs to no category
 
 class Segments(NamedTuple):
-    "Where a panoptic mask is: a PNG file, and the category of each number in it"
+    "A panoptic mask: a PNG file, and the category of each number in it"
     file:Path
     category:dict
 
 def read_panoptic(
     mask:Segments,
-    hw=None,        # Size of the photograph, not needed
 ):                  # Category ids, int32 (h,w)
     "A panoptic mask: the number of a segment stands in one byte, or in the three of a color"
     m = read_mask(mask.file).astype(np.int64)
@@ -77,21 +78,24 @@ def read_panoptic(
         raise InputError(f'{mask.file} holds the segments {lost[:8]}, which the JSON file does not list')
     return np.array([category[i] for i in ids.tolist()], np.int32)[where.reshape(m.shape)]
 
+# %% ../nbs/25_coco.ipynb #3ea89b97
 class Instances(NamedTuple):
-    "Where an instance mask is: the annotations of an image"
+    "An instance mask: the annotations of an image"
     file:str
     hw:tuple
     annotations:tuple
 
 def read_instances(
     mask:Instances,
-    hw=None,         # Size of the photograph, not needed
 ):                   # Category ids, int32 (h,w)
     "Instances drawn into one mask, large ones first, so that the small ones stay on top"
-    out = np.full(mask.hw, BACKGROUND, np.int32)
-    for a in sorted(mask.annotations, key=lambda a: -a.get('area', 0)):
-        s = a.get('segmentation') or ()
-        for part in (s if isinstance(s, (list, tuple)) else [s]):
-            inside = decode_runs(part['counts'], mask.hw) if isinstance(part, dict) else fill_polygon(part, mask.hw)
-            out[inside] = a['category_id']
-    return out
+    try:
+        out = np.full(mask.hw, BACKGROUND, np.int32)
+        for a in sorted(mask.annotations, key=lambda a: -a.get('area', 0)):
+            s = a.get('segmentation') or ()
+            for part in [s] if isinstance(s, dict) else s:
+                draw = decode_runs if isinstance(part, dict) else fill_polygon
+                out[draw(part['counts'] if isinstance(part, dict) else part, mask.hw)] = a['category_id']
+        return out
+    except (TypeError, ValueError, KeyError) as e:
+        raise InputError(f'{mask.file}: an annotation is no polygon and no run-length code of COCO: {e!r}') from None

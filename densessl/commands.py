@@ -127,6 +127,8 @@ def command(
         def run(*args, **kwargs):
             if not (args or kwargs): kwargs = vars(command_parser(func, usage, example).parse_args())
             kwargs = {k: v for k,v in kwargs.items() if k not in ('pdb', 'xtra')}   # fastcore's own
+            for stream in sys.stdout, sys.stderr:             # a terminal may not know ±
+                if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
             show = warnings.showwarning
             warnings.showwarning = lambda m, *a, **k: print(f'note: {say(m)}', file=sys.stderr)
             try: func(*args, **kwargs)

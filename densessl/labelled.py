@@ -22,11 +22,14 @@ from torch import Tensor
 
 from .coco import Instances, Segments, decode_counts, decode_runs, fill_polygon
 from .core import InputError
-from .layouts import CITYSCAPES_CLASSES, LAYOUTS, VOC_CLASSES, Unlabelled, by_stem, divided_mask, files_of, find_layout, match_stems, part_of, photos_of
-from .masks import MASK_SUFFIXES, MAX_CLASSES, color_label, label_name, mask_classes, open_image, option, palette_colors, read_mask, several
+from .layouts import (CITYSCAPES_CLASSES, LAYOUTS, VOC_CLASSES, Unlabelled, by_stem, divided_mask, files_of,
+    find_layout, match_stems, part_of, photos_of)
+from .masks import (MASK_SUFFIXES, MAX_CLASSES, color_label, label_name, mask_classes, open_image, option,
+    palette_colors, read_mask, several)
 
 # %% ../nbs/59_labelled.ipynb #d7ba6ccb
-_all_ = ['CITYSCAPES_CLASSES', 'LAYOUTS', 'VOC_CLASSES', 'Unlabelled', 'decode_counts', 'decode_runs', 'fill_polygon', 'find_layout', 'read_mask']
+_all_ = ['CITYSCAPES_CLASSES', 'LAYOUTS', 'VOC_CLASSES', 'Unlabelled', 'decode_counts', 'decode_runs', 'fill_polygon',
+         'find_layout', 'read_mask']
 
 # %% ../nbs/59_labelled.ipynb #ea8d5d08
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ def _upright_mask(m, photo, mask, hw, orientation):
     turn, stored = (1, hw) if m.shape==hw and orientation!='stored' else stored_as(photo)
     if turn!=1 and m.shape==stored: m = _TURNED[turn](m)
     if m.shape==hw: return m
-    why = 'they must have the same size' if turn==1 else f'neither upright nor as stored ({stored[1]}x{stored[0]}, turned by its EXIF tag)'
+    why = 'they must have the same size, resized to the nearest pixel where needed'
+    if turn!=1: why = f'neither upright nor as stored ({stored[1]}x{stored[0]}, turned by its EXIF tag)'
     raise InputError(f'{_file_of(mask)} is {m.shape[1]}x{m.shape[0]}, its image {hw[1]}x{hw[0]}: {why}')
 
 def read_pair(
@@ -114,18 +118,19 @@ def read_pair(
     mask,                  # Where its mask is
     size=None,             # Height and width that the photograph is brought to; default as it is
     mask_size=None,        # The same for the mask; default `size`
-    read=read_mask,        # Function (where the mask is, size of the photograph) -> integer array
-    orientation:str=None,  # 'upright' or 'stored': what masks of turned photographs are drawn on; default by their size, else upright
+    read=read_mask,        # Function (where the mask is) -> integer array
+    orientation:str=None,  # 'upright' or 'stored': on what masks of turned photographs are drawn; default by their size
 )->tuple:                  # uint8 (3,h,w), labels (H,W) as they are on disk
     "A photograph and its labels"
     from densessl.data import read_photo   # loads fastai
     try: x, hw = read_photo(photo, 2**16)  # so large that a JPEG is decoded at full size
     except InputError: raise
     except _UNREADABLE as e: raise InputError(f'cannot read {photo}: {e}') from None
-    m = _upright_mask(read(mask, hw), photo, mask, tuple(hw), orientation)
+    m = _upright_mask(read(mask), photo, mask, tuple(hw), orientation)
     if size is not None and tuple(size)!=tuple(hw): x = x.resize(size[::-1], Image.Resampling.BICUBIC)
     m = np.ascontiguousarray(resize_nearest(m, mask_size or size))
-    return torch.from_numpy(np.array(x)).permute(2,0,1), torch.from_numpy(m if m.dtype==np.uint8 else m.astype(np.int32))
+    if m.dtype!=np.uint8: m = m.astype(np.int32)
+    return torch.from_numpy(np.array(x)).permute(2,0,1), torch.from_numpy(m)
 
 def _file_of(mask): return mask if isinstance(mask, (str,Path)) else mask.file
 
@@ -140,7 +145,7 @@ class SegmentationFiles:
     name:str='data'          # Name that protocol ids show
     classes:tuple=None       # Names of the classes
     mask_size:tuple=None     # Height and width that masks are brought to (nearest pixel); default `size`
-    read:object=read_mask    # Function (where the mask is, size of the image) -> integer array of labels
+    read:object=read_mask    # Function (where the mask is) -> integer array of labels
     orientation:str=None     # Of `read_pair`
     read_as:str=None         # How the files are read, in words
     def __post_init__(self):
@@ -161,7 +166,7 @@ class SegmentationFiles:
         if lost := [l for l in found.tolist() if l not in self.table]:
             listed = ', '.join(map(label_name, lost[:8]))
             raise InputError(f'{_file_of(mask)}: masks hold the labels [{listed}], which are no class of {self.name}: '
-                             f'set n_classes or ignore_index, or pass remap')
+                             f'{option(f"ignore_index={label_name(lost[0])}")} to leave it out')
         new = [self.ignore_index if (c := self.table[l]) is None else c for l in found.tolist()]
         return x, torch.tensor(new, dtype=torch.uint8 if self.n_classes<256 else torch.int16)[where]
     def batches(self, n=32, ahead=2):
@@ -189,7 +194,8 @@ def _folder_pairs(root, split, images, labels, stems):
     "Photographs and masks of two folders by stem"
     folders = root/images/(split or ''), root/labels/(split or '')
     if gone := [d for d in folders if not d.is_dir()]: raise InputError(f'{gone[0]} is not a folder')
-    photos, masks = by_stem(p for p in photos_of(folders[0]) if p.parent==folders[0]), by_stem(p for p in files_of(folders[1], MASK_SUFFIXES) if p.parent==folders[1])
+    files = photos_of(folders[0]), files_of(folders[1], MASK_SUFFIXES)
+    photos, masks = (by_stem(p for p in found if p.parent==d) for found,d in zip(files, folders))
     pairs, lone = match_stems(photos, masks, folders[0], stems and [str(s) for s in stems])
     if lone:
         raise InputError(f'{len(lone)} of {len(lone)+len(pairs)} files have no mask: '
@@ -200,7 +206,7 @@ def _folder_pairs(root, split, images, labels, stems):
 def segmentation_folder(
     root,                   # Folder
     split:str=None,         # Subfolder of `images` and `labels`, as 'train'; default none
-    size=None,              # (height, width) that images and masks are brought to, or one number for both; default as they are
+    size=None,              # (height, width) that both are brought to, or one number; default as they are
     n_classes:int=None,     # Number of classes; default the largest label (or value of `remap`) + 1
     ignore_index:int=None,  # Label in the files that is left out
     images:str='images',    # Folder of the images in `root`
@@ -219,7 +225,8 @@ def segmentation_folder(
     X, M = torch.stack(X), torch.stack(M)
     if remap is not None:
         n_classes = n_classes or max(remap.values())+1
-        table = {int(k): v for k,v in remap.items()} | ({} if ignore_index is None else {ignore_index: 255 if n_classes<256 else MAX_CLASSES})
+        table = {int(k): v for k,v in remap.items()}
+        if ignore_index is not None: table[ignore_index] = 255 if n_classes<256 else MAX_CLASSES
         found, where = M.unique(return_inverse=True)
         if lost := [l for l in found.tolist() if l not in table]:
             raise InputError(f'remap has no class for the labels {lost[:8]}: add them or make them ignore_index')
@@ -232,8 +239,9 @@ def segmentation_folder(
     return SegmentationData(X, M, n_classes, ignore_index, name or '-'.join(filter(None, [root.name, split])), classes)
 
 # %% ../nbs/59_labelled.ipynb #2644cabd
-READING = dict(layout=str, splits=tuple, ignore_index=tuple, n_classes=int, classes=tuple, images=str, labels=str, divisor=int, threshold=int, palette=str,
-               orientation=str, mask_size=tuple)   # Options of `labelled_data` that a command takes
+# Options of `labelled_data` that a command takes
+READING = dict(layout=str, splits=tuple, ignore_index=tuple, n_classes=int, classes=tuple, images=str, labels=str,
+               divisor=int, threshold=int, palette=str, orientation=str, mask_size=tuple)
 
 def _whole(text): return int(text) if text.lstrip('-').isdigit() else text
 
@@ -252,66 +260,78 @@ def labelled_options(
         if kind is int and not isinstance(_whole(value), int):
             raise InputError(f'{name} in --labelled_as must be a whole number, got {value!r}')
         values = tuple(map(_whole, value.split(':')))
-        out[name] = value if kind is str else values[0] if kind is int or len(values)==1 and name in ('ignore_index', 'mask_size') else values
+        single = kind is int or len(values)==1 and name in ('ignore_index', 'mask_size')
+        if kind is not str: value = values[0] if single else values
+        out[name] = value
     return out
 
 # %% ../nbs/59_labelled.ipynb #af12bf42
+def _cut(splits, root):
+    "Data in one part: every fourth photograph is scored"
+    (name, pairs), = splits.items()
+    if len(pairs)<4:
+        raise InputError(f'{root}: {len(pairs)} photographs with masks in {name} are too few to learn from some '
+                         f'and score others: at least 4 are needed')
+    name = '' if name=='all' else f'{name} '
+    return {f'{name}3 of 4': tuple(p for i,p in enumerate(pairs) if i%4!=3), f'{name}every 4th': pairs[3::4]}
+
+def _split_named(splits, word, by_part):
+    "The name of the part that a word stands for, None if there is none"
+    names = (word, *sorted(splits))
+    return next((s for s in names if s in splits and (s.startswith(word) or by_part and part_of(s)==word)), None)
+
 def _choose(splits, wanted, root):
     "Files of the two splits under their names"
-    if len(splits)==1 and wanted is None:
-        (name, pairs), = splits.items()
-        if len(pairs)<4:
-            raise InputError(f'{root}: {len(pairs)} photographs with masks in {name} are too few to learn from some '
-                             f'and score others: at least 4 are needed')
-        name = '' if name=='all' else f'{name} '
-        return {f'{name}3 of 4': tuple(p for i,p in enumerate(pairs) if i%4!=3), f'{name}every 4th': pairs[3::4]}
+    if len(splits)==1 and wanted is None: return _cut(splits, root)
     out = {}
-    for options in (('train',), ('val', 'test')) if wanted is None else ((s,) for s in wanted):
-        name = next((s for o in options for s in (o, *sorted(splits)) if s in splits and (s.startswith(o) or wanted is None and part_of(s)==o)), None)
+    for words in [('train',), ('val', 'test')] if wanted is None else [(s,) for s in wanted]:
+        name = next(filter(None, (_split_named(splits, w, wanted is None) for w in words)), None)
         if name is None:
-            raise InputError(f'{root} has no split {" or ".join(options)}: it has {", ".join(splits)}; '
+            raise InputError(f'{root} has no split {" or ".join(words)}: it has {", ".join(splits)}; '
                              f'{option("splits=TRAIN:TEST")}')
         out[name] = splits[name]
     if len(out)<2: raise InputError(f'splits must name two different parts, got {wanted}')
+    if both := sorted({p for p,_ in [*out.values()][0]} & {p for p,_ in [*out.values()][1]}):
+        raise InputError(f'{len(both)} photographs are in both parts, {" and ".join(out)}, as {both[0]}: what is scored '
+                         f'must not be learned from')
     return out
 
 def _counted(parts):
     "How many photographs each part has, in words"
     (a, n), (b, m) = ((k, len(v)) for k,v in parts.items())
-    return f'{n+m} photographs with masks ({f"{m}, every 4th, to score" if b.endswith("every 4th") else f"{n} {a}, {m} {b}"})'
+    each = f'{m}, every 4th, to score' if b.endswith('every 4th') else f'{n} {a}, {m} {b}'
+    return f'{n+m} photographs with masks ({each})'
 
-def _spread(pairs, limit): return pairs if limit is None or len(pairs)<=limit else tuple(pairs[i*len(pairs)//limit] for i in range(limit))
+def _spread(pairs, limit):
+    "At most `limit` of them, evenly spread"
+    if limit is None or len(pairs)<=limit: return pairs
+    return tuple(pairs[i*len(pairs)//limit] for i in range(limit))
 
-def _count_labels(pairs, read):
-    "Label -> how many pixels have it"
-    count = lambda p: dict(zip(*(o.tolist() for o in np.unique(read(p[1]), return_counts=True))))
-    total = Counter()
-    with ThreadPoolExecutor() as pool:
-        for c in pool.map(count, pairs): total.update(c)
-    return dict(total)
-
+# %% ../nbs/59_labelled.ipynb #6dcadf4a
 def _mask_size(mask):
     if isinstance(mask, Instances): return tuple(mask.hw)
-    return stored_as(mask.file if isinstance(mask, Segments) else mask)[1]
+    return stored_as(_file_of(mask))[1]
 
 def mask_orientation(
     pairs,  # (photograph, where its mask is)
 ):          # Orientation for `read_pair`, what to say of it
     "On what the masks of turned photographs were drawn, by the sizes of those turned by a right angle"
-    with ThreadPoolExecutor() as pool: turned = [(s, p) for s,p in zip(pool.map(lambda p: stored_as(p[0]), pairs), pairs) if s[0]!=1]
+    with ThreadPoolExecutor() as pool: stored = [*pool.map(stored_as, (p for p,_ in pairs))]
+    turned = [(*s, m) for s,(_,m) in zip(stored, pairs) if s[0]!=1]
     if not turned: return None, ''
-    lying = [(hw, _mask_size(p[1])) for (turn, hw), p in turned if turn>4 and hw[0]!=hw[1]]
+    lying = [(hw, _mask_size(m)) for turn,hw,m in turned if turn>4 and hw[0]!=hw[1]]
     votes = {'stored' if size==hw else 'upright' for hw,size in lying if size in (hw, hw[::-1])}
     if len(votes)>1 and len(lying)<len(turned):
         raise InputError(f'{len(turned)} photographs are turned by their EXIF tag, and some masks fit the upright '
                          f'photograph, some the stored one: {option("orientation=upright")}, or stored')
-    orientation = next(iter(votes)) if len(votes)==1 else None if votes else 'upright'
-    drawn = dict(upright='on the upright ones', stored='on the stored pixels and turned alike').get(orientation, 'on either, told by their size')
+    if len(votes)>1: orientation, drawn = None, 'on either, told by their size'
+    elif 'stored' in votes: orientation, drawn = 'stored', 'on the stored pixels and turned alike'
+    else: orientation, drawn = 'upright', 'on the upright ones'
     return orientation, f'{len(turned)} photographs are turned by their EXIF tag, masks count as drawn {drawn}'
 
-# %% ../nbs/59_labelled.ipynb #46d6b1f7
+# %% ../nbs/59_labelled.ipynb #2e076148
 def _palettes(files, lists):
-    "'index' or 'color': what counts in palette files, None if there are none"
+    "'index' or 'color': what counts in palette files"
     colors, where = {}, {}
     with ThreadPoolExecutor() as pool:
         for f,own in zip(files, pool.map(palette_colors, files)):
@@ -322,7 +342,8 @@ def _palettes(files, lists):
                                      f'colors are the classes, or palette=index')
                 where.setdefault(i, f.name)
     listed = next(({l: int(color_label(c)) for l,c in o.colors.items()} for o in lists if o.colors), {})
-    return 'color' if colors and {*colors.values()}<={*listed.values()} and any(listed.get(i)!=c for i,c in colors.items()) else 'index'
+    known = colors and {*colors.values()}<={*listed.values()}
+    return 'color' if known and any(listed.get(i)!=c for i,c in colors.items()) else 'index'
 
 def _reader(found, parts, divisor, threshold, palette):
     "How masks are read, changed by options"
@@ -332,31 +353,77 @@ def _reader(found, parts, divisor, threshold, palette):
         raise InputError(f'{given[0]} is for masks that are image files of labels')
     if divisor is not None: return partial(divided_mask, divisor=divisor)
     if threshold is not None: return partial(read_mask, threshold=threshold)
-    if found.table is None and palette is None: palette = _palettes([m for v in parts.values() for _,m in v], found.lists)
+    if found.table is None and palette is None:
+        palette = _palettes([m for v in parts.values() for _,m in v], found.lists)
     return partial(read_mask, palette=palette) if palette=='color' else found.read
+
+# %% ../nbs/59_labelled.ipynb #de3c2c08
+def _count_labels(pairs, read):
+    "For each mask: label -> how many pixels have it"
+    count = lambda p: dict(zip(*(o.tolist() for o in np.unique(read(p[1]), return_counts=True))))
+    with ThreadPoolExecutor() as pool: return [*pool.map(count, pairs)]
+
+def _refuse_objects(each):
+    "An error if masks count objects, or if some are 0 and 1 and others 0 and 255"
+    tops = {max(c) for c in each}
+    gapless = all({*c} | {0}=={*range(max(c)+1)} for c in each)
+    if gapless and len(tops)>2 and max(tops)>7:
+        raise InputError(f'each mask holds all numbers from 1 to its own last one, {min(tops)} to {max(tops)}, as if they '
+                         f'counted objects: {option("threshold=1")} to tell objects from the rest, or '
+                         f'{option(f"n_classes={max(tops)+1}")} if they are classes')
+    kinds = {frozenset(c)-{0} for c in each}
+    if {1} in kinds and {255} in kinds and kinds <= {frozenset(), frozenset({1}), frozenset({255})}:
+        raise InputError(f'some masks hold 0 and 1, others 0 and 255: {option("threshold=1")} if both are the same class, or '
+                         f'{option("n_classes=2")} if 255 is no class')
+
+def _table_of_layout(root, layout, found, n_classes, ignore_index):
+    "The same for a layout whose classes are known"
+    if n_classes is not None:
+        raise InputError(f'{root} is read as {layout}, whose classes are known: leave out n_classes, or '
+                         f'{option("layout=folder")}')
+    ignored = {l: None for l in several(ignore_index) if l!='none'}
+    out = f', {", ".join(map(str, ignored))} left out' if ignored else ''
+    return found.table | ignored, found.classes, f'those of {layout}{out}'
 
 def _meaning(root, layout, found, parts, read, n_classes, ignore_index, named):
     "Table, names, and in words how they were decided"
-    if found.table is not None:
-        if n_classes is not None:
-            raise InputError(f'{root} is read as {layout}, whose classes are known: leave out n_classes, or '
-                             f'{option("layout=folder")}')
-        ignored = {l: None for l in several(ignore_index) if l!='none'}
-        return found.table | ignored, found.classes, f'those of {layout}' + (f', {", ".join(map(str, ignored))} left out' if ignored else '')
-    counts = _count_labels([p for v in parts.values() for p in v], read)
-    if not named and max(counts)==150 and n_classes is None and not found.lists and (root/'annotations/training').is_dir():
+    if found.table is not None: return _table_of_layout(root, layout, found, n_classes, ignore_index)
+    each = _count_labels([p for v in parts.values() for p in v], read)
+    counts, free = dict(sum(map(Counter, each), Counter())), n_classes is None and not found.lists
+    if free: _refuse_objects(each)
+    if free and not named and max(counts)==150 and (root/'annotations/training').is_dir():
         raise InputError(f'{root} has the folders of ADE20K and labels up to 150, but none of its lists: '
                          f'{option("layout=ade20k")} if label 0 is no class, or layout=folder')
     table, names, how = mask_classes(counts, found.lists, n_classes, ignore_index)
-    used, out = {table[l] for l in counts} - {None}, [l for l in counts if table[l] is None]
-    if len(used)<2:
-        only = ', '.join(label_name(l) for l in counts if table[l] is not None)
-        rest = ', '.join(map(label_name, out))
-        beside, advice = (f' beside {rest}, which is left out', f'; if that is one, {option("ignore_index=none")}') if out else ('', '')
-        raise InputError(f'{root}: the masks hold only the label {only}{beside}: a score needs at least two '
-                         f'classes{advice}')
+    used, out = [l for l in counts if table[l] is not None], sorted(l for l in counts if table[l] is None)
+    if len({table[l] for l in used})<2:
+        said = f'{root}: the masks hold only the label {", ".join(map(label_name, used))}'
+        if out: said += f' beside {", ".join(map(label_name, out))}, which is left out'
+        advice = f'; if that is one, {option("ignore_index=none")}' if out else ''
+        raise InputError(f'{said}: a score needs at least two classes{advice}')
     if found.lists and table.get(0) is not None: how += ', 0 is a class'
-    return table, names, how + (f', left out: {", ".join(map(label_name, sorted(out)[:6]))}' if out else '')
+    if out: how += f', left out: {", ".join(map(label_name, out[:6]))}'
+    return table, names, how
+
+# %% ../nbs/59_labelled.ipynb #46d6b1f7
+def _report_classes(train, test):
+    "Say which classes cannot be scored"
+    a, b = (_labels_in(o.masks) - {o.ignore_index} for o in (train, test))
+    def names(labels):
+        some = [str(train.classes[l] if train.classes else l) for l in sorted(labels)]
+        return ', '.join(some[:6]) + (' ...' if some[6:] else '')
+    if not a&b:
+        raise InputError(f'no class occurs in both {train.name} and {test.name}: nothing can be learned for the score')
+    if len(a|b)<2:
+        raise InputError(f'{train.name} and {test.name} hold only the class {names(a)}: a score needs at least two '
+                         f'classes')
+    of = f'of {train.n_classes} classes occur in'
+    if never := set(range(train.n_classes))-a-b:
+        warnings.warn(f'{len(never)} {of} no mask of {train.name} and {test.name} and are left out of the mean '
+                      f'({names(never)})', stacklevel=3)
+    if new := b-a:
+        warnings.warn(f'{len(new)} {of} {test.name} but not in {train.name}, so they count as 0 ({names(new)})',
+                      stacklevel=3)
 
 def labelled_data(
     path,                   # Folder in one of the layouts of `LAYOUTS`
@@ -374,8 +441,8 @@ def labelled_data(
     labels:str=None,        # Name of the folders of masks, likewise
     divisor:int=None,       # Labels from here on are class*divisor + instance
     threshold:int=None,     # Grey values from here on are class 1, others 0
-    palette:str=None,       # 'index' or 'color': what counts in palette files; default the index, unless a list of classes has the colors
-    orientation:str=None,   # 'upright' or 'stored': what masks of photographs turned by EXIF are drawn on; default by their size
+    palette:str=None,       # 'index' or 'color': what counts in palette files; default as the list of classes has it
+    orientation:str=None,   # 'upright' or 'stored': what masks of photographs turned by EXIF are drawn on
     say=print,              # Takes the line that says how the files are read; None: nobody
 ):                          # (train, test): two `SegmentationData`, or two `SegmentationFiles`
     "The labelled images of a folder, whatever its layout"
@@ -385,35 +452,22 @@ def labelled_data(
     if limit is not None and limit<1: raise InputError(f'limit must be at least 1 image, got {limit}')
     layout, root, found = find_layout(path, layout, images=images, labels=labels, parts=tuple(splits or ()))
     parts = _choose(found.splits, splits, root)
-    a, b = ({p for p,_ in v} for v in parts.values())
-    if both := sorted(a & b):
-        raise InputError(f'{len(both)} photographs are in both parts, {" and ".join(parts)}, as {both[0]}: what is scored '
-                         f'must not be learned from')
     read = _reader(found, parts, divisor, threshold, palette)
     if remap is not None:
         void = [l for l,c in (found.table or {}).items() if c is None and l not in remap] + list(several(ignore_index))
         table, names, how = {int(k): v for k,v in remap.items()} | {l: None for l in void}, None, 'remap'
     else: table, names, how = _meaning(root, layout, found, parts, read, n_classes, ignore_index, named)
-    C = 1 + max((c for c in table.values() if c is not None), default=-1)
-    if not C: raise InputError(f'{root}: every class is left out by ignore_index={ignore_index}')
+    used = {*table.values()} - {None}
+    if not used: raise InputError(f'{root}: every class is left out by ignore_index={ignore_index}')
     parts = {k: _spread(v, limit) for k,v in parts.items()}
     seen, turned = mask_orientation([p for v in parts.values() for p in v])
-    read_as = '; '.join(filter(None, [f'read as {layout}: {len({*table.values()}-{None})} classes ({how})', _counted(parts), turned, *found.notes]))
+    read_as = '; '.join(filter(None, [f'read as {layout}: {len(used)} classes ({how})', _counted(parts), turned,
+                                      *found.notes]))
     if say and not int(os.environ.get('RANK') or 0): say(read_as)
-    data = [SegmentationFiles(v, _pair(size), table, C, f'{root.resolve().name}-{k}', classes or names, _pair(mask_size), read, orientation or seen, read_as) for k,v in parts.items()]
-    if not load: return tuple(data)
+    files = lambda k, pairs: SegmentationFiles(pairs, _pair(size), table, 1+max(used), f'{root.resolve().name}-{k}',
+        classes or names, _pair(mask_size), read, orientation or seen, read_as)
+    data = tuple(files(*o) for o in parts.items())
+    if not load: return data
     train, test = (o.load() for o in data)
     _report_classes(train, test)
     return train, test
-
-def _report_classes(train, test):
-    "Say which classes cannot be scored"
-    a, b = (_labels_in(o.masks) - {o.ignore_index} for o in (train, test))
-    name = lambda ls: ', '.join(str(train.classes[l] if train.classes else l) for l in sorted(ls)[:6]) + (' ...' if len(ls)>6 else '')
-    if not a&b:
-        raise InputError(f'no class occurs in both {train.name} and {test.name}: nothing can be learned for the score')
-    if len(a|b)<2:
-        raise InputError(f'{train.name} and {test.name} hold only the class {name(a)}: a score needs at least two '
-                         f'classes')
-    if never := set(range(train.n_classes))-a-b: warnings.warn(f'{len(never)} of {train.n_classes} classes occur in no mask of {train.name} and {test.name} and are left out of the mean ({name(never)})', stacklevel=3)
-    if new := b-a: warnings.warn(f'{len(new)} of {train.n_classes} classes occur in {test.name} but not in {train.name}, so they count as 0 ({name(new)})', stacklevel=3)

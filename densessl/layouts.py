@@ -19,7 +19,7 @@ import numpy as np
 from .coco import BACKGROUND, Instances, Segments, read_instances, read_panoptic
 from .core import InputError
 from .files import MASK_NAMES, is_private
-from .masks import MASK_SUFFIXES, find_classes, open_image, option, read_mask, read_text
+from .masks import MASK_SUFFIXES, VOID, find_classes, open_image, option, read_mask, read_text
 
 # %% ../nbs/26_layouts.ipynb #37555353
 class Found(NamedTuple):
@@ -86,117 +86,158 @@ def match_stems(
 
 # %% ../nbs/26_layouts.ipynb #ff3f46cd
 PHOTO_WORDS = set('image images img imgs photo photos picture pictures rgb jpegimages leftimg8bit input inputs frames'.split())
-MASK_WORDS  = MASK_NAMES | set('lbl lbls gts segs segmentationclass target targets'.split())
-PARTS = dict(train='train training trn', val='val valid validation dev', test='test testing tst')
+MASK_WORDS  = MASK_NAMES | set('lbl lbls gts segs segmentationclass target targets groundtruths parsing manual'.split())
+PARTS = dict(train='train training trn tr', val='val valid validation dev va', test='test testing tst te ts')
 _PART = {w: k for k,v in PARTS.items() for w in v.split()}
-_FILL = {'dir', 'folder', 'ground', 'set'}
-_MASK_ENDS  = r'masks?|labels?|lbl|label(train)?ids|gt|gtfine|gtcoarse|seg|segmentations?|annotations?|annot|anno|semantic|truth|l'
-_PHOTO_ENDS = r'images?|img|photo|rgb|sat|leftimg8bit|orig|original'
+_FILL = set('dir folder ground set sets data dataset split part'.split())
+_COPIES = set('color colors colour colours colormap colormaps colored rgb visualization viz vis overlay overlays human'.split())
+_MASK_ENDS = ('masks?|labels?|lbl|label(train)?ids|train_?ids?|(label)?color|gt|gtfine|gtcoarse|segs?|segmentations?|'
+              'annotations?|annot|anno|semantic|truth|manual1?|l|m|jpe?g|png|tiff?|bmp')
+_PHOTO_ENDS = 'images?|img|photo|rgb|rgb_anon|sat|leftimg8bit|orig|original|training|test|0000'
 
 def part_of(
     word:str,  # As 'Training', 'val2017'
 ):             # 'train', 'val', 'test', or None
-    "Which part a name of a folder stands for"
+    "Which part a word stands for"
     return _PART.get(re.sub(r'\d+$', '', word.lower()))
 
 def _words(name):
-    name = re.sub(r'^(train|val|test|default)(annot|labels?|masks?|images?|gt)$', r'\1_\2', name.lower())
+    "The words of a name in lower case, also those of imagesTr and trainannot"
+    name = re.sub(r'(?<=[a-z])(?=[A-Z])', '_', name).lower()
+    name = re.sub(r'^(train|val|test|default)(annot|labels?|masks?|images?|gt)$', r'\1_\2', name)
     return [w for w in re.split(r'[_\-. ]+', name) if w]
 
+def _role(name, images=None, labels=None):
+    "Whether a folder holds photographs or masks, by its words; a name that the user gives is the only one of its kind"
+    low = name.lower()
+    if images and low==images.lower(): return 'photo'
+    if labels and low==labels.lower(): return 'mask'
+    words = {low, *(re.sub(r'\d+$', '', w) for w in _words(name))}
+    if words & MASK_WORDS: return 'other' if labels else 'mask'
+    if words & PHOTO_WORDS: return 'other' if images else 'photo'
+    return ''
+
+def _part_folders(names, parts=()):
+    "Name of a folder -> its part: named alone (Training Set), or by the word that tells it from another (uavid_train, uavid_val)"
+    alike, out = {}, {}
+    for name in names:
+        words = _words(name)
+        its = [w for w in words if part_of(w)]
+        if len(its)!=1: continue
+        others = tuple(w for w in words if w!=its[0])
+        alike.setdefault(others, {})[name] = its[0]
+    for others,own in alike.items():
+        filling = all(w in _FILL or len(w)==1 or w.isdigit() for w in others)
+        if filling or len({*map(part_of, own.values())})>1: out |= own
+    return out | {n: n for n in parts}
+
 class _Place(NamedTuple):
-    role:str   # 'photo', 'mask' or ''
+    role:str   # 'photo', 'mask', 'other' or ''
     part:str   # As the folder calls it, '' if no folder names one
     rest:tuple # The other folders
 
-def _place(folders, photo_words=PHOTO_WORDS, mask_words=MASK_WORDS, parts=()):
+def _place(folders, part_folders, role_of=_role):
     "What the folders above a file say"
     role, part, rest = '', '', []
     for name in folders:
-        if not part and (part_of(name) or name in parts):
-            part = name if name in parts else name.lower()
-            continue
-        words = [name.lower()] if name.lower() in photo_words|mask_words else _words(name)
-        kind = 'mask' if mask_words & {*words} else 'photo' if photo_words & {*words} else ''
-        if role or not kind:
+        words, kind = _words(name), role_of(name)
+        named = {w for w in words if part_of(w)} if kind else ()
+        its = part_folders.get(name) or (next(iter(named)) if len(named)==1 else '')
+        new = bool(its) and not part
+        if new: part = its
+        if kind and role in ('', 'other'): role = kind
+        elif not new:
             rest.append(name)
             continue
-        role = kind
-        if not part: part = next((w for w in words if part_of(w)), '')
-        if left := [w for w in words if w not in photo_words|mask_words|_FILL and w!=part]: rest.append('_'.join(left))
+        left = [w for w in words if w not in PHOTO_WORDS|MASK_WORDS|_FILL and w!=part]
+        if left and name!=part: rest.append('_'.join(left))
     return _Place(role, part, tuple(rest))
 
 def _bare(stem, ends):
     "A name without the words at its ends"
     short = re.sub(rf'[_\-. ]({ends})$', '', stem, flags=re.I)
-    short = re.sub(rf'^({ends})[_\-. ]', '', short, flags=re.I) if short==stem else short
+    if short==stem: short = re.sub(rf'^(?=\w\w)({ends})[_\-. ]', '', short, flags=re.I)
     return stem if short==stem else _bare(short, ends)
 
 # %% ../nbs/26_layouts.ipynb #13ec72a6
 _BEST = ('labelids', 'labeltrainids', 'mask', 'masks', 'label', 'labels')   # Which of several masks of one photograph to take
 
 def _one_mask(root, masks):
-    "The mask of a photograph, if several fit"
+    "The mask of a photograph, if several fit; one of numbers before its colored copies"
+    words = lambda m: {w for part in m.relative_to(root).with_suffix('').parts for w in _words(part)}
+    masks = [m for m in masks if not words(m) & _COPIES] or masks
     if len(masks)==1: return masks[0]
     for end in _BEST:
         if len(fit := [m for m in masks if m.stem.lower().endswith(f'_{end}')])==1: return fit[0]
     a, b = (m.relative_to(root) for m in masks[:2])
     raise InputError(f'{a} and {b} in {root} both look like the mask of one photograph: keep one of them, or '
-                     f'{option("labels=FOLDER")}')
+                     f'{option("labels=FOLDER")}; if each shows one class or one object, join them to one mask')
 
 def _sort_files(root, images, labels, parts):
-    "Photographs and masks as lists of (place, path)"
-    photo_words, mask_words = ({str(w).lower()} if w else default for w,default in ((images, PHOTO_WORDS), (labels, MASK_WORDS)))
-    given = [str(o) for o in (images, labels) if o and '/' in str(o)]
+    "Photographs and masks as lists of (place, path), and what is worth saying"
+    given = [str(o).strip('/') for o in (images, labels) if o and '/' in str(o)]
     def folders(p):
         "Names of the folders above a file; those of a given path count as one"
-        path = p.relative_to(root).parent.as_posix()
-        for o in given: path = f'/{path}/'.replace(f'/{o.strip("/")}/', f'/{o.replace("/", chr(0))}/').strip('/')
-        return [w.replace(chr(0), '/') for w in path.split('/')] if path!='.' else []
-    placed = [(_place(folders(p), photo_words-mask_words, mask_words-({images} if images else set()), parts), p) for p in photos_of(root)]
-    masks, photos = ([o for o in placed if o[0].role==r] for r in ('mask', 'photo'))
-    plain = [o for o in placed if not o[0].role]
-    if not masks:                                      # side by side: a word at the end of the name
-        photos = photos or plain
-        stems = {(w, p.stem) for w,p in photos}
-        bare = {(w, _bare(s, _PHOTO_ENDS)) for w,s in stems}
-        is_mask = lambda w, p: (b := _bare(p.stem, _MASK_ENDS))!=p.stem and ((w, b) in stems or (w, b) in bare)
-        masks = [o for o in photos if is_mask(*o)]
-        photos = [o for o in photos if not is_mask(*o)]
-        return (photos, masks) if len(masks)>1 else (photos, [])
-    return photos or plain, masks
+        path = f'/{p.relative_to(root).parent.as_posix()}/'
+        for o in given: path = path.replace(f'/{o}/', f'/{o.replace("/", chr(0))}/')
+        return [w.replace(chr(0), '/') for w in path.strip('/').split('/')] if path!='/./' else []
+    above = {p: folders(p) for p in photos_of(root)}
+    shared = {*os.path.commonprefix([*above.values()])}      # a folder of all files tells nothing of one
+    part_folders = _part_folders({n for v in above.values() for n in v}, parts)
+    role_of = lambda n: '' if n in shared else _role(n, images, labels)
+    placed = [(_place(v, part_folders, role_of), p) for p,v in above.items()]
+    masks, photos, plain = ([o for o in placed if o[0].role==r] for r in ('mask', 'photo', ''))
+    hands = sorted({n for _,p in masks for n in above[p] if 'manual' in re.split(r'[_\-. \d]+', n.lower())})
+    if hands and not labels:                                 # eyes: the folder mask holds the field of view
+        return photos or plain, [o for o in masks if hands[0] in above[o[1]]], [f'masks are those of {hands[0]}']
+    if masks: return photos or plain, masks, []
+    photos = photos or plain                                 # side by side: a word at the end of the name
+    stems = {(w, p.stem) for w,p in photos}
+    bare = {(w, _bare(s, _PHOTO_ENDS)) for w,s in stems}
+    is_mask = lambda w, p: (b := _bare(p.stem, _MASK_ENDS))!=p.stem and ((w, b) in stems or (w, b) in bare)
+    masks = [o for o in photos if is_mask(*o)]
+    if len(masks)<2: return photos, [], []
+    return [o for o in photos if not is_mask(*o)], masks, []
 
+# %% ../nbs/26_layouts.ipynb #4e090384
 def _name(path, fold=False):
     "The name of a file without its suffix, however its accents are stored"
     stem = unicodedata.normalize('NFC', path.stem)
     return stem.casefold() if fold else stem
 
-def _pair_files(root, photos, masks, name=_name, around=None):
-    "(place, photograph, mask) of all pairs, photographs without a mask, masks without a photograph"
-    part = lambda w: part_of(w.part) or w.part
+def _by_place(masks, name, around):
+    "(part, other folders, name of the photograph) -> masks"
     of = {}
     for w,m in masks:
         stem = name(m)
-        stems = {stem, _bare(stem, _MASK_ENDS)}
+        names = {stem, _bare(stem, _MASK_ENDS)}
         if around:
             before, after = around
             fits = stem.startswith(before) and stem.endswith(after)
-            stems = {stem[len(before):len(stem)-len(after)]} if fits else ()
-        for s in stems: of.setdefault((part(w), w.rest, s), []).append(m)
+            names = {stem[len(before):len(stem)-len(after)]} if fits else ()
+        for s in names: of.setdefault((part_of(w.part) or w.part, w.rest, s), []).append(m)
+    return of
+
+def _pair_files(root, photos, masks, name=_name, around=None):
+    "(place, photograph, mask) of all pairs, photographs without a mask, masks without a photograph"
+    of = _by_place(masks, name, around)
     by_stem([p for _,p in photos], lambda p: (p.parent, p.stem))
     pairs, lone, used, owner = [], [], set(), {}
     for w,p in photos:
         stems = dict.fromkeys((name(p), _bare(name(p), _PHOTO_ENDS)))
-        fit = next((of[k] for k in ((q, w.rest, s) for s in stems for q in (part(w), '')) if k in of), None)
-        exact = fit and [m for m in fit if name(m)==name(p)]
-        m = fit and _one_mask(root, exact if exact and len(exact)==1 else fit)
-        if m is None: lone.append((w, p))
-        else:
-            if (other := owner.setdefault(m, p))!=p:
-                a, b, c = (o.relative_to(root) for o in (m, other, p))
-                raise InputError(f'{a} in {root} could be the mask of {b} and of {c}: give each photograph a mask in a '
-                                 f'folder of the same name, or {option("images=FOLDER")}')
-            pairs.append((w, p, m))
-        used |= {*(fit or ())}
+        keys = [(q, w.rest, s) for s in stems for q in (part_of(w.part) or w.part, '')]
+        fit = next((of[k] for k in keys if k in of), [])
+        if not fit:
+            lone.append((w, p))
+            continue
+        exact = [m for m in fit if name(m)==name(p)]
+        m = exact[0] if len(exact)==1 else _one_mask(root, fit)
+        if (other := owner.setdefault(m, p))!=p:
+            a, b, c = (o.relative_to(root) for o in (m, other, p))
+            raise InputError(f'{a} in {root} could be the mask of {b} and of {c}: give each photograph a mask in a '
+                             f'folder of the same name, or {option("images=FOLDER")}')
+        pairs.append((w, p, m))
+        used.add(m)
     return pairs, lone, [m for _,m in masks if m not in used]
 
 def _around(photos, masks):
@@ -214,9 +255,9 @@ def _around(photos, masks):
 
 def _pair_somehow(root, photos, masks):
     "Pairs by name: in folders of the same names, in any folders, in any case, with a constant word around the name"
-    bare, anywhere = ([(o[0]._replace(rest=(), **kw), o[1]) for o in of] for of,kw in ((photos, {}), (masks, dict(part=''))))
-    same = [(o[0]._replace(rest=()), o[1]) for o in masks]
-    places = (photos, masks), (bare, same), (bare, anywhere)
+    elsewhere = lambda files, **kw: [(w._replace(rest=(), **kw), p) for w,p in files]
+    bare = elsewhere(photos)
+    places = (photos, masks), (bare, elsewhere(masks)), (bare, elsewhere(masks, part=''))
     for kw in ({}, dict(name=partial(_name, fold=True))):
         for x,m in places:
             if (found := _pair_files(root, x, m, **kw))[0]: return *found, ''
@@ -226,12 +267,22 @@ def _pair_somehow(root, photos, masks):
                 return *found, f'masks are named {around[0]}NAME{around[1]}'
     return [], photos, [m for _,m in masks], ''
 
+# %% ../nbs/26_layouts.ipynb #c4c580ff
+_LISTS = ('', 'splits', 'split', 'lists', 'ImageSets', 'ImageSets/Segmentation', 'annotations')
+
+def _list_part(stem):
+    "The part that a list is of, '' if it is none: train, train_list, val-files"
+    words = _words(stem)
+    its = [w for w in words if part_of(w) or w=='trainval']
+    filling = _FILL | PHOTO_WORDS | set('list lists file files id ids name names'.split())
+    return its[0] if len(its)==1 and {*words}-{*its}<=filling else ''
+
 def _read_list(file, known):
     "Names of photographs in a list, and how many of its lines name none of these; the first word of a line is a path or a name"
     names, lost = [], 0
     for line in map(str.strip, read_text(file).splitlines()):
         if not line: continue
-        words = [Path(o).name for o in (line, line.split()[0].split(',')[0])]
+        words = [PureWindowsPath(o.strip(' "')).name for o in (line, *re.split(r'[,;\t]', line)[:1], line.split()[0])]
         name = next((o for w in words for o in (w, Path(w).stem) if o in known), None)
         if name is None: lost += 1
         else: names.append(name)
@@ -239,15 +290,19 @@ def _read_list(file, known):
 
 def _by_lists(root, pairs):
     "Parts that text files as train.txt and val.txt name, and what to say of them; {} if there are none"
-    known = {}
+    known, lists = {}, {}
     for w,p,m in pairs: known.setdefault(p.stem, []).append((p, m))
-    folders = [root, *(root/o for o in ('splits', 'split', 'lists', 'ImageSets', 'ImageSets/Segmentation', 'annotations'))]
-    lists = next((fs for d in folders if (fs := {f.stem: f for f in sorted(d.glob('*.txt')) if part_of(f.stem) or f.stem=='trainval'})), {})
+    for folder in _LISTS:
+        files = sorted(f for f in (root/folder).glob('*') if f.suffix in ('.txt', '.csv', '.lst'))
+        for f in files: lists.setdefault(_list_part(f.stem), f)
+        lists.pop('', None)
+        if lists: break
     if 'train' in lists: lists.pop('trainval', None)
     if not lists: return {}, []
     read = {k: _read_list(f, known) for k,f in lists.items()}
     named, files = Counter(o for names,_ in read.values() for o in names), ', '.join(f.name for f in lists.values())
-    if not named or max(map(len, known.values()))>1 or any(lost>len(names) for names,lost in read.values() if names):
+    strangers = any(lost>len(names) for names,lost in read.values() if names)
+    if not named or max(map(len, known.values()))>1 or strangers:
         return {}, [f'{files} name other files or folders and are not used']
     if both := [o for o,n in named.items() if n>1]:
         raise InputError(f'{len(both)} photographs stand in more than one of the lists {files}, as {both[0]}: each may be '
@@ -261,24 +316,56 @@ def _by_lists(root, pairs):
     elif rest: notes.append(f'{len(rest)} photographs that no list names are left out ({_some(rest)})')
     return splits, notes
 
+# %% ../nbs/26_layouts.ipynb #bebea254
+def _no_pairs(root, photos, masks):
+    "The error if no mask belongs to a photograph"
+    alone = {k for k,n in Counter((w.part, w.rest) for w,_ in photos).items() if n==1}
+    many = Counter((w.part, w.rest) for w,_ in masks)
+    a, b = (o[0][1].relative_to(root) for o in (photos, masks))
+    if many and all(k in alone for k in many) and max(many.values())>1:
+        return InputError(f'{b.parent} in {root} holds several masks for one photograph, as if each showed one object: '
+                          f'join them to one mask, named as the photograph')
+    return InputError(f'{root} holds photographs, as {a}, and masks, as {b}, but no mask has the name of a photograph: '
+                      f'name them alike (a.jpg and a.png, or a_mask.png), or {option("images=FOLDER,labels=FOLDER")}')
+
+def _check_public(root, pairs):
+    "An error if files of a public set would be read as what they are not"
+    w, p, m = pairs[0]
+    if re.match(r'ADE_\w+_seg$', m.stem):
+        raise InputError(f'{root} is the full release of ADE20K, whose masks ({m.name}) hold objects in colors: use '
+                         f'ADEChallengeData2016, which has its 150 classes')
+    if w.rest and {'JPEGImages', 'Annotations'} <= {*p.parts, *m.parts}:
+        raise InputError(f'{root} holds videos in the layout of DAVIS, whose masks number the objects of each: they are '
+                         f'scored by davis_score; {option("layout=folder")} if labels mean the same in all')
+
+def _class_lists(root, pairs):
+    "Lists of classes beside the masks; in COCO's stuffthingmaps the label 0 is the class 1 of its list"
+    lists = find_classes([root, *(d for _,_,m in pairs for d in m.parents if root in d.parents)])
+    if 'stuffthingmaps' not in pairs[0][2].parts: return lists
+    later = lambda o: o._replace(names={l-1: n for l,n in o.names.items() if l}, colors={})
+    return [later(o) if o.names.get(0, '').lower() in VOID else o for o in lists]
+
 def plain_folder(
-    root,         # Folder
-    images=None,  # Name of the folders of photographs; default the words of `PHOTO_WORDS`
-    labels=None,  # Name of the folders of masks; default the words of `MASK_WORDS`
-    parts=(),     # Names of folders that are parts, beside train, val and test
-):                # `Found`, or None if there are no masks
+    root,             # Folder
+    images=None,      # Name of the folders of photographs; default the words of `PHOTO_WORDS`
+    labels=None,      # Name of the folders of masks; default the words of `MASK_WORDS`
+    parts=(),         # Names of folders that are parts, beside train, val and test
+    sure:bool=False,  # Does the user say that it is one?
+):                    # `Found`, or None if there are no masks
     "Photographs and masks in folders of any of the usual names"
-    photos, masks = _sort_files(root, images, labels, parts)
+    photos, masks, notes = _sort_files(root, images, labels, parts)
     if not masks or not photos: return
     pairs, lone, left, around = _pair_somehow(root, photos, masks)
-    if not pairs:
-        raise InputError(f'{root} holds photographs, as {photos[0][1].relative_to(root)}, and masks, as {masks[0][1].relative_to(root)}, but no mask has the name of a photograph: '
-                         f'name them alike (a.jpg and a.png, or a_mask.png), or {option("images=FOLDER,labels=FOLDER")}')
+    if not pairs: raise _no_pairs(root, photos, masks)
+    if not sure: _check_public(root, pairs)
+    names = {s for _,p,_ in pairs for s in (_name(p), _bare(_name(p), _PHOTO_ENDS))}
+    more = [m for m in left if _bare(_name(m), _MASK_ENDS) in names]          # another mask of a photograph
+    left = [m for m in left if m not in {*more}]
     if len(left)>len(masks)/2:
         raise InputError(f'{len(left)} of {len(masks)} masks have no photograph, as {left[0].relative_to(root)}: name '
                          f'both alike, or remove these masks')
-    having = {part_of(w.part) for w,*_ in pairs}
-    if gone := [w.part for w,m in masks if m in left and part_of(w.part) and part_of(w.part) not in having]:
+    having, lost = {part_of(w.part) for w,*_ in pairs}, {*left}
+    if gone := [w.part for w,m in masks if m in lost and part_of(w.part) and part_of(w.part) not in having]:
         raise InputError(f'{root} has masks for {gone[0]}, but none of their photographs: add them, or remove these '
                          f'masks')
     known, splits, without = any(w.part for w,*_ in pairs), {}, {}
@@ -286,12 +373,14 @@ def plain_folder(
     name = lambda w: w.part or (w.rest[0] if known and w.rest else 'all')
     for w,p,m in pairs if not listed else (): splits.setdefault(name(w), []).append((p, m))
     for w,p in lone: without.setdefault(name(w), []).append(p)
-    notes = [f'no masks in {k}, which is skipped' if k not in splits and not listed else f'{len(v)} photographs of {k} without a mask are left out ({_some(p.name for p in v)})' for k,v in without.items()]
-    splits |= listed
-    notes = [*filter(None, [around]), *says, *notes]
+    notes += [*filter(None, [around]), *says]
+    for k,v in without.items():
+        if k not in splits and not listed: notes.append(f'no masks in {k}, which is skipped')
+        else: notes.append(f'{len(v)} photographs of {k} without a mask are left out ({_some(p.name for p in v)})')
+    if more: notes.append(f'{len(more)} more masks of these photographs are left out (as {more[0].relative_to(root)})')
     if left: notes.append(f'{len(left)} masks without a photograph are left out ({_some(p.name for p in left)})')
-    folders = [root, *(d for _,_,m in pairs for d in m.parents if root in d.parents)]
-    return Found({k: tuple(v) for k,v in splits.items()}, lists=tuple(find_classes(folders)), notes=tuple(notes))
+    splits = {k: tuple(v) for k,v in splits.items()} | listed
+    return Found(splits, lists=tuple(_class_lists(root, pairs)), notes=tuple(notes))
 
 # %% ../nbs/26_layouts.ipynb #02e57915
 VOC_CLASSES = tuple('background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor'.split())
@@ -328,7 +417,6 @@ def voc(root, **kw):
 
 def divided_mask(
     path,              # Image file
-    hw=None,           # Size of the photograph, not needed
     divisor:int=1000,  # Labels from here on are class*divisor + instance
 ):                     # Classes, integer array (h,w)
     "A mask that counts instances within each class"
@@ -373,7 +461,8 @@ def _is_coco(file, kind):
 def _photo_folder(root, f, part, images):
     "Where the photographs of a JSON file are"
     options = [*((root/'images'/part, root/part) if part else ()), root/'images', f.parent, root]
-    return next((d for d in options if d.is_dir() and (not images or (d/images[0]['file_name']).is_file())), root/'images')
+    is_there = lambda d: d.is_dir() and (not images or (d/images[0]['file_name']).is_file())
+    return next((d for d in options if is_there(d)), root/'images')
 
 def _photo(folder, name):
     "The photograph of a name; one that begins with the folders of another machine is looked for by its last part"
@@ -391,6 +480,30 @@ def _panoptic_mask(f, image, own):
 def _instance_mask(f, image, own):
     return Instances(f'{f.name}, {image["file_name"]}', (image['height'], image['width']), tuple(own))
 
+def _read_coco(root, f, kind, names, splits):
+    "Adds the categories and the images of a file"
+    d = json.loads(read_text(f))
+    for c in d['categories']:
+        if names.setdefault(c['id'], c['name'])!=c['name']:
+            raise InputError(f'{f} calls the category {c["id"]} {c["name"]!r}, another file {names[c["id"]]!r}: the '
+                             f'parts must have the same categories')
+    word = f.stem.removeprefix(kind).strip('_')
+    part = next((w for w in (word, f.parent.name) if part_of(w)), word if f.stem.startswith(kind) else '')
+    folder, of = _photo_folder(root, f, part, d['images']), {}
+    for a in d['annotations']: of.setdefault(a['image_id'], []).append(a)
+    for im in d['images']:
+        mask = _panoptic_mask if kind=='panoptic' else _instance_mask
+        pair = _photo(folder, im['file_name']), mask(f, im, of.get(im['id'], []))
+        splits.setdefault(part or im.get('split', 'all'), []).append(pair)
+
+def _without_lost(splits):
+    "Those whose photograph is there, and what to say of the others"
+    there = {k: tuple(o for o in v if o[0].is_file()) for k,v in splits.items()}
+    lost = [p for k,v in splits.items() for p,_ in v if not p.is_file()]
+    if lost and not any(there.values()): raise InputError(f'{lost[0]} is not there, and no other listed photograph is')
+    notes = [f'{len(lost)} listed photographs that are not there are left out ({_some(p.name for p in lost)})'] if lost else []
+    return {k: v for k,v in there.items() if v}, notes
+
 def coco(
     root,
     kind:str,   # 'panoptic' or 'instances'
@@ -399,38 +512,37 @@ def coco(
     "COCO's annotations"
     files = _json_files(root, kind)
     if not files: return
-    splits, names, where = {}, {}, _panoptic_mask if kind=='panoptic' else _instance_mask
+    splits, names = {}, {}
     for f in files:
-        try:
-            d = json.loads(read_text(f))
-            new = {c['id']: c['name'] for c in d['categories']}
-            if differ := [i for i in new if names.get(i, new[i])!=new[i]]:
-                raise InputError(f'{f} calls the category {differ[0]} {new[differ[0]]!r}, another file '
-                                 f'{names[differ[0]]!r}: the parts must have the same categories')
-            names |= new
-            part = next((w for w in (f.stem.removeprefix(kind).strip('_'), f.parent.name) if part_of(w)), f.stem.removeprefix(kind).strip('_') if f.stem.startswith(kind) else '')
-            folder, of = _photo_folder(root, f, part, d['images']), {}
-            for a in d['annotations']: of.setdefault(a['image_id'], []).append(a)
-            for im in d['images']: splits.setdefault(part or im.get('split', 'all'), []).append((_photo(folder, im['file_name']), where(f, im, of.get(im['id'], []))))
+        try: _read_coco(root, f, kind, names, splits)
         except InputError: raise
         except ValueError as e: raise InputError(f'cannot read {f}: {e}') from None
-        except (KeyError, TypeError) as e: raise InputError(f'{f} is no COCO {kind} file: {e!r}') from None
-    ids, things = sorted(names), kind=='instances'
-    if things and not any(a.get('segmentation') for v in splits.values() for _,m in v for a in m.annotations):
-        raise InputError(f'{files[0]} holds boxes without outlines: boxes are not scored here, a mask for each '
-                         f'photograph is needed')
+        except (KeyError, TypeError, AttributeError) as e:
+            raise InputError(f'{f} is no COCO {kind} file: {e!r}') from None
     for part,pairs in splits.items():
         if twice := [p for p,n in Counter(p for p,_ in pairs).items() if n>1]:
             raise InputError(f'{twice[0]} is listed twice for the part {part} in {", ".join(f.name for f in files)}: list '
                              f'each photograph once')
-    ground = {c for c in ids if things and names[c].lower().strip('_') in ('background', 'bg')}
-    ids = [c for c in ids if c not in ground]
-    table = {BACKGROUND: 0 if things else None} | {c: 0 for c in ground} | {c: i+things for i,c in enumerate(ids)}
-    notes = ('what is in no instance is the class background',) if things else ()
-    return Found({k: tuple(v) for k,v in splits.items()}, table, ('background',)*things + tuple(names[c] for c in ids), read_instances if things else read_panoptic, notes=notes)
+    splits, notes = _without_lost(splits)
+    ids = sorted(names)
+    if kind=='panoptic':
+        table = {BACKGROUND: None} | {c: i for i,c in enumerate(ids)}
+        return Found(splits, table, tuple(names[c] for c in ids), read_panoptic, notes=tuple(notes))
+    outlined = [bool(a.get('segmentation')) for v in splits.values() for _,m in v for a in m.annotations]
+    if not any(outlined):
+        raise InputError(f'{files[0]} holds boxes without outlines: boxes are not scored here, a mask for each '
+                         f'photograph is needed')
+    ground = {c for c in ids if names[c].lower().strip('_') in ('background', 'bg')}
+    things = [c for c in ids if c not in ground]
+    table = {BACKGROUND: 0} | {c: 0 for c in ground} | {c: i+1 for i,c in enumerate(things)}
+    notes.append('what is in no instance is the class background')
+    if bare := outlined.count(False): notes.append(f'{bare} of {len(outlined)} instances have no outline and are not drawn')
+    return Found(splits, table, ('background', *(names[c] for c in things)), read_instances, notes=tuple(notes))
 
 # %% ../nbs/26_layouts.ipynb #a085b613
 _YOLO = re.compile(r'\s*\d+(\s+[-+.\deE]+){4,}\s*')
+
+_ARRAYS = ('.npy', '.npz', '.mat', '.nii', '.nii.gz', '.dcm', '.h5', '.hdf5')
 
 def _starts(file, n=4096):
     with open(file, 'rb') as f: return f.read(n).decode('utf-8', 'ignore')
@@ -439,7 +551,13 @@ def other_labels(
     root,  # Folder
 ):         # What it holds, in words, or None
     "Labels that are no masks"
-    files = files_of(root, ('.json', '.xml', '.txt'))
+    files = files_of(root, ('.json', '.xml', '.txt', *_ARRAYS))
+    stems = {p.stem for p in photos_of(root)}
+    for p in files:
+        end = next((o for o in _ARRAYS if p.name.lower().endswith(o)), '')
+        above = p.relative_to(root).parts[:-1]
+        if end and (any(_role(n)=='mask' for n in above) or _bare(p.name[:-len(end)], _MASK_ENDS) in stems):
+            return f'masks in {end} files (as {p.name}): save each as a PNG file of one number a pixel, named as its photograph'
     first = lambda suffix: [(p, _starts(p)) for p in files if p.suffix.lower()==suffix][:20]
     for p,text in first('.xml'):
         if '<annotations>' in text: return f'CVAT outlines ({p.name}): export them as "Segmentation mask 1.1"'
@@ -503,13 +621,14 @@ def find_layout(
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f'there is no layout {layout!r}: use one of {", ".join(LAYOUTS)}')
     inside = sorted(p for p in root.iterdir() if not is_private(p.name))
-    if len(inside)==1 and inside[0].is_dir() and not _place(inside[0].parts[-1:]).role:
+    if len(inside)==1 and inside[0].is_dir() and not _role(inside[0].name):
         return find_layout(inside[0], layout, **kwargs)
+    sets = [p.name for p in inside if (p/'SegmentationClass').is_dir() and not part_of(p.name)]
+    if len(sets)>1: raise InputError(f'{path} holds {len(sets)} sets, {_some(sets)}: give the folder of one')
     named = any(kwargs.get(k) for k in ('images', 'labels'))
     for name,(_,reader) in LAYOUTS.items():
         if layout not in (None, name) or named and name!='folder': continue
-        if found := reader(root, **kwargs) if name=='folder' else reader(root, sure=layout is not None):
-            return name, root, found
+        if found := reader(root, sure=layout is not None, **kwargs): return name, root, found
     known = '; '.join(f'{k}: {v}' for k,(v,_) in LAYOUTS.items() if layout in (None, k))
     holds = _some((p.name for p in inside), 8) or 'nothing'
     message = f'{path} is not laid out as labelled data ({known}): it holds {holds}.'

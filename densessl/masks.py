@@ -88,6 +88,15 @@ def _palette(im, by_color):
     grey = (colors==colors[:,:1]).all() and len({*colors[:,0]})==len(colors)
     return colors[:,0].astype(np.uint8)[index] if grey else index
 
+def _without_hidden(labels, hidden, path):
+    "Transparent pixels become black"
+    if hidden.all() or not hidden.any(): return labels
+    black = labels.dtype.type(0 if labels.dtype==np.uint8 else COLOR)
+    if (labels[~hidden]==black).all():
+        raise InputError(f'{path} is black where it is not transparent, so that only its transparency tells the classes: '
+                         f"save that as the mask, with Pillow as Image.open(file).getchannel('A').save(file)")
+    return np.where(hidden, black, labels)
+
 def _values(im, path, by_color):
     "The labels of an open file"
     if im.mode=='P': return _palette(im, by_color)
@@ -98,15 +107,13 @@ def _values(im, path, by_color):
     if im.mode=='F' and not (a==a.round()).all():
         raise InputError(f'{path} holds numbers that are not whole, as {a[a!=a.round()][0]:g}: a mask holds one whole '
                          f'number a pixel')
-    if im.mode in ('1', 'LA'): return (a if a.ndim==2 else a[...,0]).astype(np.uint8)
+    if im.mode=='1': return a.astype(np.uint8)
     if a.ndim==2: return a if a.dtype==np.uint8 else a.astype(np.int64)
-    labels = color_label(a[...,:3])
-    if im.mode=='RGBA' and a[...,3].any(): labels[a[...,3]==0] = COLOR
-    return labels
+    labels = a[...,0].copy() if im.mode=='LA' else color_label(a[...,:3])
+    return _without_hidden(labels, a[...,-1]==0, path) if im.mode in ('LA', 'RGBA') else labels
 
 def read_mask(
     path,                # Image file
-    hw=None,             # Size of the photograph, not needed
     threshold:int=None,  # Grey values from here on become 1, the others 0; default as they are
     palette:str='index', # What counts in a palette file, 'index' or 'color'
 ):                       # Labels, integer array (h,w); colors as `color_label` makes them
@@ -114,7 +121,8 @@ def read_mask(
     with open_image(path) as im:
         if (n := _pages(im))>1: raise InputError(f'{path} holds {n} pages: a mask is one picture')
         if threshold is None: return _values(im, path, palette=='color')
-        return (np.array(im.convert('L'))>=threshold).astype(np.uint8)
+        grey = im if im.mode[0] in 'IF' else im.convert('L')     # Pillow would cut 16 bits to 8
+        return (np.array(grey)>=threshold).astype(np.uint8)
 
 def palette_colors(
     path,    # Image file

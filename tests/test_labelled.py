@@ -504,7 +504,7 @@ def named_files(root, photo, mask, masks=RARE, n=8):
             Image.fromarray(o).save(p)
     return root
 
-AROUND = {'fastai': ('images/0001TP_{}.png', 'labels/0001TP_{}_P.png', 'NAME_P'), 'double suffix': ('img/{}.jpg', 'masks/{}.jpg.png', 'NAME.jpg'),
+AROUND = {'fastai': ('images/0001TP_{}.png', 'labels/0001TP_{}_P.png', 'NAME_P'),
           'task': ('images/a{}.png', 'masks/task-1-a{}-final.png', 'task-1-NAME-final'), 'iSAID': ('train/images/P{}.png', 'train/Semantic_masks/P{}_instance_color_RGB.png', 'NAME_instance')}
 
 @pytest.mark.parametrize('kind', AROUND)
@@ -600,3 +600,154 @@ def test_coco_photographs_of_one_name_are_refused(tmp_path):
     f = tmp_path/'instances_default.json'
     f.write_text(f.read_text().replace('/data/01.jpg', '/other/00.jpg'))
     with pytest.raises(InputError, match='00.jpg is listed twice'): labelled_data(tmp_path)
+
+# ---- folders of public sets and tools: the right masks, or one sentence
+
+def read_right(root, masks=MASKS, sizes=(8,4), size=(9,14), **kw):
+    "Every mask is that of its photograph, whose number is its name; returns what was said"
+    said = []
+    parts = quiet(root, size, load=False, say=said.append, **kw)
+    for files in parts:
+        for photo,mask in files.pairs:
+            i = int(''.join(c for c in photo.name if c.isdigit())[:2])
+            x, m = files.one(photo, mask)
+            assert (m.numpy()==masks[i]).all() and (x.permute(1,2,0).numpy()==IMAGES[i]).all()
+    assert sizes is None or tuple(map(len, parts))==sizes
+    return said[0]
+
+PUBLIC = {   # photographs, masks, parts, and whether there are two
+    'parts in longer names':  ('uavid_{part}/seq1/Images/{n}.png', 'uavid_{part}/seq1/Labels/{n}.png', ('train', 'val'), True),
+    'saliency':               ('DUTS-{part}/DUTS-{part}-Image/{n}.png', 'DUTS-{part}/DUTS-{part}-Mask/{n}.png', ('TR', 'TE'), True),
+    'polyps':                 ('{part}Dataset/images/{n}.png', '{part}Dataset/masks/{n}.png', ('Train', 'Test'), True),
+    'sets':                   ('{part}_set/images/{n}.png', '{part}_set/masks/{n}.png', ('training', 'test'), True),
+    'eyes with letters':      ('1. Original Images/{part} Set/{n}.png', '2. Groundtruths/{part} Set/{n}.png', ('a. Training', 'b. Testing'), True),
+    'people':                 ('TrainVal_images/{part}_images/{n}.png', 'TrainVal_parsing_annotations/{part}_segmentations/{n}.png', ('train', 'val'), True),
+    'a shared word for masks': ('seg/images/{part}/{n}.png', 'seg/labels/{part}/{n}_train_id.png', ('train', 'val'), True),
+    'nnU-Net':                ('imagesTr/{n}_0000.png', 'labelsTr/{n}.png', ('', ''), False),
+    'bad weather':            ('rgb_anon/fog/{part}/{n}_rgb_anon.png', 'gt/fog/{part}/{n}_gt_labelIds.png', ('train', 'val'), True),
+    'tiles':                  ('output/{n}.png', 'output/{n}_m.png', ('', ''), False),
+    'two suffixes':           ('img/{n}.png', 'masks/{n}.png.png', ('', ''), False),
+    'suffix and word':        ('a/{n}.png', 'a/{n}.png_mask.png', ('', ''), False),
+    'labelme2voc':            ('JPEGImages/{n}.png', 'SegmentationClassPNG/{n}.png', ('', ''), False),
+}
+@pytest.mark.parametrize('what', PUBLIC)
+def test_names_of_public_sets(tmp_path, what):
+    photo, mask, parts, two = PUBLIC[what]
+    pairs(tmp_path, photo, mask, parts=parts)
+    said = read_right(tmp_path, sizes=(8,4) if two else (9,3))
+    assert ('every 4th' in said) != two
+
+def test_a_word_of_a_part_is_no_part_by_itself(tmp_path):
+    for i,n in enumerate(NAMES):
+        for k,o in (('images', IMAGES), ('masks', MASKS)): write(tmp_path/k/('bus_station', 'train_station')[i%2]/f'{n}.png', o[i])
+    read_right(tmp_path, sizes=(9,3))
+
+LINES_OF = {'train_list.txt': '{}.png labels/{}.png', 'Train.txt': '\ufeffimages\\{}.png\r', 'train-ids.lst': '{}', 'train.csv': '"images/{}.png",1'}
+@pytest.mark.parametrize('name', LINES_OF)
+def test_lists_of_any_usual_name(tmp_path, name):
+    pairs(tmp_path, 'images/{n}.png', 'masks/{n}.png')
+    for part,names in dict(train=NAMES[:8], val=NAMES[8:]).items():
+        file = name.replace('train', part).replace('Train', 'Val')
+        (tmp_path/file).write_text(''.join(LINES_OF[name].replace('{}', n)+'\n' for n in names))
+    assert 'parts are those of' in read_right(tmp_path)
+
+COPIES = {'kitti': ('semantic', 'semantic_rgb'), 'supervisely': ('masks_machine', 'masks_human'), 'game': ('GT/LABELS', 'GT/COLOR'), 'mine': ('masks', 'masks_color')}
+@pytest.mark.parametrize('what', COPIES)
+def test_numbers_are_taken_before_their_colored_copies(tmp_path, what):
+    numbers, colors = COPIES[what]
+    pairs(tmp_path, 'image_2/{n}.png', f'{numbers}/{{n}}.png')
+    pairs(tmp_path, 'image_2/{n}.png', f'{colors}/{{n}}.png', lambda m: PAINT[m])
+    assert f'12 more masks of these photographs are left out (as {colors}/00.png)' in read_right(tmp_path, sizes=(9,3))
+    read_right(tmp_path, sizes=(9,3), labels=numbers)
+
+@pytest.mark.parametrize('hand,other,name', (('1st_manual', '2nd_manual', '{n}_manual1.gif'), ('manual1', 'manual2', '{n}.tif')))
+def test_a_field_of_view_is_no_mask(tmp_path, hand, other, name):
+    "Photographs of eyes: the folder mask says where the camera sees anything"
+    view = np.zeros((9,14), np.uint8); view[2:7,2:12] = 255
+    black = lambda m: np.where(m>1, 255, 0).astype(np.uint8)
+    pairs(tmp_path, '{part}/images/{n}_training.png', f'{{part}}/{hand}/{name}', black, parts=('training', 'test'))
+    pairs(tmp_path, '{part}/images/{n}_training.png', '{part}/mask/{n}_training_mask.gif', lambda m: view, parts=('training', 'test'))
+    pairs(tmp_path, '{part}/images/{n}_training.png', f'{{part}}/{other}/{name}', lambda m: 255-black(m), parts=('training', 'test'))
+    assert f'masks are those of {hand}' in read_right(tmp_path, MASKS//2)
+
+@pytest.mark.parametrize('first,names', (('unlabeled', ('a','b','c')), ('person', ('person','a','b','c'))))
+def test_numbers_of_stuffthingmaps_begin_one_later_than_their_list(tmp_path, first, names):
+    pairs(tmp_path, 'images/{part}2017/{n}.png', 'stuffthingmaps/{part}2017/{n}.png', lambda m: np.where(m==3, 255, m).astype(np.uint8))
+    (tmp_path/'labels.txt').write_text(f'0: {first}\n1: a\n2: b\n3: c\n')
+    read_right(tmp_path, np.where(MASKS==3, 255, MASKS))
+    assert quiet(tmp_path)[0].classes==names
+
+def objects(i):
+    m = np.zeros((9,14), np.uint16)
+    for k in range(9+i): m[k//7*2,k%7*2] = k+1
+    return m
+
+def each_object(root):
+    for i,n in enumerate(NAMES):
+        write(root/f'stage1_train/{n}/images/{n}.png', IMAGES[i])
+        for c in (1,2): write(root/f'stage1_train/{n}/masks/{n}f{c}e.png', np.where(MASKS[i]==c, 255, 0).astype(np.uint8))
+
+def arrays(ext, photo='images/{n}.png', mask='masks/{n}', photos=True):
+    def make(root):
+        for i,n in enumerate(NAMES):
+            if photos: write(root/photo.format(n=n), IMAGES[i])
+            f = root/f'{mask.format(n=n)}{ext}'
+            f.parent.mkdir(parents=True, exist_ok=True)
+            f.write_bytes(b'x')
+    return make
+
+def two_years(root):
+    for year in ('VOC2007', 'VOC2012'): voc(root/'VOCdevkit'/year, [f'2007_0000{n}' for n in NAMES])
+
+REFUSED = {
+    'arrays beside':       (arrays('.npy'), 'holds masks in .npy files (as 00.npy): save each as a PNG file'),
+    'arrays by name':      (arrays('.npz', '{n}.png', '{n}_mask'), 'holds masks in .npz files'),
+    'MATLAB':              (arrays('.mat', 'img/{n}.png', 'cls/{n}'), 'holds masks in .mat files'),
+    'volumes':             (arrays('.nii.gz', mask='labelsTr/{n}', photos=False), 'holds masks in .nii.gz files'),
+    'a mask an object':    (each_object, 'holds several masks for one photograph, as if each showed one object: join them'),
+    'a mask a class':      (lambda r: [pairs(r, 'images/{n}.png', f'masks/{c}/{{n}}.png', lambda m: m//2*255) for c in ('cat', 'dog')], 'if each shows one class or one object, join them'),
+    'numbers of objects':  (lambda r: [(write(r/f'images/{n}.png', IMAGES[i]), write(r/f'masks/{n}.png', objects(i))) for i,n in enumerate(NAMES)], 'each mask holds all numbers from 1 to its own last one, 9 to 20'),
+    'two ways':            (lambda r: [(write(r/f'images/{n}.png', IMAGES[i]), write(r/f'masks/{n}.png', (MASKS[i]//2*(255 if i%2 else 1)).astype(np.uint8))) for i,n in enumerate(NAMES)], 'some masks hold 0 and 1, others 0 and 255'),
+    'transparency':        (lambda r: pairs(r, 'images/{n}.png', 'masks/{n}.png', lambda m: np.dstack([np.zeros((9,14,3), np.uint8), m//2*255])), "getchannel('A')"),
+    'ADE20K, all of it':   (lambda r: pairs(r, 'images/ADE/{part}/urban/ADE_train_{n}.png', 'images/ADE/{part}/urban/ADE_train_{n}_seg.png', lambda m: PAINT[m]), 'is the full release of ADE20K'),
+    'videos':              (lambda r: pairs(r, 'JPEGImages/480p/a/{n}.png', 'Annotations/480p/a/{n}.png'), 'scored by davis_score; pass layout=folder'),
+    'two sets':            (two_years, 'holds 2 sets, VOC2007, VOC2012: give the folder of one'),
+}
+@pytest.mark.parametrize('what', REFUSED)
+def test_what_cannot_be_told_is_refused(tmp_path, what):
+    make, said = REFUSED[what]
+    make(tmp_path)
+    with pytest.raises(InputError) as e: quiet(tmp_path, 9)
+    assert said in str(e.value) and '\n' not in str(e.value) and not isinstance(e.value, Unlabelled)
+
+ADVICE = {'numbers of objects': (dict(threshold=1), np.stack([objects(i)>0 for i in range(12)])), 'two ways': (dict(threshold=1), MASKS//2), 'videos': (dict(layout='folder'), MASKS)}
+@pytest.mark.parametrize('what', ADVICE)
+def test_the_advice_works(tmp_path, what):
+    kw, masks = ADVICE[what]
+    REFUSED[what][0](tmp_path)
+    read_right(tmp_path, masks, (9,3), **kw)
+
+def test_threshold_of_16_bits(tmp_path):
+    pairs(tmp_path, 'images/{n}.png', 'masks/{n}.png', lambda m: m.astype(np.uint16)*300)
+    read_right(tmp_path, (MASKS>1).astype(int), (9,3), threshold=600)
+
+def test_transparent_pixels_are_black(tmp_path):
+    pairs(tmp_path, 'images/{n}.png', 'masks/{n}.png', lambda m: np.dstack([np.full((9,14), 255, np.uint8), m//2*255]))
+    read_right(tmp_path, MASKS//2, (9,3))
+
+def test_coco_says_what_it_leaves_out(tmp_path):
+    coco_of(tmp_path, '{}.jpg')
+    f = tmp_path/'instances_default.json'
+    d = json.loads(f.read_text())
+    d['annotations'][1]['segmentation'] = []
+    f.write_text(json.dumps(d))
+    (tmp_path/'images/05.jpg').unlink()
+    a, b = quiet(tmp_path, size=(9,14))
+    assert len(a)+len(b)==5 and '1 listed photographs that are not there are left out (05.jpg)' in a.read_as
+    assert '1 of 5 instances have no outline and are not drawn' in a.read_as and not a.masks[1].any()
+    for wrong in ([['a','b','c','d']], [1,2,3,4], dict(size=[9,14])):
+        d['annotations'][0]['segmentation'] = wrong
+        f.write_text(json.dumps(d))
+        with pytest.raises(InputError, match='00.jpg: an annotation is no polygon and no run-length code'): quiet(tmp_path)
+    for p in (tmp_path/'images').iterdir(): p.unlink()
+    with pytest.raises(InputError, match='is not there, and no other listed photograph is'): quiet(tmp_path)
