@@ -145,7 +145,7 @@ class CLoVE(nn.Module):
 
     def _match(self, v1, v2):
         grids = [self.student.encoder.grid(*v.images.shape[-2:]) for v in (v1, v2)]
-        check = not (v1.boxes.is_cuda or torch.compiler.is_compiling())      # it would wait for the device, or break the graph
+        check = not (v1.boxes.is_cuda or torch.compiler.is_compiling())   # or wait for the device, or break the graph
         return match_cells(v1.boxes, grids[0], v2.boxes, grids[1], self.config.threshold, check=check)
 
     def forward(self, views)->list:

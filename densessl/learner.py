@@ -418,7 +418,7 @@ def _encoder(arch, c, model_kwargs, dls, pretrained=False, init=None):
         raise InputError('arch=None takes the network of init: give init, or the name of a network')
     _check_kwargs(model_kwargs or {})
     if model_kwargs and isinstance(arch, DenseEncoder):
-        raise InputError('arch is an encoder that is built already: leave out model_kwargs, or give the name of a network')
+        raise InputError('arch is an encoder that is built already: leave out model_kwargs, or give a name')
     kwargs = {k: getattr(c, k) for k in ('drop_path_rate', 'pos_scale', 'pos_offset') if hasattr(c, k)}
     if pretrained: kwargs['pretrained'] = True
     if arch is None: arch, own = network_of(init)
