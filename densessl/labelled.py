@@ -91,7 +91,7 @@ def resize_nearest(
     return mask[y][:,x]
 
 _TURNED = {2: lambda m: m[:,::-1], 3: lambda m: m[::-1,::-1], 4: lambda m: m[::-1], 5: lambda m: m.T,
-           6: lambda m: np.rot90(m, -1), 7: lambda m: m[::-1,::-1].T, 8: np.rot90}   # EXIF orientation -> the upright array
+           6: lambda m: np.rot90(m, -1), 7: lambda m: m[::-1,::-1].T, 8: np.rot90}   # By EXIF orientation
 _UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
 
 def stored_as(
@@ -292,8 +292,8 @@ def _choose(splits, wanted, root):
         out[name] = splits[name]
     if len(out)<2: raise InputError(f'splits must name two different parts, got {wanted}')
     if both := sorted({p for p,_ in [*out.values()][0]} & {p for p,_ in [*out.values()][1]}):
-        raise InputError(f'{len(both)} photographs are in both parts, {" and ".join(out)}, as {both[0]}: what is scored '
-                         f'must not be learned from')
+        raise InputError(f'{len(both)} photographs are in both parts, {" and ".join(out)}, as {both[0]}: what is '
+                         f'scored must not be learned from')
     return out
 
 def _counted(parts):
@@ -368,13 +368,13 @@ def _refuse_objects(each):
     tops = {max(c) for c in each}
     gapless = all({*c} | {0}=={*range(max(c)+1)} for c in each)
     if gapless and len(tops)>2 and max(tops)>7:
-        raise InputError(f'each mask holds all numbers from 1 to its own last one, {min(tops)} to {max(tops)}, as if they '
-                         f'counted objects: {option("threshold=1")} to tell objects from the rest, or '
+        raise InputError(f'each mask holds all numbers from 1 to its own last one, {min(tops)} to {max(tops)}, as if '
+                         f'they counted objects: {option("threshold=1")} to tell objects from the rest, or '
                          f'{option(f"n_classes={max(tops)+1}")} if they are classes')
     kinds = {frozenset(c)-{0} for c in each}
     if {1} in kinds and {255} in kinds and kinds <= {frozenset(), frozenset({1}), frozenset({255})}:
-        raise InputError(f'some masks hold 0 and 1, others 0 and 255: {option("threshold=1")} if both are the same class, or '
-                         f'{option("n_classes=2")} if 255 is no class')
+        raise InputError(f'some masks hold 0 and 1, others 0 and 255: {option("threshold=1")} if both are the same '
+                         f'class, or {option("n_classes=2")} if 255 is no class')
 
 def _table_of_layout(root, layout, found, n_classes, ignore_index):
     "The same for a layout whose classes are known"
