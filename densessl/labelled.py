@@ -359,20 +359,25 @@ def _reader(found, parts, divisor, threshold, palette):
 
 # %% ../nbs/59_labelled.ipynb #de3c2c08
 def _count_labels(pairs, read):
-    "For each mask: label -> how many pixels have it"
+    "Label -> how many pixels of all masks have it; of each mask the largest label, how many labels, and few labels"
     count = lambda p: dict(zip(*(o.tolist() for o in np.unique(read(p[1]), return_counts=True))))
-    with ThreadPoolExecutor() as pool: return [*pool.map(count, pairs)]
+    total, each = Counter(), []
+    with ThreadPoolExecutor() as pool:
+        for c in pool.map(count, pairs):
+            total.update(c)
+            each.append((max(c), len({*c} | {0}), frozenset(c)-{0} if len(c)<3 else None))
+    return dict(total), each
 
 def _refuse_objects(each):
     "An error if masks count objects, or if some are 0 and 1 and others 0 and 255"
-    tops = {max(c) for c in each}
-    gapless = all({*c} | {0}=={*range(max(c)+1)} for c in each)
+    tops, kinds = {top for top,_,_ in each}, {few for _,_,few in each}
+    gapless = all(n==top+1 for top,n,_ in each)
     if gapless and len(tops)>2 and max(tops)>7:
         raise InputError(f'each mask holds all numbers from 1 to its own last one, {min(tops)} to {max(tops)}, as if '
                          f'they counted objects: {option("threshold=1")} to tell objects from the rest, or '
                          f'{option(f"n_classes={max(tops)+1}")} if they are classes')
-    kinds = {frozenset(c)-{0} for c in each}
-    if {1} in kinds and {255} in kinds and kinds <= {frozenset(), frozenset({1}), frozenset({255})}:
+    one, white = frozenset({1}), frozenset({255})
+    if {one, white} <= kinds <= {one, white, frozenset()}:
         raise InputError(f'some masks hold 0 and 1, others 0 and 255: {option("threshold=1")} if both are the same '
                          f'class, or {option("n_classes=2")} if 255 is no class')
 
@@ -388,8 +393,8 @@ def _table_of_layout(root, layout, found, n_classes, ignore_index):
 def _meaning(root, layout, found, parts, read, n_classes, ignore_index, named):
     "Table, names, and in words how they were decided"
     if found.table is not None: return _table_of_layout(root, layout, found, n_classes, ignore_index)
-    each = _count_labels([p for v in parts.values() for p in v], read)
-    counts, free = dict(sum(map(Counter, each), Counter())), n_classes is None and not found.lists
+    counts, each = _count_labels([p for v in parts.values() for p in v], read)
+    free = n_classes is None and not found.lists
     if free: _refuse_objects(each)
     if free and not named and max(counts)==150 and (root/'annotations/training').is_dir():
         raise InputError(f'{root} has the folders of ADE20K and labels up to 150, but none of its lists: '

@@ -93,8 +93,10 @@ _PART = {w: k for k,v in PARTS.items() for w in v.split()}
 _FILL = set('dir folder ground set sets data dataset split part'.split())
 _COPIES = set('''color colors colour colours colormap colormaps colored rgb visualization viz vis overlay overlays
     human'''.split())
-_MASK_ENDS = ('masks?|labels?|lbl|label(train)?ids|train_?ids?|(label)?color|gt|gtfine|gtcoarse|segs?|segmentations?|'
-              'annotations?|annot|anno|semantic|truth|manual1?|l|m|jpe?g|png|tiff?|bmp')
+_MASK_ENDS = ('masks?|labels?|lbl|label(train)?ids|train_?ids?|gt|gtfine|gtcoarse|segs?|segmentations?|annotations?|'
+              'annot|anno|semantic|truth|manual1?|jpe?g|png|tiff?|bmp')
+_SHORT_ENDS = f'{_MASK_ENDS}|l|m'                  # Not trusted of a JPEG beside others: a_m.jpg may be a small copy
+_FOLDER_ENDS = f'{_SHORT_ENDS}|(label)?color'      # Of files in a folder of masks
 _PHOTO_ENDS = 'images?|img|photo|rgb|rgb_anon|sat|leftimg8bit|orig|original|training|test|0000'
 
 def part_of(
@@ -194,7 +196,9 @@ def _sort_files(root, images, labels, parts):
     photos = photos or plain                                 # side by side: a word at the end of the name
     stems = {(w, p.stem) for w,p in photos}
     bare = {(w, _bare(s, _PHOTO_ENDS)) for w,s in stems}
-    is_mask = lambda w, p: (b := _bare(p.stem, _MASK_ENDS))!=p.stem and ((w, b) in stems or (w, b) in bare)
+    def is_mask(w, p):
+        b = _bare(p.stem, _MASK_ENDS if p.suffix.lower() in ('.jpg', '.jpeg') else _SHORT_ENDS)
+        return b!=p.stem and ((w, b) in stems or (w, b) in bare)
     masks = [o for o in photos if is_mask(*o)]
     if len(masks)<2: return photos, [], []
     return [o for o in photos if not is_mask(*o)], masks, []
@@ -210,7 +214,7 @@ def _by_place(masks, name, around):
     of = {}
     for w,m in masks:
         stem = name(m)
-        names = {stem, _bare(stem, _MASK_ENDS)}
+        names = {stem, _bare(stem, _FOLDER_ENDS)}
         if around:
             before, after = around
             fits = stem.startswith(before) and stem.endswith(after)
@@ -293,7 +297,7 @@ def _by_lists(root, pairs):
     known, lists = {}, {}
     for w,p,m in pairs: known.setdefault(p.stem, []).append((p, m))
     for folder in _LISTS:
-        files = sorted(f for f in (root/folder).glob('*') if f.suffix in ('.txt', '.csv', '.lst'))
+        files = [f for end in ('txt', 'lst', 'csv') for f in sorted((root/folder).glob(f'*.{end}'))]
         for f in files: lists.setdefault(_list_part(f.stem), f)
         lists.pop('', None)
         if lists: break
@@ -359,7 +363,7 @@ def plain_folder(
     if not pairs: raise _no_pairs(root, photos, masks)
     if not sure: _check_public(root, pairs)
     names = {s for _,p,_ in pairs for s in (_name(p), _bare(_name(p), _PHOTO_ENDS))}
-    more = [m for m in left if _bare(_name(m), _MASK_ENDS) in names]          # another mask of a photograph
+    more = [m for m in left if _bare(_name(m), _FOLDER_ENDS) in names]          # another mask of a photograph
     left = [m for m in left if m not in {*more}]
     if len(left)>len(masks)/2:
         raise InputError(f'{len(left)} of {len(masks)} masks have no photograph, as {left[0].relative_to(root)}: name '
@@ -573,7 +577,7 @@ def other_labels(
     for p in files:
         end = next((o for o in _ARRAYS if p.name.lower().endswith(o)), '')
         above = p.relative_to(root).parts[:-1]
-        if end and (any(_role(n)=='mask' for n in above) or _bare(p.name[:-len(end)], _MASK_ENDS) in stems):
+        if end and (any(_role(n)=='mask' for n in above) or _bare(p.name[:-len(end)], _FOLDER_ENDS) in stems):
             return (f'masks in {end} files (as {p.name}): save each as a PNG file of one number a pixel, named as its '
                     f'photograph')
     first = lambda suffix: [(p, _starts(p)) for p in files if p.suffix.lower()==suffix][:20]
@@ -644,10 +648,13 @@ def find_layout(
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f'there is no layout {layout!r}: use one of {", ".join(LAYOUTS)}')
     inside = sorted(p for p in root.iterdir() if not is_private(p.name))
-    if len(inside)==1 and inside[0].is_dir() and not _role(inside[0].name):
+    if len(inside)==1 and inside[0].is_dir() and (
+            not _role(inside[0].name) or any(p.is_dir() for p in inside[0].iterdir())):
         return find_layout(inside[0], layout, **kwargs)
     sets = [p.name for p in inside if (p/'SegmentationClass').is_dir() and not part_of(p.name)]
-    if len(sets)>1: raise InputError(f'{path} holds {len(sets)} sets, {_some(sets)}: give the folder of one')
+    if len(sets)>1 and layout is None and not kwargs.get('parts'):
+        raise InputError(f'{path} holds {len(sets)} sets, {_some(sets)}: give the folder of one, or '
+                         f'{option(f"splits={sets[0]}:{sets[1]}")} to learn from one and score the other')
     named = any(kwargs.get(k) for k in ('images', 'labels'))
     for name,(_,reader) in LAYOUTS.items():
         if layout not in (None, name) or named and name!='folder': continue
