@@ -349,6 +349,24 @@ def _class_lists(root, pairs):
     later = lambda o: o._replace(names={l-1: n for l,n in o.names.items() if l}, colors={})
     return [later(o) if o.names.get(0, '').lower() in VOID else o for o in lists]
 
+def _spare_masks(root, pairs, masks, left):
+    "What to say of masks that are in no pair; an error if so many, or those of a part, have no photograph"
+    names = {s for _,p,_ in pairs for s in (_name(p), _bare(_name(p), _PHOTO_ENDS))}
+    more = [m for m in left if _bare(_name(m), _FOLDER_ENDS) in names]          # another mask of a photograph
+    lost = {*left} - {*more}
+    some = [m for m in left if m in lost]
+    if len(lost)>len(masks)/2:
+        raise InputError(f'{len(lost)} of {len(masks)} masks have no photograph, as {some[0].relative_to(root)}: name '
+                         f'both alike, or remove these masks')
+    having = {part_of(w.part) for w,*_ in pairs}
+    if gone := [w.part for w,m in masks if m in lost and part_of(w.part) and part_of(w.part) not in having]:
+        raise InputError(f'{root} has masks for {gone[0]}, but none of their photographs: add them, or remove these '
+                         f'masks')
+    notes = []
+    if more: notes.append(f'{len(more)} more masks of these photographs are left out (as {more[0].relative_to(root)})')
+    if some: notes.append(f'{len(some)} masks without a photograph are left out ({_some(p.name for p in some)})')
+    return notes
+
 def plain_folder(
     root,             # Folder
     images=None,      # Name of the folders of photographs; default the words of `PHOTO_WORDS`
@@ -362,16 +380,7 @@ def plain_folder(
     pairs, lone, left, around = _pair_somehow(root, photos, masks)
     if not pairs: raise _no_pairs(root, photos, masks)
     if not sure: _check_public(root, pairs)
-    names = {s for _,p,_ in pairs for s in (_name(p), _bare(_name(p), _PHOTO_ENDS))}
-    more = [m for m in left if _bare(_name(m), _FOLDER_ENDS) in names]          # another mask of a photograph
-    left = [m for m in left if m not in {*more}]
-    if len(left)>len(masks)/2:
-        raise InputError(f'{len(left)} of {len(masks)} masks have no photograph, as {left[0].relative_to(root)}: name '
-                         f'both alike, or remove these masks')
-    having, lost = {part_of(w.part) for w,*_ in pairs}, {*left}
-    if gone := [w.part for w,m in masks if m in lost and part_of(w.part) and part_of(w.part) not in having]:
-        raise InputError(f'{root} has masks for {gone[0]}, but none of their photographs: add them, or remove these '
-                         f'masks')
+    spare = _spare_masks(root, pairs, masks, left)
     known, splits, without = any(w.part for w,*_ in pairs), {}, {}
     listed, says = ({}, []) if known or parts else _by_lists(root, pairs)
     name = lambda w: w.part or (w.rest[0] if known and w.rest else 'all')
@@ -381,10 +390,8 @@ def plain_folder(
     for k,v in without.items():
         if k not in splits and not listed: notes.append(f'no masks in {k}, which is skipped')
         else: notes.append(f'{len(v)} photographs of {k} without a mask are left out ({_some(p.name for p in v)})')
-    if more: notes.append(f'{len(more)} more masks of these photographs are left out (as {more[0].relative_to(root)})')
-    if left: notes.append(f'{len(left)} masks without a photograph are left out ({_some(p.name for p in left)})')
     splits = {k: tuple(v) for k,v in splits.items()} | listed
-    return Found(splits, lists=tuple(_class_lists(root, pairs)), notes=tuple(notes))
+    return Found(splits, lists=tuple(_class_lists(root, pairs)), notes=(*notes, *spare))
 
 # %% ../nbs/26_layouts.ipynb #02e57915
 _ADE = {i: i-1 if i else None for i in range(151)}
