@@ -73,14 +73,15 @@ def pretrain(args):
     os.execve(cmd[0], cmd, environ())
 
 def test():
-    "All notebooks, two at a time, then pytest, whose closing line comes last unless a notebook failed"
-    # one thread a notebook: two notebooks with two threads each fight for two cores
+    "All notebooks, then pytest, two at a time each; pytest's closing line comes last unless a notebook failed"
+    # one thread a process: two processes with two threads each fight for two cores
     env, start = dict(environ(), OMP_NUM_THREADS='1', MKL_NUM_THREADS='1'), time.time()
     print('Notebooks (nbdev_test):', flush=True)
     bad = subprocess.call([tool('nbdev_test'), '--n_workers', '2', '--do_print'], cwd=ROOT, env=env)
     verdict = 'Notebooks: {} in {:.0f} s.'.format('FAILED' if bad else 'passed', time.time() - start)
     print('{}\n\nTests (pytest):'.format(verdict), flush=True)
-    worse = subprocess.call([tool('python'), '-m', 'pytest', '--durations=5', '--durations-min=1', 'tests'], cwd=ROOT, env=env)
+    pytest = [tool('python'), '-m', 'pytest', '-n', '2', '--dist', 'loadfile', '--durations=5', '--durations-min=1', 'tests']
+    worse = subprocess.call(pytest, cwd=ROOT, env=env)
     if bad: print(verdict, 'Their names stand above.', flush=True)
     return 1 if bad or worse else 0
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENOUGH_STEPS', 'FEW_PHOTOGRAPHS', 'SCORES', 'run_folder', 'parse_kwargs', 'scene_data', 'suited_batch', 'photo_data',
-           'change_settings', 'outline', 'fit_local_views', 'Forecast', 'absolute_paths', 'check_places', 'note_places',
-           'resumed', 'pretrain']
+           'change_settings', 'outline', 'fit_local_views', 'read_batch', 'try_step', 'absolute_paths', 'check_places',
+           'note_places', 'resumed', 'pretrain']
 
 # %% ../nbs/70_cli.ipynb #f40de7d7
 import warnings
@@ -17,6 +17,7 @@ warnings.filterwarnings('ignore', message='Your generator is empty')           #
 # %% ../nbs/70_cli.ipynb #aa98342a
 import ast, csv, inspect, json, math, os, re, shlex, shutil, sys, time
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,6 @@ from types import SimpleNamespace
 import timm
 import torch
 from safetensors import SafetensorError
-from fastai.callback.core import Callback
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
 
 from . import __version__
@@ -34,8 +34,11 @@ from .data import find_images, image_dls, scene_dls
 from .shards import is_shards, shard_dls, shard_list
 from .labelled import SegmentationData, labelled_data, labelled_options
 from .evaluation import MIOU, scores_table, write_scores
-from .callback.checkpoint import SaveRun, check_data, run_checkpoints
-from .callback.progress import memory_in_use
+from .augment import make_views
+from densessl.callback.checkpoint import (SaveRun, check_data, one_process, random_states, run_checkpoints,
+    set_random_states)
+from .callback.guard import is_out_of_memory, memory_advice
+from .callback.progress import lasting_output, memory_in_use
 from .callback.score import DenseScore, kept_photographs
 from .report import open_backbone
 from .run_report import run_report
@@ -212,6 +215,55 @@ def _open(job, m):
     other = open_backbone(job.baseline, job.config.img_size) if job.baseline else None
     return learn, pair, photos, other
 
+# %% ../nbs/70_cli.ipynb #5a1c0f3e
+def read_batch(
+    dl,       # Loader of canvases
+    n:int=4,  # Items that are read, again and again
+)->tuple:     # Canvases and sizes of a batch; seconds that reading all of it would take its processes
+    "A batch of the first photographs, without a draw from the loader"
+    n, began = min(n, len(dl.dataset)), time.perf_counter()
+    items = [dl.dataset[i] for i in range(n)]
+    seconds = (time.perf_counter()-began)/n*dl.bs/max(1, dl.num_workers)
+    canvas, hw = (torch.stack([torch.as_tensor(items[i%n][k]) for i in range(dl.bs)]) for k in (0, 1))
+    return canvas, hw, seconds
+
+def try_step(
+    learn,            # Learner that has not begun
+    bf16:bool=False,  # Forward pass in bfloat16
+)->tuple:             # Seconds of a step; memory in use, in words
+    "A step as it will be, but for the optimiser's part, on a copy: learner and random states stay as they are"
+    dls, states = learn.dls, random_states()
+    device = dls.device
+    model, loss_func = (deepcopy(o).to(device).train() for o in (learn.model, learn.loss_func))
+    try:
+        canvas, hw, reading = read_batch(dls.train)
+        for _ in range(2):          # the first also warms up
+            began = time.perf_counter()
+            views = make_views(dls.recipe, canvas.to(device), hw)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16): loss = loss_func(model(views))
+            memory = memory_in_use(device)
+            loss.backward()
+            if device.type=='cuda': torch.cuda.synchronize(device)
+            computing = time.perf_counter()-began
+    except Exception as e:
+        if not is_out_of_memory(e): raise
+        c = learn.model.config
+        raise InputError(f'{device} is out of memory: {memory_advice(dls.bs, c.img_size, c.n_local, half=bf16)}') from None
+    finally: set_random_states(states)
+    return max(computing, reading) if dls.train.num_workers else computing+reading, memory
+
+# %% ../nbs/70_cli.ipynb #6b2d1a4f
+def _duration(seconds):
+    "In the unit that suits"
+    for unit,size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
+        if seconds>=2*size: return f'{seconds/size:.0f} {unit}'
+    return f'{seconds:.0f} seconds'
+
+def _expected(learn, steps, bf16):
+    "What the run will take"
+    seconds, memory = try_step(learn, bf16)
+    return f'expected: about {_duration(seconds*steps)} and the scoring, {seconds:.2g} s a step; {memory} of memory'
+
 def _counted(n, what): return f'{n:,} {what}' + ('' if n==1 else 's')
 
 def _opening(job, learn):
@@ -226,42 +278,20 @@ def _opening(job, learn):
         f'{job.images:,} {what}, {_counted(job.steps, "step")} an epoch in batches of {job.bs}, '
         f'{_counted(job.epochs, "epoch")}: {_counted(total, "step")}',
         f'{apart}views of {sizes} px, on {dls.device} in {"bfloat16" if job.bf16 else "float32"}',
-        *job.notes]
+        *job.notes,
+        _expected(learn, total, job.bf16)]
     if total<ENOUGH_STEPS:
         enough = math.ceil(ENOUGH_STEPS/max(1, job.steps))
         lines.append(f'short: below some {ENOUGH_STEPS} steps features hardly change (--epochs {enough})')
-    if total>=Forecast.last+Forecast.least: lines.append(f'after {Forecast.last} steps it says how long the run takes')
     if not drawn and job.images<FEW_PHOTOGRAPHS and not job.init:
         lines.append('few photographs: published weights are the better start (--pretrained or --init)')
     return lines
-
-class Forecast(Callback):
-    "After the first steps says how long the run takes and what memory it needs; changes nothing"
-    order,run_valid = 2000,False
-    first,last = 2,5                # steps between which the clock runs: the first ones also warm up
-    least = 20                      # steps to go, below which it says nothing
-    def before_fit(self): self.count = 0
-    def after_batch(self):
-        self.count += 1
-        left = self.n_epoch*self.n_iter - self.train_iter
-        if rank_distrib() or left<self.least: return
-        if self.count==self.first: self.began = time.monotonic()
-        if self.count!=self.last: return
-        second = (time.monotonic()-self.began)/(self.last-self.first)
-        line = f'{second:.2g} s a step: about {_duration(second*left)} to go, and the scoring; {memory_in_use(self.dls.device)} of memory'
-        print(f'\r{line:<79}' if sys.stdout.isatty() else line, flush=True)
-
-def _duration(seconds):
-    "In the unit that suits"
-    for unit,size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
-        if seconds>=2*size: return f'{seconds/size:.0f} {unit}'
-    return f'{seconds:.0f} seconds'
 
 # %% ../nbs/70_cli.ipynb #8c107f5f
 SCORES = (*MIOU, 'correspondence')   # what the table at the end shows; gauges are in scores_by_epoch.json
 
 # %% ../nbs/70_cli.ipynb #7083dd17
-def _report(learn, score, out, photos, minutes, method, epochs, others, say):
+def _report(learn, score, out, photos, seconds, method, epochs, others, say):
     "Scores, pictures and the verdict of a run that has come to its end"
     model, dls, recipe = learn.model, learn.dls, learn.dls.recipe
     start, trained, last = score.start, model.product, f'{method}, {_counted(epochs, "epoch")}'
@@ -273,16 +303,21 @@ def _report(learn, score, out, photos, minutes, method, epochs, others, say):
     after = [replace(s, model=last) for s in score.scores if s.model==f'epoch {epochs}' and s.probe in SCORES]
     scores = [*starts, *others, *after]
     write_scores(scores, out/'scores.json')
-    dense_picture(photos, dict(before=start, after=trained), model.mask_beta, recipe).savefig(out/'picture.png', dpi=144)
-    similarity_picture(photos, dict(before=start, after=trained), recipe).savefig(out/'similarity.png', dpi=144)
+    shown = {name: net for name,net in dict(before=start, after=trained).items() if net is not None}
+    dense_picture(photos, shown, model.mask_beta, recipe).savefig(out/'picture.png', dpi=144)
+    similarity_picture(photos, shown, recipe).savefig(out/'similarity.png', dpi=144)
     score.plot().savefig(out/'curves.png')
     words = score.conclude(last, others)
     table = scores_table(scores, protocol=False)
-    say(f'\ntrained for {minutes:.1f} minutes; the frozen baselines and the trained backbone:\n{table}\n\n{words}')
-    bad = f'{len(dls.bad_files)} files could not be read and were left out:\n{dls.bad_files.report()}' if dls.bad_files else ''
-    if bad: say(bad)
+    say(f'\ntrained for {_duration(seconds)}; the frozen baselines and the trained backbone:\n{table}\n\n{words}')
+    notes = []
+    if dls.bad_files:
+        notes.append(f'{len(dls.bad_files)} files could not be read and were left out:\n{dls.bad_files.report()}')
+    if start is None:
+        notes.append(f'{out/"start.safetensors"} is gone, so the pictures show the trained backbone alone.')
+    say(*notes)
     load = _how_to_load(trained, out/'backbone.safetensors')
-    run_report(out, words, score.conclusion.answer, [bad] if bad else [], load)
+    run_report(out, words, score.conclusion.answer, notes, load)
     say(*load, f'All of it on one page: {out/"report.html"}')
     return scores
 
@@ -313,6 +348,14 @@ def check_places(
             raise InputError(f'the run in {str(out)!r} reads {place!r}, which is not there now: name its new place, {again}')
 
 # %% ../nbs/70_cli.ipynb #9e6f00fe
+def _write_json(path, record):
+    "Write a file wholly or not at all"
+    part = path.with_name(path.name+'.part')
+    try:
+        part.write_text(json.dumps(record, indent=1))
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
+
 def note_places(
     out,             # Folder of a run
     arguments:dict,  # Of `absolute_paths`, for this resume
@@ -324,9 +367,7 @@ def note_places(
     new = {k: arguments[k] for k in _PLACES if k in arguments}
     if new==dict(new, **{k: record['arguments'].get(k) for k in new}): return
     record['arguments'].update(new)
-    part = f.with_name(f.name+'.part')
-    part.write_text(json.dumps(record, indent=1))
-    os.replace(part, f)
+    _write_json(f, record)
 
 # %% ../nbs/70_cli.ipynb #0f6b6427
 def _again(job, out):
@@ -349,19 +390,18 @@ def _writable(job, out):
         raise InputError(message) from e
 
 def _train(job, learn, pair, other, out, say):
-    "The frozen baselines, then the run; returns its scores, those of the baseline, and minutes"
+    "The frozen baselines, then the run; returns its scores, those of the baseline, and seconds"
     dls, first = learn.dls, not rank_distrib()
     score = DenseScore(job.score_every or job.epochs, pair, out=out, linear=pair is not None, say=False)
     save = SaveRun(out/'checkpoints', minutes=job.save_minutes, resume=job.resume, settings=dict(seed=job.seed), command=_again(job, out))
-    learn.add_cbs([score, save, Forecast()])
+    learn.add_cbs([score, save])
     others = []
     if other and first:
         others = [s for s in score.judge(other[0].to(dls.device), job.baseline, **other[1]) if s.probe in SCORES]
         say(f'{job.baseline}: ' + ', '.join(f'{s.probe} {100*s.value:.1f}' for s in others) + ' %')
-    began = time.time()
     if num_distrib()>1: import fastai.distributed                                   # gives learners `distrib_ctx`
     with learn.distrib_ctx(cpu=dls.device.type=='cpu') if num_distrib()>1 else nullcontext(): learn.fit(job.epochs)
-    return score, others, (time.time()-began)/60
+    return score, others, time.time()-save.began       # those before a resume too
 
 def _record(job, arguments, learn):
     "What settings.json says: the run, and the arguments that give it again"
@@ -370,31 +410,39 @@ def _record(job, arguments, learn):
     return decided | dict(version=__version__, folder=job.folder and str(job.folder), model_kwargs=job.kwargs, seed=job.seed, images=job.images, init=job.init,
                 device=str(learn.dls.device), config=asdict(learn.model.config), arguments=kept | decided)
 
+def _begin(job, arguments, learn, out):
+    "Write the settings; of a run that is overwritten, what would be taken for this one is removed"
+    shutil.rmtree(out/'checkpoints', ignore_errors=True)
+    for name in ('scores.json', 'report.html', 'start.safetensors'): (out/name).unlink(missing_ok=True)
+    _write_json(out/'settings.json', _record(job, arguments, learn))
+
 def _job(**arguments):
-    "Decide, open, say, train, report"
+    "Decide, open, train"
     arguments = absolute_paths(arguments)
     if arguments['resume']: check_places(arguments['out'], arguments)
     job, first = SimpleNamespace(**arguments), not rank_distrib()
     def say(*lines):
-        if first: print(*lines, sep='\n', flush=True)
+        if first and lines: print(*lines, sep='\n', flush=True)
     if job.out is None and num_distrib()>1: raise InputError('several processes write to one folder: name it with --out')
     m = _decide(job)
-    if first and not job.resume: run_folder(job.out, job.method, job.overwrite, make=False)
+    if first and not job.resume:
+        out = run_folder(job.out, job.method, job.overwrite, make=False)
+        if job.folder and out.resolve()==Path(job.folder).expanduser().resolve():
+            raise InputError(f'{str(out)!r} is the folder of the photographs: choose another --out')
     learn, pair, photos, other = _open(job, m)
     if job.resume:
         check_data(Path(job.out)/'checkpoints', learn.dls.train.dataset)
         note_places(job.out, arguments)
     out = Path(job.out) if job.resume or not first else run_folder(job.out, job.method, job.overwrite)
-    if first and not job.resume:
-        shutil.rmtree(out/'checkpoints', ignore_errors=True)   # of the run that is overwritten
-        (out/'settings.json').write_text(json.dumps(_record(job, arguments, learn), indent=1))
-    say(*_opening(job, learn), f'writing to {out}')
-    with _stoppable(job, out): score, others, minutes = _train(job, learn, pair, other, out, say)
-    if not first: return out, [], learn
-    with _stoppable(job, out), _writable(job, out):
-        scores = _report(learn, score, out, photos, minutes, job.method, job.epochs, others, say)
-    shutil.rmtree(out/'checkpoints')
-    say(f'written to {out}: ' + ', '.join(sorted(p.name for p in out.iterdir())))
+    with one_process(out) if first else nullcontext(), lasting_output(), _stoppable(job, out):
+        if first and not job.resume: _begin(job, arguments, learn, out)
+        say(*_opening(job, learn), f'writing to {out}')
+        score, others, seconds = _train(job, learn, pair, other, out, say)
+        if not first: return out, [], learn
+        with _writable(job, out):
+            scores = _report(learn, score, out, photos, seconds, job.method, job.epochs, others, say)
+        shutil.rmtree(out/'checkpoints')
+        say(f'written to {out}: ' + ', '.join(sorted(p.name for p in out.iterdir())))
     return out, scores, learn
 
 def _how_to_load(encoder, path):
@@ -411,17 +459,20 @@ def resumed(
     defaults:dict,  # Their defaults, which stand for what was not given
 )->dict:            # Arguments of the run in `out`
     "The arguments of a run that was interrupted"
-    if args['out'] is None: raise InputError('--resume needs --out, the folder of the run to go on with')
-    out = Path(args['out'])
+    if args['out'] is None: raise InputError('--resume needs --out, the folder of the run')
+    out = Path(args['out']).expanduser()
     try: old = json.loads((out/'settings.json').read_text())['arguments']
-    except (OSError, ValueError, KeyError, TypeError): raise InputError(f'{str(out)!r} is not the folder of a run that can be gone on with: it has no settings.json of densessl_pretrain') from None
+    except (OSError, ValueError, KeyError, TypeError):
+        message = f'{str(out)!r} is not the folder of a run that can be resumed: it has no settings.json of densessl_pretrain'
+        raise InputError(message) from None
     if (out/'scores.json').exists() and not run_checkpoints(out/'checkpoints'):
-        raise InputError(f'the run in {str(out)!r} is complete: there is nothing to resume. To train longer, start another run from its backbone, init={out/"backbone.safetensors"}')
+        message = f'the run in {str(out)!r} is complete: there is nothing to resume. To train longer, start another run from its backbone'
+        raise InputError(f'{message}, init={out/"backbone.safetensors"}')
     own = ('out', 'resume', 'overwrite', 'workers', 'save_minutes', 'shell')
-    args = absolute_paths(args)
+    args = absolute_paths(args | dict(out=out))
     def same(k, v): return v in (defaults[k], old[k]) or k in _PLACES and old[k] and os.path.exists(v)    # it may have moved
     if differ := [f'{k} was {old[k]!r}, now {v!r}' for k,v in args.items() if k in old and k not in own and not same(k, v)]:
-        raise InputError(f'the run in {str(out)!r} has other settings: {", ".join(differ)}; leave them out to go on, or choose another --out')
+        raise InputError(f'the run in {str(out)!r} has other settings: {", ".join(differ)}; leave them out, or choose another --out')
     return {k: v if k in ('out', 'resume', 'overwrite', 'shell') or v!=defaults[k] else old.get(k, v) for k,v in args.items()}
 
 # %% ../nbs/70_cli.ipynb #8fb1d596

@@ -128,7 +128,8 @@ class CLoVE(nn.Module):
 
     def _match(self, v1, v2):
         grids = [self.student.encoder.grid(*v.images.shape[-2:]) for v in (v1, v2)]
-        return match_cells(v1.boxes, grids[0], v2.boxes, grids[1], self.config.threshold, check=not v1.boxes.is_cuda)
+        check = not (v1.boxes.is_cuda or torch.compiler.is_compiling())      # it would wait for the device, or break the graph
+        return match_cells(v1.boxes, grids[0], v2.boxes, grids[1], self.config.threshold, check=check)
 
     def forward(self, views)->list:
         glob, local = View(*(torch.cat([getattr(views[k], a) for k in ('global1', 'global2')]) for a in ('images', 'boxes'))), views.get('local')

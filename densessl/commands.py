@@ -103,7 +103,7 @@ def as_typed(
         name, value = m.groups()
         if name in options: return {'True': f'--{name}', 'False': f'no --{name}'}.get(value, f'--{name} {value}')
         return f'--settings {name}={value}' if name in settings else m[0]
-    return re.sub(r"(?<![\w,.\-])(?<!--settings )(\w+)=([\w.+\-]*\w)", spelled, message)
+    return re.sub(r"(?<![\w,.\-])(?<!--settings )(\w+)=([\w.+\-/~@]*\w)", spelled, message)
 
 # %% ../nbs/04_commands.ipynb #6fca2b26
 def _settings_names():
@@ -124,6 +124,8 @@ def command(
         def run(*args, **kwargs):
             if not (args or kwargs): kwargs = vars(command_parser(func, usage, example).parse_args())
             kwargs = {k: v for k,v in kwargs.items() if k not in ('pdb', 'xtra')}   # fastcore's own
+            for stream in sys.stdout, sys.stderr:             # a terminal may not know ±
+                if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
             show = warnings.showwarning
             warnings.showwarning = lambda m, *a, **k: print(f'note: {say(m)}', file=sys.stderr)
             try: func(*args, **kwargs)

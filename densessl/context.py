@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from .core import InputError, fp32
+from .attention import unit
 
 # %% ../nbs/14_context.ipynb #c1d44bc2
 def _scaled(q, k, temp):
@@ -80,4 +81,4 @@ class NMHSA(nn.Module):
         q, k, _ = self._heads(x)
         return head_weights(q, k, self.temp).mean(1).reshape(*x.shape[:-1], x.shape[-2])
 
-    def forward(self, x): return fp32(F.normalize)(self.attend(x), dim=-1)
+    def forward(self, x): return unit(self.attend(x))

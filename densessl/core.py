@@ -74,6 +74,9 @@ def fp32(f):
 @contextmanager
 def recomputed(f, x):
     "Inside the `with`, `f(x)`; what autograd would keep of it there is made again from `x` in the backward pass"
+    if torch.compiler.is_compiling():      # a compiler decides for itself what it keeps
+        yield f(x)
+        return
     y, x = f(x), x.detach()
     at, n = y.data_ptr(), y.numel()
     def pack(t): return t.shape if t.data_ptr()==at and t.numel()==n and t.is_contiguous() else t

@@ -8,7 +8,7 @@ __all__ = ['IMAGE_SUFFIXES', 'MAX_PIXELS', 'LONGEST', 'UnreadablePhoto', 'Decomp
            'image_dls', 'scene_dls']
 
 # %% ../nbs/22_data.ipynb #32ca18e4
-import math, os, random, re, stat, sys, warnings
+import logging, math, os, random, re, stat, sys, warnings
 from collections import Counter, defaultdict
 from contextlib import nullcontext, suppress
 from itertools import chain
@@ -19,7 +19,7 @@ import torch, torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastcore.foundation import defaults
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from .augment import make_views
@@ -56,7 +56,8 @@ _NOT_READ = {                                        # what else people keep bes
     'arrays and tables, save each image as PNG or TIFF': '.npy .npz .mat .h5 .hdf5 .nc .zarr .parquet .tfrecord .lmdb .mdb .pkl .pickle',
     'give them a suffix, as .jpg': 'nosuffix copysuffix',
     'videos': '.mp4 .mov .m4v .avi .mkv .webm .mpg .mpeg .mts .wmv',
-    'archives, give the path of a tar file to train on it': '.tar .tgz .tar.gz .zip .7z',
+    'archives, give the path of a tar file to train on it, or of the folder that several are in': '.tar .tgz .tar.gz',
+    'archives, unpack them': '.zip .7z .rar',
 }
 _NOT_READ = {s: why for why,o in _NOT_READ.items() for s in o.split() if s not in IMAGE_SUFFIXES}
 
@@ -92,6 +93,22 @@ def _bytes(a):
         if white: lo, hi = _black_and_white(lo, hi) if white>1 else (0., white)
     return Image.fromarray(_stretched(a, lo, hi))
 
+def _check_planes(im):
+    "An error for a TIFF of 16 bits whose colors are stored one after the other: Pillow takes them for bytes"
+    if im.format!='TIFF' or im.mode not in ('RGB','RGBA') or im.tag_v2.get(284)!=2: return
+    if max(im.tag_v2.get(258, (8,)))>8:
+        raise OSError('a TIFF of 16 bits in separate planes, which Pillow misreads: save it with the bands of a pixel together')
+
+def _is_negative(im):
+    "Whether 0 is white; for bytes Pillow sees to it"
+    return im.format=='TIFF' and im.mode[0] in 'IF' and im.tag_v2.get(262)==0
+
+def _without_band(im):
+    "A TIFF without its transparency, if most pixels are neither clear nor opaque: it is another band, as near infrared"
+    if im.mode not in ('RGBA','LA'): return im
+    alpha = np.asarray(im.getchannel('A'))
+    return im.convert(im.mode[:-1]) if ((alpha>0) & (alpha<255)).mean()>.5 else im
+
 def _rgb(im):
     "An image of any mode as RGB: deep ones scaled to bytes, transparency on white"
     if im.mode.startswith('I;16'):
@@ -104,12 +121,15 @@ def _rgb(im):
     return im.convert('RGB')
 
 # %% ../nbs/22_data.ipynb #f4155a88
-def _open_file(path):
-    "A file opened to be read, by us so that Pillow never maps it into memory; never a pipe or a device"
-    s = os.stat(path)
+def _open_file(file):
+    "A file opened to be read, by us so that Pillow never maps it into memory; never a pipe or a device; an open one from its start"
+    if hasattr(file, 'read'):
+        file.seek(0)
+        return nullcontext(file)
+    s = os.stat(file)
     if not stat.S_ISREG(s.st_mode): raise OSError('not a regular file')
     if not s.st_size: raise OSError('empty file')
-    return open(path, 'rb')
+    return open(file, 'rb')
 
 # %% ../nbs/22_data.ipynb #103b73a6
 def _printable(
@@ -117,6 +137,28 @@ def _printable(
 )->str:
     "A name that can be printed and written: line ends and bytes that are not UTF-8 as escapes"
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(name))
+
+logging.getLogger('PIL').addHandler(logging.NullHandler())   # or its errors on odd TIFF files are printed
+
+_STARTS = {                                              # of files that are no images, whatever their names say
+    rb'version https://git-lfs': 'a pointer of Git LFS in place of the file: git lfs pull fetches it',
+    rb'....ftyp(hei|hev|mif|msf)': 'a HEIC photograph, whatever its name: install pillow-heif',
+    rb'....ftyp': 'a video',
+    rb'\s*<': 'a web page or other text',
+    rb'PK\x03\x04|Rar!|7z\xbc|\x1f\x8b|\x28\xb5\x2f\xfd': 'an archive: unpack it',
+    rb'%PDF': 'a PDF document',
+    rb'8BPS': 'a Photoshop document: save it as PNG or TIFF',
+    rb'.{128}DICM': 'a DICOM scan: convert it to PNG or TIFF',
+    rb'II[*+]\x00|MM\x00[*+]': 'a TIFF that Pillow cannot read, as of many bands or of colors in floating point: save three bands of 8 bits',
+    rb'\x00+$': 'nothing but zeros',
+}
+
+def _what_it_is(file):
+    "What a file that is no image seems to be, by how it starts"
+    with suppress(OSError), _open_file(file) as f:
+        start = f.read(200)
+        return next((says for o,says in _STARTS.items() if re.match(o, start, re.S)), 'not an image')
+    return 'not an image'
 
 def _reason(
     e:Exception,  # What reading a file raised
@@ -189,14 +231,17 @@ def _decode(file, size, file_bytes):
         full = im.size
         drafted = size is not None and im.draft(None, (size,size))
         _refuse_bomb(im, full, file_bytes)
+        _check_planes(im)
         low = [_swapped(o) for o in im.tile] if im.mode in ('RGB','RGBA') and im.format in ('PNG','TIFF') else [None]
         with no_native_stderr() if im.format=='TIFF' else nullcontext():
             im.load()
             w, h = full if drafted else im.size
-            turn, x = _orientation(im), _full_depth(im, file, low) if all(low) else im
+            turn, negative = _orientation(im), _is_negative(im)
+            x = _full_depth(im, file, low) if all(low) else im
         if size is not None and math.prod(x.size)>5e7 and x.mode in ('L','RGB','CMYK'):   # before it is copied
             x = x.reduce(max(1, min(x.size)//(2*size)))
-        x = _rgb(x)
+        x = _rgb(_without_band(x) if im.format=='TIFF' else x)
+        if negative: x = ImageOps.invert(x)
     if turn in _TURNS: x = x.transpose(_TURNS[turn])
     return x, (w, h) if turn in (5,6,7,8) else (h, w)
 
@@ -206,9 +251,9 @@ def read_photo(
 )->tuple:           # Upright RGB `Image` and (height, width) of the whole photograph
     "A photograph as it is meant to be seen, the first frame if there are several; `UnreadablePhoto` if it is none"
     try:
-        if hasattr(file, 'read'): return _decode(file, size, file.seek(0, os.SEEK_END))
-        with _open_file(file) as f: return _decode(f, size, os.path.getsize(file))
+        with _open_file(file) as f: return _decode(f, size, f.seek(0, os.SEEK_END))
     except Image.DecompressionBombError as e: raise DecompressionBombError(file, str(e)) from None
+    except UnidentifiedImageError as e: raise UnreadablePhoto(file, _what_it_is(file)) from e
     except Exception as e: raise UnreadablePhoto(file, _reason(e)) from e
 
 # %% ../nbs/22_data.ipynb #000791f9
@@ -236,11 +281,12 @@ def load_canvas(
     return x[0].contiguous(), hw
 
 # %% ../nbs/22_data.ipynb #478f05f1
-_MAP_WORDS = MASK_NAMES | frozenset('''instanceids segs segm segmap panoptic trimap trimaps matte mattes depth depths
+_MAP_WORDS = MASK_NAMES | frozenset('''instance instances heatmap heatmaps superpixels segs segm segmap panoptic trimap trimaps matte mattes depth depths
     disparity disp normals labeled labelled'''.split())
-_COPY_WORDS = frozenset('thumb thumbs thumbnail thumbnails preview previews'.split())
-_PHOTO_WORDS = frozenset('image images img imgs rgb color colour photo photos jpeg jpg picture pictures sat'.split())
-_OTHER_WORDS = frozenset('ids id color colour colored map maps train raw small ground instance'.split())   # may follow one of those
+_COPY_WORDS = frozenset('thumb thumbs thumbnail thumbnails preview previews tn'.split())
+_PHOTO_WORDS = frozenset('''image images img imgs rgb color colors colour colours photo photos jpeg jpg picture pictures sat
+    full big large small original originals'''.split())
+_OTHER_WORDS = frozenset('ids id color colour colored map maps train raw ground rgb'.split())   # may follow one of those
 _ROOTS = [o for o in _MAP_WORDS|_COPY_WORDS if not any(p in o for p in _MAP_WORDS|_COPY_WORDS if p!=o)]
 
 def _has_word(text):
@@ -274,14 +320,15 @@ def _photo_names(stem):
     return {'_'.join(parts), '_'.join(short)}
 
 # %% ../nbs/22_data.ipynb #facc41ce
-def _look(path):
+def _look(file):
     "Size, mode ('L' for gray in any form) and number of values, up to 256, of an image; None if it cannot be read"
     try:
-        with no_pillow_warnings(), _open_file(path) as f, Image.open(f, formats=tuple(_FORMATS)) as im:
+        with no_pillow_warnings(), _open_file(file) as f, Image.open(f, formats=tuple(_FORMATS)) as im:
             size, mode = im.size, im.mode
             im.draft(None, (256,256))
             if math.prod(im.size)>5e7: return size, mode, 256
             with no_native_stderr() if im.format=='TIFF' else nullcontext(): im.load()
+            if mode[0] in 'IF': return size, mode, min(256, len(np.unique(np.asarray(im))))
             if mode not in ('1','L','P','RGB','RGBA'): return size, mode, 256
             if mode in ('RGB','RGBA'):
                 r, g, b = np.asarray(im.convert('RGB')).astype(np.int16).transpose(2,0,1)
@@ -289,15 +336,18 @@ def _look(path):
             return size, mode, len(im.getcolors(256) or range(256))
     except Exception: return None
 
+_FEW, _COLORED = 64, ('RGB','RGBA','CMYK')                # values of a mask; modes that a depth map has not
+
 def _looks_like(kind, path, photo):
     "Do the pixels agree that a file is a map or a copy of `photo`, as its name says ('': it does not)? None: unreadable"
-    look = _look(path)
-    if look is None: return None
+    look, whole = _look(path), photo and _look(photo)
+    if look is None or photo and whole is None: return None
     size, mode, n = look
-    if kind=='map': return mode not in ('RGB','RGBA','CMYK') or n<256
-    if (whole := _look(photo)) is None: return None
     if kind=='copy': return max(size)<max(whole[0])
-    return mode in ('1','L','P') and n<=64 and n<whole[2]
+    if not kind: return mode in ('1','L','P') and n<=_FEW and n<whole[2]
+    if n<=_FEW: return True
+    return n<256 if mode in _COLORED else not photo or whole[1] in _COLORED
+
 
 # %% ../nbs/22_data.ipynb #8d6a5bda
 class _Folders:
@@ -357,11 +407,17 @@ def _suspects(folders):
             if photo or kind: res[d, kind, suffix.lower()].append((d+(o,), photo))
     return res
 
+def _three(pairs): return pairs[::max(1, len(pairs)//3)][:3]
+
 def _agree(root, pairs, kind):
     "Do three of the files look like what they are taken for?"
-    looks = [_looks_like(kind, *(o and os.path.join(root, *o) for o in p)) for p in pairs[::max(1, len(pairs)//3)][:3]]
+    looks = [_looks_like(kind, *(o and os.path.join(root, *o) for o in p)) for p in _three(pairs)]
     looks = [o for o in looks if o is not None]
     return bool(looks) and all(looks)
+
+def _few_values(root, pairs):
+    "Have three of the files as few values as a mask?"
+    return all((look := _look(os.path.join(root, *o))) is None or look[2]<=_FEW for o,_ in _three(pairs))
 
 def _not_photographs(
     root,        # Folder
@@ -373,7 +429,10 @@ def _not_photographs(
         twins, alone = [o for o in pairs if o[1]], [o for o in pairs if not o[1]]
         if _agree(root, twins, kind): out |= {o: kind or 'map' for o,_ in twins}
         elif kind: kept += [o for o,_ in twins]
-        if kind=='map' and _agree(root, alone, kind): kept += [o for o,_ in alone]
+        if kind=='map' and _agree(root, alone, kind):
+            if _few_values(root, alone): out |= {o: kind for o,_ in alone}
+            else: kept += [o for o,_ in alone]
+    if len(out)==sum(map(len, names.values())): return {}, [*out]             # a folder of masks alone
     return out, kept
 
 
@@ -382,6 +441,15 @@ def _is_image(name): return name.lower().endswith(IMAGE_SUFFIXES)
 
 _COPY_SUFFIX  = re.compile(r'\.(jpe?g|png|webp|tiff?)([~!_@?&:][^.]*|\.\d+)$')          # as a.jpg_large, a.jpg~, a.jpg.1
 _IMAGE_STARTS = re.compile(rb'\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|RIFF....WEBP', re.S)
+
+_RUN_PICTURES = {'curves.png', 'picture.png', 'similarity.png'}   # that densessl_pretrain writes beside settings.json
+
+def _unread_suffix(name):
+    "The suffix of a file that is not read here, though it may hold what people take for photographs; or None"
+    name = name.lower()
+    if name.startswith('.'): return None
+    if _COPY_SUFFIX.search(name): return 'copysuffix'
+    return next((o for o in (name[-7:], os.path.splitext(name)[1]) if o in _NOT_READ), None)
 
 class _Walk:
     "What is in a folder and in all the folders in it"
@@ -400,9 +468,12 @@ class _Walk:
             dirs[:] = sorted(o for o in dirs if not is_private(o, inside))
             images = sorted(o for o in names if _is_image(o))
             shown = [o for o in images if not o.startswith('.')]
+            if 'settings.json' in names:   # of a run that writes into the folder of its photographs
+                self.private['pictures of runs'] += len(_RUN_PICTURES.intersection(shown))
+                shown = [o for o in shown if o not in _RUN_PICTURES]
             if shown: self.names[Path(d).relative_to(folder).parts] = shown
-            self.private['hidden files'] += len(images)-len(shown)
-            if len(images)<len(names): self.other.update(filter(None, map(self.suffix, names)))
+            self.private['hidden files'] += sum(o.startswith('.') for o in images)
+            if len(images)<len(names): self.other.update(filter(None, map(_unread_suffix, names)))
             self.bare(d, [o for o in names if '.' not in o])
         self.private = +self.private
     def images_in(self, folder):
@@ -410,12 +481,6 @@ class _Walk:
         n = sum(_is_image(o) for _,_,names in os.walk(folder) for o in names)
         self.n += n
         return n
-    def suffix(self, name):
-        "The suffix of a file that is not read here, though it may hold what people take for photographs"
-        name = name.lower()
-        if name.startswith('.'): return None
-        if _COPY_SUFFIX.search(name): return 'copysuffix'
-        return next((o for o in (name[-7:], os.path.splitext(name)[1]) if o in _NOT_READ), None)
     def bare(self, folder, names):
         "Count the images among files without a suffix; of a folder without any among the first 20 no more are opened"
         n = 0
@@ -429,6 +494,13 @@ def _some(counts, n=4):
     "Names of what was counted, the most frequent first"
     names = [o for o,_ in Counter(counts).most_common()]
     return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
+
+def _not_read(counts):
+    "What is not read, and what to do about it; `counts` of the suffixes"
+    counts, called = sorted(counts.items()), dict(nosuffix='without a suffix', copysuffix='with more after it, as .jpg~')
+    whys = dict.fromkeys(_NOT_READ[s] for s,_ in counts)
+    parts = [' and '.join(f'{n} {called.get(s, s)}' for s,n in counts if _NOT_READ[s]==why) + f' ({why})' for why in whys]
+    return 'not read: '+', '.join(parts)
 
 def _remarks(walk, out, kept):
     "What of a folder is not trained on, and why"
@@ -447,11 +519,7 @@ def _remarks(walk, out, kept):
     if kept:
         says.append(f'{len(kept)} images are kept though their names say mask, depth or thumbnail, {such(kept)}: '
                     'take them away if they are no photographs')
-    whys = dict.fromkeys(_NOT_READ[s] for s in sorted(walk.other))
-    counts = sorted(walk.other.items())
-    called = dict(nosuffix='without a suffix', copysuffix='with more after it, as .jpg~')
-    unread = [' and '.join(f'{n} {called.get(s, s)}' for s,n in counts if _NOT_READ[s]==why) + f' ({why})' for why in whys]
-    if unread: says.append('not read: '+', '.join(unread))
+    if walk.other: says.append(_not_read(walk.other))
     return '; '.join(says)
 
 # %% ../nbs/22_data.ipynb #37da8ed6
@@ -627,14 +695,41 @@ def _seeded(seed, drop_last=True):
     return f
 
 # %% ../nbs/22_data.ipynb #6b6f61c1
-def _panoramas(files, n=100):
-    "Panoramas among up to `n` files, by their headers: how many, of how many, and the first; None if there is none"
-    some, long = files[::math.ceil(len(files)/n)], []
-    for o in some:
-        with suppress(Exception), no_pixel_limit(), no_pillow_warnings(), _open_file(o) as f:
-            w, h = Image.open(f, formats=tuple(_FORMATS)).size
-            if max(w, h)>LONGEST*min(w, h): long.append(o)
-    return (len(long), len(some), long[0]) if long else None
+def _has_pages(im):
+    "Whether another picture as large follows in a file; a camera's previews and gain maps do not count"
+    size = im.size
+    if im.format not in ('TIFF','GIF','PNG','WEBP','AVIF'): return False
+    try: im.seek(1)
+    except EOFError: return False
+    return im.size==size
+
+def _masks_among(files):
+    "Names of files that are gray beside others in color, or of few colors; and the number of those that could be read"
+    looks = {name: look for name,file in files if (look := _look(file))}
+    flat = {o for o,(_,_,n) in looks.items() if n<=_FEW}
+    gray = {o for o,(_,mode,_) in looks.items() if mode in ('1','L','LA') or mode[0] in 'IF'}
+    return sorted(flat|gray if len(gray)<len(looks) else flat), len(looks)
+
+def _survey(files, closer=32):
+    "What the headers of some files (name, path or open file), and the pixels of the first of them, say of all: sentences"
+    long, pages, says = [], [], []
+    for name,file in files:
+        with (suppress(Exception), no_pixel_limit(), no_pillow_warnings(), _open_file(file) as f,
+              Image.open(f, formats=tuple(_FORMATS)) as im):
+            w, h = im.size
+            if max(w, h)>LONGEST*min(w, h): long.append(name)
+            if _has_pages(im): pages.append(name)
+    if long:
+        says.append(f'{len(long)} of {len(files)} photographs looked at are panoramas, longer than {LONGEST} : 1, such as '
+                    f'{_printable(min(long))!r}: of each an epoch shows one window of {LONGEST} : 1, another one every time')
+    if pages:
+        says.append(f'{len(pages)} of {len(files)} files looked at hold several pictures, such as {_printable(min(pages))!r}: '
+                    f'the first of each is trained on')
+    odd, seen = _masks_among(files[:closer])
+    if len(odd)>max(1, seen/20):
+        says.append(f'{len(odd)} of {seen} images looked at have few colors, or are gray beside others in color, as masks and '
+                    f'depth maps are, such as {_printable(odd[0])!r}: take them away if they are no photographs')
+    return says
 
 # %% ../nbs/22_data.ipynb #2b26da31
 def image_dls(
@@ -660,9 +755,8 @@ def image_dls(
     dls = _loaders(CanvasDataset(train, size), CanvasDataset(valid, size), recipe, bs, num_workers, device, pin_memory, bad, _seeded(seed, drop_last))
     for ds in (dls.train_ds, dls.valid_ds):          # one that can be read, or an error before the training starts
         if len(ds) and (note := CanvasDataset(ds.paths, 8)[0][2]).startswith('\0'): bad.add([note])
-    if long := _panoramas(files):
-        warnings.warn(f'{long[0]} of {long[1]} photographs looked at are panoramas, longer than {LONGEST} : 1, '
-                      f'the first is {_printable(long[2])!r}: of each an epoch shows one window of {LONGEST} : 1, another one every time')
+    some = random.Random(0).sample(files, min(100, len(files)))
+    for o in _survey([(o, o) for o in some]): warnings.warn(o)
     return dls
 
 # %% ../nbs/22_data.ipynb #8d845e65

@@ -84,11 +84,15 @@ class RankLoader(DataLoader):
         world=None,  # Processes in all
     ):
         self.rank,self.world = rank_distrib() if rank is None else rank, num_distrib() if world is None else world
-        if dl.drop_last and not dl.shuffle and dl.n<dl.bs*self.world: dl = copy.copy(dl); dl.drop_last = False    # validation with fewer than one step of all
+        if dl.drop_last and not dl.shuffle and dl.n<dl.bs*self.world:    # validation with fewer than one step of all
+            dl = copy.copy(dl)
+            dl.drop_last = False
         self.dl,fake = dl,dl.fake_l
-        self.bs,self.drop_last,self.dataset,self.n,self.num_workers,self.offs,self.pin_memory = dl.bs,dl.drop_last,dl.dataset,dl.n,dl.num_workers,dl.offs,dl.pin_memory
+        for k in ('bs', 'drop_last', 'dataset', 'n', 'num_workers', 'offs', 'pin_memory'):
+            setattr(self, k, getattr(dl, k))
         self._device = dl.device
-        self.fake_l = _FakeLoader(self, fake.pin_memory, fake.num_workers, fake.timeout, persistent_workers=fake.persistent_workers, pin_memory_device=fake.pin_memory_device)
+        self.fake_l = _FakeLoader(self, fake.pin_memory, fake.num_workers, fake.timeout,
+                                  persistent_workers=fake.persistent_workers, pin_memory_device=fake.pin_memory_device)
 
     def __len__(self):
         "Steps of an epoch, the same in all processes"
@@ -126,8 +130,12 @@ class ManyProcesses(Callback):
         world, rank = num_distrib(), rank_distrib()
         if world<2: return
         trainer = getattr(self.learn, 'distributed_trainer', None)
-        if trainer is None: raise InputError(f'there are {world} processes, but each would train a model of its own: write `with learn.distrib_ctx(): learn.fit(...)`, or unset WORLD_SIZE to train with one')
-        if not dist.is_initialized(): raise InputError(f'there are {world} processes but no way to speak to each other, as there is no GPU: on a CPU write `learn.distrib_ctx(cpu=True)`')
+        if trainer is None:
+            raise InputError(f'there are {world} processes, but each would train a model of its own: '
+                             'write `with learn.distrib_ctx(): learn.fit(...)`, or unset WORLD_SIZE to train with one')
+        if not dist.is_initialized():
+            raise InputError(f'there are {world} processes but no way to speak to each other, as there is no GPU: '
+                             'on a CPU write `learn.distrib_ctx(cpu=True)`')
         self._check(world)
         device = trainer.accelerator.device
         self.learn.dls.to(device)
@@ -149,9 +157,15 @@ class ManyProcesses(Callback):
         n, bs = self.dls.train.n, self.dls.bs
         if n is None: return
         seen, sizes = zip(*_all((n, bs)))
-        if len(set(seen))>1: raise InputError(f'the processes see different numbers of photographs ({", ".join(map(str, seen))}): give all of them the same folder')
-        if len(set(sizes))>1: raise InputError(f'the processes have batches of different size ({", ".join(map(str, sizes))}): give all of them the same bs')
-        if n<bs*world: raise InputError(f'bs is {bs} in each of {world} processes, {bs*world} in all, but there are only {n} photographs: choose bs of at most {n//world} or fewer processes')
+        if len(set(seen))>1:
+            raise InputError(f'the processes see different numbers of photographs ({", ".join(map(str, seen))}): '
+                             'give all of them the same folder')
+        if len(set(sizes))>1:
+            raise InputError(f'the processes have batches of different size ({", ".join(map(str, sizes))}): '
+                             'give all of them the same bs')
+        if n<bs*world:
+            raise InputError(f'bs is {bs} in each of {world} processes, {bs*world} in all, '
+                             f'but there are only {n} photographs: choose bs of at most {n//world} or fewer processes')
 
 def share_batch(
     total:int,       # Photographs in a step, over all processes
@@ -161,5 +175,6 @@ def share_batch(
     world = max(1, num_distrib()) if world is None else world
     if total%world:
         near = ' or '.join(str(o) for o in (total//world*world, (total//world+1)*world) if o)
-        raise InputError(f'a batch of {total} photographs cannot be shared equally by {world} processes: use {near}, or another number of processes')
+        raise InputError(f'a batch of {total} photographs cannot be shared equally by {world} processes: '
+                         f'use {near}, or another number of processes')
     return total//world

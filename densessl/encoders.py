@@ -10,7 +10,9 @@ import difflib
 import inspect
 import json
 import math
+import re
 from functools import partial
+from pathlib import Path
 
 import timm
 import torch
@@ -157,22 +159,47 @@ def _is_vit(arch):
     "Is it one of timm's plain ViTs, which can do without a class token?"
     return timm.models.is_model_in_modules(arch, ['vision_transformer', 'deit']) and 'distilled' not in arch
 
+def _check_name(arch):
+    "A sentence for what is not one name"
+    if isinstance(arch, nn.Module):
+        raise InputError(f'arch is a name of timm or a DenseEncoder, got a {type(arch).__name__}: '
+                         'wrap it, as DenseEncoder(net, name, model_kwargs, img_size)')
+    if not isinstance(arch, str) or not arch:
+        raise InputError(f'arch is one name of timm, as "resnet50", got {arch!r}: a file of weights goes into init')
+    if Path(arch).suffix in ('.safetensors', '.pth', '.pt', '.ckpt', '.bin'):
+        raise InputError(f'arch is a name of timm, and {arch!r} is a file: start from its weights with init={arch}')
+
+def _unknown(arch):
+    "The sentence for a name that timm does not know"
+    if re.fullmatch(r'[\w.-]+/[\w.-]+', arch):
+        return InputError(f'timm has no model {arch!r}: write hf-hub:{arch} if it is one of timm on the Hugging Face Hub, '
+                          'or else download its weights and start from the file (init=FILE)')
+    near, family = difflib.get_close_matches(arch, timm.list_models(), n=3), re.match(r'[a-z]*\d*', arch)[0]
+    if len(family)>2: near = near or difflib.get_close_matches(arch, timm.list_models(f'*{family}*'), n=3, cutoff=0)
+    said = f'did you mean {" or ".join(near)}?' if near else 'see timm.list_models()'
+    return InputError(f'timm has no model {arch!r}: {said}')
+
 def _resolve(arch, kwargs):
-    "timm's name, arguments and settings of the weights that a name stands for: of timm, of the Hugging Face Hub or of a folder"
+    "timm's name, arguments and settings of the weights that a name means: of timm, of the Hugging Face Hub or of a folder"
+    _check_name(arch)
     source, _, place = arch.partition(':')
     if source in ('hf-hub', 'hf_hub', 'local-dir'):
         hub = timm.models._hub
         try: cfg, arch, args = (hub.load_model_config_from_path if source=='local-dir' else hub.load_model_config_from_hf)(place)
+        except KeyError as e:
+            raise InputError(f'{source}:{place} is no network of timm: download its weights and give the file') from e
         except Exception as e:
             raise InputError(f'{source}:{place} could not be had ({type(e).__name__}): check the name and the connection, '
-                             'or download its weights and give the file') from e
+                             'or download its weights elsewhere and give the file') from e
         args = {k: v for k,v in (args or {}).items() if k not in (*_HEADLESS, *_LOADS, 'num_classes', 'img_size')}
         if not timm.is_model(arch): raise InputError(f'{source}:{place} holds a {arch!r}, which timm {timm.__version__} does not know')
         return arch, args | kwargs, cfg['input_size']
-    if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
-        raise InputError(f'timm has no model {arch!r}' + (f': did you mean {" or ".join(near)}?' if near else ': see timm.list_models()'))
-    cfg = timm.get_pretrained_cfg(arch)
+    if not timm.is_model(arch): raise _unknown(arch)
+    try: cfg = timm.get_pretrained_cfg(arch)
+    except RuntimeError as e:
+        name, _, tag = arch.partition('.')
+        tags = [t.partition('.')[2] for t in timm.list_pretrained(f'{name}.*')]
+        raise InputError(f'timm has no weights {tag!r} of {name}: use {" or ".join(tags[:4]) or "the name alone"}') from e
     return arch, kwargs, cfg.input_size if cfg else (3, 224, 224)
 
 def _create(arch, kwargs, **more):
@@ -195,7 +222,7 @@ def _load_pretrained(net, source, kwargs):
     try: donor = timm.create_model(source, pretrained=True, **kwargs)
     except Exception as e:
         raise InputError(f'the pretrained weights of {source} could not be had ({type(e).__name__}): '
-                         'check the name and the connection, or use pretrained=False') from e
+                         'check the name and the connection, or download its weights elsewhere and give the file') from e
     state, own = donor.state_dict(), net.state_dict()
     if 'fc_norm.weight' in state and 'fc_norm.weight' not in own:
         state |= {k.replace('fc_norm', 'norm'): v for k,v in state.items() if k.startswith('fc_norm.')}
@@ -214,6 +241,12 @@ def _lean_mlp(mlp, x):
     with recomputed(mlp.act, mlp.fc1(x)) as a: return mlp.drop2(mlp.fc2(mlp.norm(mlp.drop1(a))))
 
 # %% ../nbs/30_encoders.ipynb #12995dd3
+_NO_ARGUMENTS = dict(   # of timm, and why a dense encoder has none
+    features_only='a dense encoder is one map of features, that of the last stage',
+    out_indices='a dense encoder is one map of features, that of the last stage',
+    patch_drop_rate='a dense encoder gives a feature for every patch',
+    checkpoint_path='use init=FILE')
+
 def dense_encoder(
     arch:str,                  # Any timm name: `vit_small_patch16_224`, `resnet50`, `convnext_tiny`, ...; or `hf-hub:owner/name`
     img_size=None,             # Image size the positions are made for, int or (height, width); None takes timm's
@@ -228,9 +261,7 @@ def dense_encoder(
     source = arch
     arch, model_kwargs, input_size = _resolve(arch, model_kwargs)
     if positions not in (None, 'sincos', 'learned'): raise InputError(f"positions must be 'sincos' or 'learned', got {positions!r}")
-    for k in ('features_only', 'out_indices', 'checkpoint_path'):
-        instead = 'use init=FILE' if k=='checkpoint_path' else 'a dense encoder is one map of features, that of the last stage'
-        if k in model_kwargs: raise InputError(f'leave {k} out of model_kwargs: {instead}')
+    for k in _NO_ARGUMENTS.keys() & model_kwargs: raise InputError(f'leave {k} out of model_kwargs: {_NO_ARGUMENTS[k]}')
     vit = _is_vit(arch)
     kwargs = dict(num_classes=0)
     if vit: kwargs |= dict(class_token=False, reg_tokens=0, fc_norm=False, global_pool='avg', dynamic_img_size=True)

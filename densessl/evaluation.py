@@ -619,7 +619,7 @@ def write_scores(
     add:bool=False, # Keep what the file holds; a score that is there already is not added again
 )->Path:            # The file
     "Write scores with their protocols, all or nothing; a class that does not occur is null"
-    path, scores = Path(path), list(scores)
+    path, scores = Path(path).expanduser(), list(scores)
     if add and path.exists(): scores = [*read_scores(path), *scores]
     rows = list({_same(s): s for s in reversed(scores)}.values())[::-1] if add else scores
     text = json.dumps([_as_json(s) for s in rows], indent=1)+'\n'
@@ -646,5 +646,5 @@ def read_scores(
 )->list:          # Scores
     "Read what `write_scores` wrote"
     back = lambda d: Score(**{**d, 'per_class': tuple(math.nan if v is None else v for v in d['per_class']), 'classes': d['classes'] and tuple(d['classes'])})
-    try: return [back(d) for d in json.loads(Path(path).read_text(encoding='utf-8'))]
+    try: return [back(d) for d in json.loads(Path(path).expanduser().read_text(encoding='utf-8'))]
     except (OSError, ValueError, TypeError, KeyError) as e: raise InputError(f'{path} is no results file of write_scores ({e}): give another file, or move this one away') from None

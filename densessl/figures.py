@@ -447,20 +447,33 @@ def _photo_names(paths):
     if len(set(stems))==len(stems): return stems
     return next((n for k in (1, 2, 3) if len(set(n := ['/'.join(p.parts[-k:]) for p in paths]))==len(n)), [str(p) for p in paths])
 
+_MOST = 12                                                       # photographs of a folder
+
+def _some_of(folder, notes):
+    "Photographs of a folder, evenly spread if there are many"
+    from densessl.data import find_images
+    files = find_images(folder)
+    if len(files)<=_MOST: return files
+    notes.append(f'{_MOST} of the {len(files)} photographs in {str(folder)!r} are shown, evenly spread: name files to choose others')
+    return [files[i*len(files)//_MOST] for i in range(_MOST)]
+
 def _read_photos(paths, size):
-    "Photographs as squares, their names, and a note for each that cannot be read"
-    from densessl.data import find_images, load_canvas   # loads fastai, which the pictures do without
+    "Photographs as squares, their names, and notes: how many of a folder, and which cannot be read"
+    from densessl.data import load_canvas   # loads fastai, which the pictures do without
     paths = [Path(p).expanduser() for p in paths]
     if missing := [str(p) for p in paths if not p.exists()]: raise InputError(f'an image cannot be read: there is no file {missing[0]!r}')
-    files = list(dict.fromkeys(q for p in paths for q in (find_images(p) if p.is_dir() else [p])))
+    notes = []
+    files = list(dict.fromkeys(q for p in paths for q in (_some_of(p, notes) if p.is_dir() else [p])))
     if not files: raise InputError('no image was given: name image files or folders of them')
-    photos, kept, notes = [], [], []
+    photos, kept = [], []
     for p in files:
         try: photos.append(load_canvas(p, size)[0])
         except Exception as e: notes.append(f'left out, an image cannot be read: {p} ({str(e).replace(str(p), p.name)})')
         else: kept.append(p)
     if not photos: raise InputError('; '.join(notes))
     return torch.stack(photos), _photo_names(kept), notes
+
+_OF_EACH = ('probing', 'segments', 'correspondence')              # kinds that draw each photograph by itself
 
 def _draw(kind, encoders, photos, names, xy, layer, norm):
     "Pictures of one kind: name of the photograph, or none, and figure"
@@ -489,13 +502,13 @@ def _page(figures, notes, title):
 def show_backbone(backbone, images, other=None, picture=None, patch='0.5,0.5', layer=-1, size=None, out='show.html', overwrite=False):
     "What `densessl_show` does; returns the path written, and what could not be drawn"
     out, kinds = Path(out).expanduser(), list(_captions)
-    if out.suffix not in ('.html', '.png'): raise InputError(f'--out must end in .html (a page) or .png (one picture), got {str(out)!r}')
+    if (kind := out.suffix.lower()) not in ('.html', '.png'): raise InputError(f'--out must end in .html (a page) or .png (one picture), got {str(out)!r}')
     if out.exists() and not overwrite: raise InputError(f'{str(out)!r} exists: choose another --out, or pass --overwrite to replace it')
     if picture is not None and picture not in kinds: raise InputError(f'--picture must be one of {", ".join(kinds)}, got {picture!r}')
     try: x, y = (float(o) for o in patch.split(','))
     except (ValueError, AttributeError): raise InputError(f'--patch must be two numbers x,y in [0,1], as 0.5,0.5, got {patch!r}') from None
     _cell((x,y), (1,1))
-    wanted = [picture or 'ass'] if out.suffix=='.png' else [picture] if picture else kinds
+    wanted = [picture or 'ass'] if kind=='.png' else [picture] if picture else kinds
     first, first_norm = open_backbone(backbone, size)
     side = size or (first.img_size if isinstance(first.img_size, int) else first.img_size[0])
     both = [str(backbone), str(other)] if other else [str(backbone)]
@@ -506,17 +519,19 @@ def show_backbone(backbone, images, other=None, picture=None, patch='0.5,0.5', l
     norm = {k: {l: n[k] for l,(_,n) in zip(labels, opened) if k in n} for k in ('mean', 'std')}
     for e in encoders.values(): e.check_size(side, side, '--size')
     photos, names, notes = _read_photos(images, side)
+    if kind=='.png' and picture in _OF_EACH and len(photos)>1:
+        message = f'{len(photos)} pictures of {picture} do not fit one PNG file: give one image, or --out show.html'
+        raise InputError(message)
     figures = []
-    for kind in wanted:
-        try: figures += [(kind, *o) for o in _draw(kind, encoders, photos, names, (x,y), layer, norm)]
+    for what in wanted:
+        try: figures += [(what, *o) for o in _draw(what, encoders, photos, names, (x,y), layer, norm)]
         except InputError as e:
             if len(wanted)==1: raise
-            notes.append(f'no {kind}: {e}')
+            notes.append(f'no {what}: {e}')
     if not figures: raise InputError('; '.join(notes))
-    if out.suffix=='.png' and len(figures)>1: raise InputError(f'{len(figures)} pictures of {picture} do not fit one PNG file: give one image, or --out show.html')
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix=='.png': figures[0][2].savefig(out, dpi=120)
+        if kind=='.png': figures[0][2].savefig(out, dpi=120)
         else: out.write_text(_page(figures, notes, ' and '.join(encoders)), encoding='utf-8')
     except OSError as e: raise InputError(f'{str(out)!r} cannot be written ({e.strerror or e}): choose another --out') from None
     return out, notes

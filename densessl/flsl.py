@@ -116,7 +116,6 @@ def choose_prototypes(
 # %% ../nbs/40_flsl.ipynb #d58f40d9
 _matmul = fp32(torch.matmul)
 
-@torch.compiler.disable     # a compiler would draw other numbers
 def _query_positions(h, w, window, n, random, device):
     "Positions of the queries of `n` views, (n, Q), ascending; drawn on `device`, without waiting for it"
     mask = query_mask(h, w, window, n=n, random=random, device=device)

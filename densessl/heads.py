@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from .core import InputError, fp32, recomputed
+from .attention import unit
 
 # %% ../nbs/31_heads.ipynb #b7292680
 @fp32
@@ -66,7 +67,7 @@ class PrototypeHead(nn.Module):
         x = self.mlp[0](x)
         for act,linear in zip(self.mlp[1::2], self.mlp[2::2]):
             with recomputed(act, x) as a: x = linear(a)
-        return fp32(F.normalize)(x, dim=-1)
+        return unit(x)
 
     def scaled_prototypes(self)->Tensor:
         "What the points of `embed` are multiplied with, (n_prototypes, bottleneck_dim)"

@@ -6,6 +6,9 @@
 __all__ = ['split_decay', 'DecayWrapper', 'adamw', 'clip_per_parameter_', 'ClipGrad', 'FreezeLastLayer', 'Lars', 'lars']
 
 # %% ../nbs/51_optim.ipynb #bd948c33
+import math
+
+import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -35,7 +38,10 @@ class DecayWrapper(OptimWrapper):
     def set_hyper(self, k, v):
         "As fastai's; a slice is refused, a single number for `wd` leaves the groups before the last without decay"
         if isinstance(v, slice):
-            raise InputError(f'{k} must be one number, got {v}: the groups of parameters are those without and with weight decay, not layers')
+            raise InputError(f'{k} must be one number, got {v}: '
+                             'the groups of parameters are those without and with weight decay, not layers')
+        if k in ('lr', 'wd') and not all(0<=o<math.inf for o in np.ravel(v)):
+            raise InputError(f'{k} must be 0 or more and finite, got {v}')
         if k=='wd' and isinstance(v, (int, float)): v = [0.]*(len(self.param_lists)-1) + [v]
         super().set_hyper(k, v)
 

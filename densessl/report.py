@@ -66,9 +66,11 @@ def judge_for(
     options = labelled_options(labelled_as)
     if is_davis(data) and not options: return lambda model, label, **norm: davis_score(model, data, label=label, **kwargs, **norm)
     try: train, test = labelled_data(data, size=size, limit=limit, **options)
-    except Unlabelled as e:
+    except Unlabelled:
         try: photos, hw = _unlabelled(data, size*8//7, limit or 64)
-        except InputError as f: raise InputError(f'{e}; and as photographs without labels: {f}') from None
+        except InputError as f:
+            message = f'{str(data)!r} has no labels in a layout of densessl.labelled, and as photographs without labels: {f}'
+            raise InputError(message) from None
         return lambda model, label, **norm: label_free_gauges(model, photos, hw, size, label=label, data=Path(data).resolve().name, **norm)
     return lambda model, label, **norm: dense_scores(model, train, test, label=label, probes=probes, **kwargs, **norm)
 
@@ -113,10 +115,23 @@ def _told_by_folder(names, labels):
     def told(n, label): return '/'.join(Path(n).absolute().with_suffix('').parts[-2:]) if Path(n).name in of_a_run and '/' not in label else label
     return [told(*o) for o in zip(names, labels)]
 
+def _check_results(out):
+    "An error if the picture of the scores would replace a file that is none"
+    picture = out.with_suffix('.png')
+    if out.suffix.lower()=='.png': raise InputError(f'{str(out)!r} is the name of a picture: give a JSON file for --out, its picture is drawn beside it')
+    if picture.exists() and not out.exists():
+        raise InputError(f'{str(picture)!r} would be replaced by the picture of the scores: choose another --out, or move this file away')
+
 def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,linear', limit=None, seed=0, out=None, device=None, starts=5,
              labelled_as=''):
     "What `densessl_evaluate` does; returns the scores and what is to be said of them"
-    data, names = Path(data), [n for n in (others or '').split(',') if n]
+    data, names = Path(data).expanduser(), [n.strip() for n in (others or '').split(',') if n.strip()]
+    if out is not None:
+        out = Path(out).expanduser()
+        _check_results(out)
+    both = [str(Path(n).expanduser().absolute()) for n in (backbone, *names)]
+    if twice := [n for n,p in zip(names, both[1:]) if both.count(p)>1]:
+        raise InputError(f'--others names {twice[0]!r}, which is scored already: name each backbone once')
     if not data.is_dir(): raise InputError(f'{str(data)!r} is not a folder: give labelled photographs, videos in the layout of DAVIS, or photographs')
     if not 1<=starts<=8: raise InputError(f'starts must be from 1 to 8, got {starts}')
     probes = tuple(p.strip() for p in probes.split(','))

@@ -10,8 +10,9 @@ import base64, csv, io, json, math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from fastcore.xml import (Body, Code, Details, Figcaption, Figure, H1, H2, Head, Html, Img, Li, Meta, P, Pre, Safe, Style,
-                          Summary, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml)
+from matplotlib.ticker import MaxNLocator
+from fastcore.xml import (Body, Code, Details, Figcaption, Figure, H1, H2, Head, Html, Img, Li, Meta, P, Pre, Safe,
+                          Style, Summary, Table, Tbody, Td, Th, Thead, Title, Tr, Ul, to_xml)
 from .core import InputError
 from .evaluation import read_scores
 from .gauges import GAUGES
@@ -84,6 +85,7 @@ def score_curves(
         if max(y)-min(y)<2: ax.set_ylim((max(y)+min(y))/2-1, (max(y)+min(y))/2+1)   # two points at least: less is noise
         ax.set_title(f'{probe} {arrow(probe)}, %', fontsize=9)
         ax.set_xlabel('epoch', fontsize=8)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return fig
 
 def monitor_curves(
@@ -102,8 +104,8 @@ def monitor_curves(
 # %% ../nbs/67_run_report.ipynb #0d516fc6
 _CSS = '''
 body {font: 15px/1.5 system-ui, sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em; color: #222}
-img {max-width: 100%; height: auto}
-figure {margin: 1em 0}
+img {max-width: 100%; min-width: 44em; height: auto}
+figure {margin: 1em 0; overflow-x: auto}
 figcaption {color: #555; max-width: 60em}
 table {border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto}
 th, td {padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd}
@@ -201,7 +203,8 @@ def run_report(
         H1(title), P(_data_line(settings)),
         *([P(verdict, cls=f'verdict {answer}'.strip())] if verdict else []), *map(P, notes),
         H2('Scores of the frozen features'), _score_table(final),
-        P('↑ higher is better, ↓ lower is better; ± is the standard deviation over random starts.'), _protocols(final),
+        P('↑ higher is better, ↓ lower is better; ± is the standard deviation over random starts.'),
+        _protocols(final),
         *([H2('How to load the backbone'), Pre(Code('\n'.join(load)))] if load else []),
         H2('Pictures'), *pictures,
         H2('Curves'),
@@ -210,7 +213,8 @@ def run_report(
         _picture(_svg(monitor_curves(rows)), 'The loss, its parts and what the monitor measured, over the steps.'),
         Ul(*(Li(f'{k}: {_MONITORED[k]}') for k in rows[0] if k in _MONITORED)),
         H2('Settings'), Details(Summary('All settings of the run'), _table(['setting', 'value'], setting_rows))]
-    head = Head(Meta(charset='utf-8'), Title(title), Style(Safe(_CSS)))
+    screen = Meta(name='viewport', content='width=device-width')     # of a telephone
+    head = Head(Meta(charset='utf-8'), screen, Title(title), Style(Safe(_CSS)))
     out = folder/'report.html'
     out.write_text(to_xml(Html(head, Body(*body), lang='en'), indent=False), encoding='utf-8')
     return out

@@ -6,6 +6,8 @@
 __all__ = ['cosine', 'linear_ramp', 'warmup_cosine']
 
 # %% ../nbs/50_schedules.ipynb #0636aba4
+from functools import partial
+
 from fastai.callback.schedule import SchedCos
 
 from .core import InputError
@@ -23,6 +25,11 @@ def _index(pct, n):
     "Which of `n` values belongs to progress `pct`; fastai's count is off by a few rounding errors"
     return int(pct*n + 1e-3)
 
+def _ramp(start, end, until, n_steps, pct):
+    if n_steps is None: return end if pct>=until else start + (end-start)*pct/until
+    i, n = _index(pct, n_steps), round(until*n_steps)
+    return end if i>=n else start + (end-start)*i/max(n-1, 1)
+
 def linear_ramp(
     start:float,       # Value at the start of training
     end:float,         # Value from `until` on
@@ -30,14 +37,15 @@ def linear_ramp(
     n_steps:int=None,  # Values in the whole of training: gives the public code's staircase, whose ramp contains both ends
 ):                     # Function of progress in [0, 1]
     "Straight from `start` to `end`, then constant (FLSL: temperature of the teacher)"
-    if not 0<=until<=1: raise InputError(f'until is a share of training in [0, 1], got {until}: for epochs divide by the number of epochs')
-    def _f(pct):
-        if n_steps is None: return end if pct>=until else start + (end-start)*pct/until
-        i, n = _index(pct, n_steps), round(until*n_steps)
-        return end if i>=n else start + (end-start)*i/max(n-1, 1)
-    return _f
+    if not 0<=until<=1:
+        raise InputError(f'until is a share of training in [0, 1], got {until}: for epochs divide by the number of epochs')
+    return partial(_ramp, start, end, until, n_steps)
 
 # %% ../nbs/50_schedules.ipynb #8cc3a9e6
+def _ramp_and_fall(ramp, fall, w, n_steps, pct):
+    if n_steps is not None: pct = _index(pct, n_steps)/n_steps
+    return ramp(pct) if pct<w else fall((pct-w)/(1-w))
+
 def warmup_cosine(
     base:float,        # Value when the warm-up is over
     final:float,       # Value at the end of training
@@ -46,10 +54,8 @@ def warmup_cosine(
     n_steps:int=None,  # Steps in the whole of training: gives the public code's values, whose ramp contains both ends
 ):                     # Function of progress in [0, 1]
     "Straight from `start` to `base`, then half a cosine to `final` (FLSL: learning rate)"
-    if not 0<=warmup<1: raise InputError(f'warmup is a share of training in [0, 1), got {warmup}: for epochs divide by the number of epochs')
+    if not 0<=warmup<1:
+        raise InputError(f'warmup is a share of training in [0, 1), got {warmup}: for epochs divide by the number of epochs')
     w = warmup if n_steps is None else round(warmup*n_steps)/n_steps
     ramp, fall = linear_ramp(start, base, w, n_steps), cosine(base, final)
-    def _f(pct):
-        if n_steps is not None: pct = _index(pct, n_steps)/n_steps
-        return ramp(pct) if pct<w else fall((pct-w)/(1-w))
-    return _f
+    return partial(_ramp_and_fall, ramp, fall, w, n_steps)

@@ -8,7 +8,9 @@ __all__ = ['read_shard', 'Shard', 'count_images', 'shard_list', 'is_shards', 'wr
 
 # %% ../nbs/23_shards.ipynb #bb5756a6
 import hashlib, json, math, os, random, re, sys, tarfile, time, warnings
+from collections import Counter
 from contextlib import suppress
+from glob import glob
 from io import BytesIO
 from functools import partial
 from itertools import chain, islice
@@ -25,7 +27,8 @@ from .commands import densessl_shard
 from .core import InputError
 from .files import is_private
 from .data import (BadFiles, ViewLoader, _bad_note, _canvas, _is_image, _kind, _loaders, _printable,
-                           _reason, _split_kind, _Walk, _window_at, find_images, load_canvas, read_photo)
+                           _not_read, _reason, _split_kind, _survey, _unread_suffix, _Walk, _what_it_is, _window_at, find_images,
+                           load_canvas, read_photo)
 from .views import Recipe
 
 # %% ../nbs/23_shards.ipynb #0b0fe883
@@ -60,9 +63,10 @@ def _is_map_of(stem, photo):
     return _kind(stem)=='map' and _split_kind(stem)==('map', _split_kind(photo)[1])
 
 def _keys(
-    tar,   # Open tar file
-    read,  # Called before an image: whether its bytes are wanted
-):         # Generator of {name: bytes or None}
+    tar,          # Open tar file
+    read,         # Called before an image: whether its bytes are wanted
+    unread=None,  # Counter, of the suffixes that are not read here
+):                # Generator of {name: bytes or None}
     "The images of a tar file, those of one key at a time"
     key, images = None, {}
     try:
@@ -70,7 +74,10 @@ def _keys(
             tar.members = []                                           # or tarfile would keep them all
             folder, _, name = m.name.rpartition('/')
             hidden = name.startswith('.') or any(is_private(o) for o in folder.split('/') if o not in ('.','..'))
-            if hidden or not m.isreg() or not _is_image(name): continue
+            if hidden or not m.isreg(): continue
+            if not _is_image(name):
+                if unread is not None and (suffix := _unread_suffix(name)): unread[suffix] += 1
+                continue
             stem = name.partition('.')[0]
             if images and (folder, stem)!=key and not (folder==key[0] and _is_map_of(stem, key[1])):
                 yield images
@@ -136,36 +143,54 @@ def _index_of(folder):
         message = f'{str(index)!r} is no list of shards and is not used: the photographs of each tar file are counted'
         warnings.warn(message)
 
+class _Contents:
+    "What is in some shards, counted"
+    def __init__(self): self.photographs, self.left_out, self.maps, self.first, self.unread = 0, 0, 0, None, Counter()
+    def add(self, tar, keys=None):
+        "Count what is in an open tar file, or under its first `keys` keys"
+        for names in islice(_keys(tar, lambda: False, self.unread), keys):
+            chosen = _photographs(list(names))
+            out = [o for o in names if o not in chosen]
+            self.photographs += len(chosen)
+            self.left_out += len(out)
+            self.maps += sum(_kind(o.rpartition('/')[2])=='map' for o in chosen)
+            self.first = self.first or next(iter(out), None)
+    def remarks(self, whole):
+        "What of the shards is not trained on, or should perhaps not be; `whole`: nothing was left uncounted"
+        if self.unread: yield f'in the shards: {_not_read(self.unread)}'
+        n, what = self.photographs, 'masks, depth maps or further images of a key'
+        if whole and 0<self.maps<n:
+            yield (f'{self.maps} of {n} images of the shards are trained on though their names say mask or depth: put the '
+                   'files of a photograph next to each other, as webdataset does, or leave these out')
+        if not self.left_out: return
+        if whole: yield f'{self.left_out} images of the shards are left out: {what}, beside {n} photographs'
+        else: yield f'images of the shards such as {_printable(self.first)!r} are left out: {what}'
+
+def _why(path, e):
+    "Why a tar file cannot be read"
+    if not isinstance(e, tarfile.ReadError) or 'could not be opened' not in str(e): return _reason(e)
+    if not os.path.getsize(path): return 'empty file'
+    what = _what_it_is(path)
+    return 'not a tar file' if what=='not an image' else f'not a tar file but {what}'
+
 def count_images(
-    path,    # Local tar file
+    path,           # Local tar file
+    contents=None,  # `_Contents` to add to
 )->int:
     "Photographs in a shard without a list; a tar file that is cut short is an error"
-    return _count(path)[0]
-
-def _left_out(path, n=100):
-    "The first image, among those of `n` keys of a shard, that is no photograph to train on; None if there is none"
-    with suppress(Exception), open(path, 'rb') as f, tarfile.open(fileobj=f, mode='r:*') as tar:
-        for names in islice(_keys(tar, lambda: False), n):
-            if out := [o for o in names if o not in _photographs(list(names))]: return out[0]
-
-def _count(path):
-    "Photographs in a shard, the other images in it, and those of the photographs that a word for masks names"
-    photos = images = maps = 0
+    contents = contents or _Contents()
+    before = contents.photographs
     try:
         with open(path, 'rb') as f:
-            with tarfile.open(fileobj=f, mode='r:*') as tar:
-                for names in _keys(tar, lambda: False):
-                    chosen = _photographs(list(names))
-                    photos += len(chosen)
-                    maps += sum(_kind(o.rpartition('/')[2])=='map' for o in chosen)
-                    images += len(names)
+            with tarfile.open(fileobj=f, mode='r:*') as tar: contents.add(tar)
             f.seek(0)
             if f.read(2) not in (b'\x1f\x8b', b'BZ', b'\xfd7'):       # compressed: it would have said so
                 f.seek(-1024, os.SEEK_END)
                 if any(f.read()): raise OSError('no end mark')
     except Exception as e:
-        raise InputError(f'the shard {str(path)!r} is cut short or damaged ({_reason(e)}): write or copy it again')
-    return photos, images-photos, maps
+        raise InputError(f'the shard {str(path)!r} is cut short or damaged ({_why(path, e)}): write or copy it again')
+    return contents.photographs-before
+
 
 # %% ../nbs/23_shards.ipynb #98bc4cf9
 def _name(url): return re.split(r'[/\s]' if _remote(url) else '/', str(url).strip())[-1]
@@ -175,6 +200,7 @@ def _missing(names):
     parts = [re.fullmatch(r'(.*?)(\d+)(\D*)', o, flags=re.S) for o in names]
     if not all(parts) or len({(m[1], m[3]) for m in parts})!=1: return []
     have, (head, digits, tail) = {int(m[2]) for m in parts}, parts[0].groups()
+    if head!='shard-' and max(have)-min(have)>2*len(have): return []       # names of classes, as n01440764, no numbers
     return [f'{head}{i:0{len(digits)}}{tail}' for i in range(min(have), max(have)) if i not in have]
 
 def _in_folder(folder, index):
@@ -192,13 +218,19 @@ def _in_folder(folder, index):
     return [str(folder/o) for o in names], index
 
 def _expand(urls, index):
-    "Paths or URLs of all shards, and where their counts are"
-    if isinstance(urls, (list,tuple)) and len(urls)!=1: return [_local(str(o)) for o in urls], index
-    s = _local(str(urls[0] if isinstance(urls, (list,tuple)) else urls).strip())
+    "Paths or URLs of all shards, and where their counts are, of a list of what a user gave"
+    if len(urls)!=1: return [_local(str(o)) for o in urls], index
+    s = _local(str(urls[0]).strip())
     if not _remote(s) and os.path.isdir(s): return _in_folder(Path(s), index)
-    if s.endswith('.json'): return [o if _remote(o) or os.path.isabs(o) else s[:-len(_name(s))]+o for o in sorted(_read_index(s))], s
+    if s.endswith('.json'):
+        place = s[:-len(_name(s))]
+        return [o if _remote(o) or os.path.isabs(o) else place+o for o in sorted(_read_index(s))], s
+    if _remote(s) and not s.startswith('pipe:') and not _TAR.search(s.partition('?')[0]):
+        raise InputError(f'{s!r} is no tar file: give a folder of this machine, tar files, or their index')
+    if not _remote(s) and '*' in s: return sorted(glob(s)), index
     from braceexpand import braceexpand
     return list(braceexpand(s)), index
+
 
 # %% ../nbs/23_shards.ipynb #3fc4a2b7
 def _listed(urls, index):
@@ -206,50 +238,58 @@ def _listed(urls, index):
     if index is None and not _remote(urls[0]): index = _index_of(Path(urls[0]).parent)
     return None if index is None else {_name(k): v for k,v in _read_index(_local(index)).items()}
 
-def shard_list(
-    urls,              # Folder of tar files; path or URL of an index; pattern as `data/{000..031}.tar`; or a list of paths and URLs
-    index=None,        # JSON file with the counts, for shards that are not local; None: the one beside them
-    holes:bool=False,  # Accept numbers that are missing
-)->list:               # `Shard`s
-    "All shards with their counts, or one sentence on what is wrong with the list"
-    urls, index = _expand(urls, index)
-    if not urls: raise InputError('the list of shards is empty: give tar files')
+def _check_names(urls, holes):
+    "An error if a shard is listed twice or does not exist, a word or an error if numbers are missing"
     if len(set(urls))<len(urls):
         raise InputError(f'{max(urls, key=urls.count)!r} is listed twice: give each shard once')
     if not holes and (gone := _missing([_name(o) for o in urls])):
         more = f' and {len(gone)-1} more' if len(gone)>1 else ''
-        raise InputError(f'the list of shards has a hole, {gone[0]!r} is missing{more}: '
-                         'add what is missing, or pass holes=True if it is meant so')
+        message = f'the list of shards has a hole, {gone[0]!r} is missing{more}'
+        if gone[0].startswith('shard-'):                       # as densessl_shard writes them, without holes
+            raise InputError(f'{message}: add what is missing, or if it is meant so pass holes=True, or give a JSON file of the '
+                             'shards to use, {"name.tar": count}')
+        warnings.warn(f'{message}: training is on those that are there')
     if gone := next((o for o in urls if not _remote(o) and not os.path.isfile(o)), None):
         raise InputError(f'the shard {gone!r} does not exist: add it, or leave it out of the list')
-    known, res, others, maps = _listed(urls, index), [], 0, 0
-    for o in urls:
-        if known is None and _remote(o):
-            raise InputError(f'how many images {o!r} holds is not known: pass index, a JSON file with the counts')
-        if known is not None and _name(o) not in known:
-            raise InputError(f'the list of counts does not name {_name(o)!r}: it lists {len(known)} shards, '
-                             f'the first is {next(iter(known), None)!r}')
-        if known is None:
-            n, more, named = _count(o)
-            others, maps, size = others+more, maps+named, None
-        else: n, size = known[_name(o)]
-        if size is not None and not _remote(o) and os.path.getsize(o)!=size:
-            raise InputError(f'the shard {o!r} has {os.path.getsize(o)} bytes but its list says {size}: '
-                             'it was cut short or changed, write or copy it again')
-        res.append(Shard(o, n, size))
-    n = sum(o.n for o in res)
-    if not n:
+
+def _listed_shard(url, known):
+    "A shard as its list says"
+    if _name(url) not in known:
+        raise InputError(f'the list of counts does not name {_name(url)!r}: it lists {len(known)} shards, '
+                         f'the first is {next(iter(known), None)!r}')
+    n, size = known[_name(url)]
+    if size is not None and not _remote(url) and os.path.getsize(url)!=size:
+        raise InputError(f'the shard {url!r} has {os.path.getsize(url)} bytes but its list says {size}: '
+                         'it was cut short or changed, write or copy it again')
+    return Shard(url, n, size)
+
+def _counted_shard(url, contents):
+    "A shard without a list"
+    if _remote(url):
+        raise InputError(f'how many images {url!r} holds is not known: pass index, a JSON file with the counts, '
+                         'or give the path or URL of such a file in place of the tar files')
+    return Shard(url, count_images(url, contents))
+
+def shard_list(
+    urls,              # Folder of tar files; path or URL of an index; pattern as `data/{000..031}.tar`; or a list of paths and URLs
+    index=None,        # JSON file with the counts, for shards that are not local; None: the one beside them
+    holes:bool=False,  # Accept numbers that are missing, without a word
+)->list:               # `Shard`s
+    "All shards with their counts, or one sentence on what is wrong with the list"
+    given = urls if isinstance(urls, (list,tuple)) else [urls]
+    urls, index = _expand(given, index)
+    if not urls: raise InputError('the list of shards is empty: give tar files')
+    _check_names(urls, holes or len(given)==1 and str(given[0]).endswith('.json'))
+    known, contents = _listed(urls, index), _Contents()
+    if known is None: res = [_counted_shard(o, contents) for o in urls]
+    else: res = [_listed_shard(o, known) for o in urls]
+    if not sum(o.n for o in res):
         more = f' and {len(urls)-1} more' if len(urls)>1 else ''
-        raise InputError(f'there is no photograph in {urls[0]!r}{more}: give tar files of images')
-    if known is not None and not _remote(urls[0]) and (first := _left_out(urls[0])):
-        warnings.warn(f'images of the shards such as {_printable(first)!r} are left out: masks, depth maps or further images '
-                      f'of a key')
-    if 0<maps<n:
-        warnings.warn(f'{maps} of {n} images of the shards are trained on though their names say mask or depth: put the '
-                      f'files of a photograph next to each other, as webdataset does, or leave these out')
-    if others:
-        warnings.warn(f'{others} images of the shards are left out: masks, depth maps or further images of a key, '
-                      f'beside {n} photographs')
+        inside = f' ({_not_read(contents.unread)})' if contents.unread else ''
+        raise InputError(f'there is no photograph in {urls[0]!r}{more}{inside}: give tar files of images')
+    if known is not None and not _remote(urls[0]):             # a look at the first keys
+        with suppress(Exception), open(urls[0], 'rb') as f, tarfile.open(fileobj=f, mode='r:*') as tar: contents.add(tar, 100)
+    for o in contents.remarks(whole=known is None): warnings.warn(o)
     return res
 
 def is_shards(
@@ -515,6 +555,14 @@ class ShardLoader(ViewLoader):
         return dict(images=self.n, bs=self.bs, block=self.block, drop_last=self.drop_last, ranks=len(plan), workers=len(plan[0]))
 
 # %% ../nbs/23_shards.ipynb #69c53e25
+def _first_images(url, n=32):
+    "The first images of a local shard: [(name, open file)]"
+    if _remote(url): return []
+    files = []
+    with suppress(Exception):
+        for name,data in read_shard(url, 0, n): files.append((name, BytesIO(data)))
+    return files
+
 def shard_dls(
     urls,                      # Folder of shards, index, pattern or list: see `shard_list`
     recipe:Recipe,             # Views to make
@@ -551,4 +599,5 @@ def shard_dls(
     if not len(dls.train): raise InputError(f'bs is {bs} on each of {max(1, num_distrib())} ranks but there are only {len(dls.train_ds)} images to train on: choose a smaller bs')
     for ds in (dls.train_ds, dls.valid_ds):          # one that can be read, or an error before the training starts
         if len(ds) and (note := ShardImages(ds.pieces, 8)[0][2]).startswith('\0'): bad.add([note])
+    for o in _survey(_first_images(shards[0].url)): warnings.warn(o)
     return dls

@@ -92,7 +92,9 @@ class Gain(NamedTuple):
     @property
     def margin(self): return max(LEAST, math.hypot(self.seeds, self.images))
     @property
-    def sign(self): return 0 if abs(self.gain)<=self.margin else int(math.copysign(1, self.gain))
+    def sign(self):
+        if not abs(self.gain)>self.margin: return 0         # nor if the gain is NaN
+        return int(math.copysign(1, self.gain))
 
 def _t(degrees):
     "0.975 quantile of Student's t"
@@ -195,7 +197,8 @@ def verdict(
         advice = 'Do not use this backbone; look at the monitors and the settings.'
         return Verdict('harmed', f'Training harmed the features: {against}.{because} {advice}', counted)
     if wrong:
-        said = f'This run went wrong: {wrong}. Whatever the scores ({against}), do not rely on it: lower the learning rate.'
+        said = (f'This run went wrong: {wrong}. Do not rely on it, whatever its scores: lower the learning rate. '
+                f'It scored {against}.')
         return Verdict('cannot tell', said, counted)
     if up and not fell: return Verdict('helped', f'Training helped: {against}.', counted)
     if up: said = f'Scores disagree, so there is no saying whether the features are better: {against}.'

@@ -253,15 +253,30 @@ def _frames(files):
     number = lambda p: [int(o) if o.isdigit() else o for o in re.split(r'(\d+)', p.stem)]
     return by_stem(sorted(files, key=number))
 
+def _resolution(root):
+    "The only folder in JPEGImages, or 480p"
+    there = [o.name for o in (root/'JPEGImages').glob('*/')]
+    return there[0] if len(there)==1 else '480p'
+
+def _missing_frames(stems):
+    "What an even pace leaves out, in words: 4 of 1, 2, 3, 5, and 10 of 0, 5, 15; nothing if names do not end in numbers"
+    parts = [re.fullmatch(r'(.*?)(\d+)', o) for o in stems]
+    if len(parts)<3 or not all(parts) or len({m[1] for m in parts})>1: return ''
+    at = sorted({int(m[2]) for m in parts})
+    step = min(b-a for a,b in zip(at, at[1:]))
+    gap = sorted({*range(at[0], at[-1], step)}-{*at})
+    return f'{len(gap)} of the frames {at[0]} to {at[-1]} are missing, as {gap[0]}' if gap else ''
+
 def davis_sequences(
     root,                    # Folder with JPEGImages, Annotations and ImageSets
     split:str='val',         # File in ImageSets/<year>
     year:str=None,           # '2017', '2016' or '480p'; default the first of these that has the split
-    resolution:str='480p',   # Folder in JPEGImages and Annotations
+    resolution:str=None,     # Folder in JPEGImages and Annotations; default the only one there is, or 480p
     names=None,              # Sequences to take; default all of the split
 )->list:                     # DavisSequence, in the order of the split
     "The sequences of a split, checked for frames without masks but not read"
     root, found = Path(root), _split_file(root, split, year)
+    resolution = resolution or _resolution(root)
     lines = [l.split()[0] for l in found.read_text(encoding='utf-8').splitlines() if l.strip()]
     have = list(dict.fromkeys(Path(l).parent.name if '/' in l else l for l in lines))  # 2016's own lists name every frame
     names = have if names is None else [names] if isinstance(names, str) else list(names)
@@ -274,8 +289,7 @@ def davis_sequences(
         if not x: raise InputError(f'{n}: no frame in {root/"JPEGImages"/resolution/n}')
         if gone := [s for s in x if s not in m]: raise InputError(f'{n}: {len(gone)} of {len(x)} frames have no mask, as {gone[0]}: a score needs one for every frame')
         if gone := [s for s in m if s not in x]: raise InputError(f'{n}: {len(gone)} of {len(m)} masks have no frame, as {gone[0]}: a video with a gap cannot be followed')
-        at = [int(s) for s in x if s.isdigit()]
-        if len(at)==len(x) and (gap := sorted({*range(at[0], at[-1])}-{*at})): raise InputError(f'{n}: {len(gap)} of the frames {at[0]} to {at[-1]} are missing, as {gap[0]}: a video with a gap cannot be followed')
+        if gap := _missing_frames(x): raise InputError(f'{n}: {gap}: a video with a gap cannot be followed')
         out.append(DavisSequence(n, tuple(x.values()), tuple(m[s] for s in x)))
     return out
 
@@ -325,7 +339,7 @@ def davis_score(
     root,                  # Folder in the layout of DAVIS; or a list of `Video` or `DavisSequence`
     split:str='val',       # These as in `davis_sequences`
     year:str=None,
-    resolution:str='480p',
+    resolution:str=None,
     names=None,
     size=None,             # These as in `propagate_video`
     multiple:int=None,

@@ -6,10 +6,12 @@
 __all__ = ['load_backbone', 'read_checkpoint', 'open_backbone', 'init_backbone', 'network_of']
 
 # %% ../nbs/33_weights.ipynb #dd780f0b
-import argparse, functools, json, math, re, sys
+import functools, json, math, re, sys, zipfile
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
+from pickle import UnpicklingError
 
-import numpy as np
 import timm, torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -34,13 +36,15 @@ def _read(path):
     if _is_pickle(path):
         raise InputError(f'{str(path)!r} is a pickle, as torch.save writes them: reading it could run code that it holds, so it was not opened; '
                          'give a safetensors file that export_backbone wrote, or use open_backbone, which reads the weights alone')
-    with open(path, 'rb') as f: head = f.read(16)
+    with open(path, 'rb') as f: head = f.read(100)
     try:
         with safe_open(path, 'pt') as f: return f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
         size, n = path.stat().st_size, int.from_bytes(head[:8], 'little')
-        damaged = 'it is cut off or damaged' if head[8:9]==b'{' and n<2**27 else 'it is something else'
-        why = damaged if size else 'it is empty'
+        if not size: why = 'it is empty'
+        elif head[8:9]==b'{' and n<2**27: why = 'it is cut off or damaged'
+        elif head.isascii(): why = f'it is text, {head[:30].decode()!r}, as a page or a pointer that was downloaded in its place'
+        else: why = 'it is something else'
         raise InputError(f'{str(path)!r} is not a safetensors file, {why} ({e}): give a file that export_backbone wrote, or copy it again') from None
 
 def _header(path, meta):
@@ -90,17 +94,26 @@ def load_backbone(
     want = net.state_dict()
     state = _without_tokens(want, state)
     if said := _misfit(want, state): raise InputError(f'the tensors of {str(path)!r} are not those of the network that its header names; {said}')
-    net.load_state_dict(state)
+    _copy(net, state, str(path))
     return DenseEncoder(net, arch, kwargs, size).eval()
 
 # %% ../nbs/33_weights.ipynb #94ce45c5
+class _Unread(dict):
+    "Stands in for an object of a class that torch does not know: nothing of the class runs, what the object held is kept"
+    def __init__(self, *args, **kwargs): super().__init__()
+    def __setstate__(self, state):
+        if isinstance(state, dict): self.update(state)
+
+_TRAINING = ('optimizer', 'optimizer_states', 'optim', 'opt', 'amp', 'scaler')
+
 def _tensors(values, at=''):
-    "All tensors of nested dicts, by their joined names; those of optimisers are left out"
+    "All tensors of nested dicts and modules, by their joined names; those of optimizers are left out"
     out = {}
     for k,v in values.items():
-        if not isinstance(k, str) or k in ('optimizer', 'optimizer_states', 'optim', 'amp', 'scaler'): continue
+        if not isinstance(k, str) or k in _TRAINING: continue
+        inside = at if k in ('_modules', '_parameters', '_buffers') else f'{at}{k}.'
         if isinstance(v, torch.Tensor): out[at+k] = v
-        elif isinstance(v, dict): out |= _tensors(v, f'{at}{k}.')
+        elif isinstance(v, dict): out |= _tensors(v, inside)
     return out
 
 def read_checkpoint(
@@ -109,21 +122,24 @@ def read_checkpoint(
     "The tensors of anybody's checkpoint; nothing in the file is run"
     path = Path(path)
     if not _is_pickle(path): return _read(path)[1]
-    plain = [argparse.Namespace, np.dtype, np.core.multiarray.scalar if np.__version__<'2' else np._core.multiarray.scalar,
-             *(type(np.dtype(t)) for t in ('f4', 'f8', 'i4', 'i8', 'bool'))]   # settings and numbers beside the weights
+    unknown = []
     try:
-        with torch.serialization.safe_globals(plain): held = torch.load(path, map_location='cpu', weights_only=True)
+        if zipfile.is_zipfile(path): unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(_Unread, name) for name in unknown]):
+            held = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        named = re.search(r'GLOBAL ([\w.]+)', str(e))
-        why = f'it is a pickle that holds a {named[1]}' if named else f'it is a pickle that is cut off, damaged or of another kind ({type(e).__name__})'
-        raise InputError(f'{str(path)!r} cannot be read without running code from it, {why}: where you trust it, save its weights alone, '
-                         "as torch.save(torch.load(file, weights_only=False)['state_dict'], 'weights.pth'), or copy it again") from None
+        named = re.findall(r'GLOBAL ([\w.]+)', str(e)) or isinstance(e, UnpicklingError) and unknown
+        if named:
+            raise InputError(f'{str(path)!r} cannot be read without running code from it ({_first(named)}), so it was not: '
+                             'where you trust it, save the state_dict of its network with torch.save') from None
+        raise InputError(f'{str(path)!r} is no checkpoint that torch reads, it is cut off, damaged or of another kind '
+                         f'({type(e).__name__}): copy it again, or save the state_dict of its network with torch.save') from None
     state = _tensors(held) if isinstance(held, dict) else {}
     if not state: raise InputError(f'{str(path)!r} holds no named tensors ({type(held).__name__}): save the state_dict of the network')
     return state
 
 # %% ../nbs/33_weights.ipynb #3aa6e896
-_NAMES = (   # of torchvision's, mmseg's and transformers' ViTs -> timm's
+_NAMES = (   # of ViTs (torchvision, mmseg, transformers, DINOv2 while it trains), then of a ResNet in a Sequential -> timm's
     (r'\bconv_proj\.', 'patch_embed.proj.'), (r'\bpatch_embed\.projection\.', 'patch_embed.proj.'),
     (r'\bembeddings\.patch_embeddings\.projection\.', 'patch_embed.proj.'), (r'\bembeddings\.position_embeddings$', 'pos_embed'),
     (r'\bencoder\.pos_embedding$', 'pos_embed'), (r'\bembeddings\.cls_token$', 'cls_token'), (r'\bclass_token$', 'cls_token'),
@@ -136,10 +152,15 @@ _NAMES = (   # of torchvision's, mmseg's and transformers' ViTs -> timm's
     (r'(blocks\.\d+)\.attention\.attention\.', r'\1.attn.'),
     (r'(blocks\.\d+)\.(?:mlp\.(?:0|linear_1)|ffn\.layers\.0\.0|intermediate\.dense)\.', r'\1.mlp.fc1.'),
     (r'(blocks\.\d+)\.(?:mlp\.(?:3|linear_2)|ffn\.layers\.1|output\.dense)\.', r'\1.mlp.fc2.'),
-    (r'^((?:.+\.)?)(?:layernorm|ln1)\.(weight|bias)$', r'\1norm.\2'))
+    (r'(blocks\.\d+)\.layer_scale([12])\.lambda1$', r'\1.ls\2.gamma'), (r'\bembeddings\.register_tokens$', 'register_tokens'),
+    (r'\bblocks\.\d+\.(\d+)\.(?=norm|attn|ls|mlp)', r'blocks.\1.'),
+    (r'^((?:.+\.)?)(?:layernorm|ln1)\.(weight|bias)$', r'\1norm.\2'),
+    (r'\b([4-7])\.(?=\d+\.(?:conv\d|bn\d|downsample))', lambda m: f'layer{int(m[1])-3}.'),
+    (r'(?<!downsample\.)\b0\.(?=weight$)', 'conv1.'),
+    (r'(?<!downsample\.)\b1\.(?=(?:weight|bias|running_mean|running_var|num_batches_tracked)$)', 'bn1.'))
 
 def _renamed(state):
-    "Weights of a ViT under timm's names"
+    "Weights under timm's names"
     out = {}
     for k,v in state.items():
         for old,new in _NAMES: k = re.sub(old, new, k)
@@ -154,54 +175,83 @@ _HEADS = ('head', 'fc', 'classifier', 'head_dist', 'pooler', 'heads')
 _TEACHERS, _COPIES = ('teacher', 'ema', 'base_encoder', 'encoder_q', 'online'), ('student', 'momentum', 'encoder_k', 'target')
 
 def _places(state, want):
-    "Prefixes under which the network's tensors may be, the one that is evaluated first"
+    "Prefixes under which the network's tensors are, the one that is evaluated first"
     anchor = next(k for k,v in want.items() if v.ndim>=2 and k!='pos_embed' and 'token' not in k)
     places = [k[:-len(anchor)] for k in state if k==anchor or k.endswith('.'+anchor)]
+    found = {p: sum(p+k in state for k in want) for p in places}
+    def is_whole(p): return not any(p.startswith(q) and found[q]>found[p] for q in found)   # no block of another place
     def rank(p):
         if any(o in p for o in _COPIES): return 2
         return 0 if any(o in p for o in _TEACHERS) else 1
-    return sorted(places, key=lambda p: (rank(p), len(p), p))
+    return sorted(filter(is_whole, places), key=lambda p: (rank(p), len(p), p))
 
-def _fitted(state, place, encoder):
-    "Weights of one place as the network needs them, and what was left out; positions are resampled to its grid"
-    want = encoder.net.state_dict()
-    state = {k[len(place):]: v for k,v in state.items() if k.startswith(place)}
+def _grid_side(state):
+    "Side of the square grid that has learned positions, class and register tokens aside; 0: none"
+    p = state.get('pos_embed')
+    if p is None or p.ndim!=3: return 0
+    def count(*names): return sum(state[k].shape[-2] for k in names if k in state)
+    classes = count('cls_token', 'dist_token')
+    cells = (p.shape[1]-n for n in (0, classes, classes+count('reg_token', 'register_tokens')))
+    return next((math.isqrt(n) for n in cells if n>0 and math.isqrt(n)**2==n), 0)
+
+def _under(state, place): return {k[len(place):]: v for k,v in state.items() if k.startswith(place)}
+
+def _fitted(state, encoder):
+    "Weights as the network needs them, and what was left out; positions are resampled to its grid"
+    want, side = encoder.net.state_dict(), _grid_side(state)
     if 'fc_norm.weight' in state and 'fc_norm.weight' not in want and 'norm.weight' not in state:
         state = {re.sub('^fc_norm', 'norm', k): v for k,v in state.items()}
-    own = {k for k in want if '.' in k}
-    roots = {k.partition('.')[0] for k in own} - set(_HEADS)
+    roots = {k.partition('.')[0] for k in want if '.' in k} - set(_HEADS)
     left = [k for k in state if k not in want and k.partition('.')[0] not in roots]
     state = _without_tokens(want, {k: v for k,v in state.items() if k not in left})
     state |= {k: v for k,v in want.items() if k.endswith('num_batches_tracked') and k not in state}
     p, q = state.get('pos_embed'), want.get('pos_embed')
-    if p is not None and q is not None and p.shape!=q.shape and p.ndim==q.ndim==3 and p.shape[2]==q.shape[2]:
-        side = next((s for n in range(8) if (s := math.isqrt(max(0, p.shape[1]-n)))**2==p.shape[1]-n), 0)
-        if side: state['pos_embed'] = resample_positions(p[:, -side*side:].float(), (side, side), encoder.net.patch_embed.grid_size)
+    if side and q is not None and p.shape!=q.shape and p.shape[2]==q.shape[2]:
+        state['pos_embed'] = resample_positions(p[:, -side*side:].float(), (side, side), encoder.net.patch_embed.grid_size)
     return state, left
 
-def _by_timm(state, net):
+def _by_timm(state, encoder):
     "Weights under timm's names, where timm can rewrite those of the authors"
     while len({k.partition('.')[0] for k in state})==1: state = {k.partition('.')[2]: v for k,v in state.items()}
-    rewrite = getattr(sys.modules[type(net).__module__], 'checkpoint_filter_fn', None)
-    try: return rewrite(dict(state), net) if rewrite and not hasattr(net, 'cls_token') else state
-    except Exception: return state
+    rewrite = getattr(sys.modules[type(encoder.net).__module__], 'checkpoint_filter_fn', None)
+    if rewrite is None or encoder.model_kwargs.get('class_token') is False: return {}   # of a plain ViT: `_NAMES`
+    try:
+        with redirect_stdout(StringIO()): return rewrite(dict(state), encoder.net)
+    except Exception: return {}
 
-def _fill(encoder, state, source, arch=None):
+def _copy(net, state, source):
+    "Copy weights that fit into a network"
+    bad = [k for k,v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad: raise InputError(f'the weights of {source} are NaN or infinite in {_first(bad)}: take an earlier checkpoint')
+    net.load_state_dict(state)
+
+def _fill(encoder, state, source):
     "Copy the weights of a checkpoint into an encoder; returns in words what was read"
-    state, why, want = _renamed(state), 'none of its tensors has a name of this network', encoder.net.state_dict()
-    if not _places(state, want): state = _by_timm(state, encoder.net)
-    for place in (places := _places(state, want)):
-        fitted, left = _fitted(state, place, encoder)
-        if said := _misfit(want, fitted):
-            why = said if place==places[0] else why
-            continue
-        encoder.net.load_state_dict(fitted)
-        if 'pos_embed' in fitted: _keep_fixed(encoder)
-        said = f'{source}: {encoder.arch}' + (f', its weights from {place.rstrip(".")!r}' if place else '')
-        if others := [p.rstrip('.') for p in places if p!=place]: said += f', not from {_first(map(repr, others))}'
-        if heads := [k for k in left if k!='cls_token']: said += f'; left out: {_first(heads, 3)}'
-        return said + ('; the class token is dropped' if place+'cls_token' in state and 'cls_token' not in want else '')
-    raise InputError(f'the weights of {source} are not those of {arch or encoder.arch} with {encoder.model_kwargs}; {why}')
+    want, why = encoder.net.state_dict(), ''
+    for named in (state, _renamed(state), _by_timm(state, encoder)):
+        places = _places(named, want)
+        for place in places:
+            held = _under(named, place)
+            fitted, left = _fitted(held, encoder)
+            said = _misfit(want, fitted)
+            why = why or said
+            if said: continue
+            _copy(encoder.net, fitted, source)
+            if 'pos_embed' in fitted: _keep_fixed(encoder)
+            return _what_was_read(encoder, source, held, left, place, [p for p in places if p!=place])
+    why = why or 'none of its tensors has a name of this network'
+    raise InputError(f'the weights of {source} are not those of {encoder.arch} with {encoder.model_kwargs}; {why}')
+
+def _what_was_read(encoder, source, held, left, place, others):
+    "Source, network, place, what else is in the file"
+    said = f'{source}: {encoder.arch}'
+    if place: said += f', its weights from {place.rstrip(".")!r}'
+    if others: said += f', not from {_first(repr(p.rstrip(".")) for p in others)}'
+    tokens = {'cls_token': 'class', 'reg_token': 'register', 'register_tokens': 'register'}
+    if heads := [k for k in left if k not in tokens]: said += f'; left out: {_first(heads, 3)}'
+    dropped = [tokens[k] for k in held if k in tokens and k not in encoder.net.state_dict()]
+    if dropped: said += f'; the {" and ".join(dropped)} token{"s are" if len(dropped)>1 else " is"} dropped'
+    return said
 
 def _keep_fixed(encoder):
     "Sine-cosine positions stay as they are, whatever their amplitude; learned ones train"
@@ -218,20 +268,20 @@ _CNNS = ('test_resnet', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet
 
 def _guess_vit(state):
     "timm name and arguments of the ViT in a checkpoint, or None"
-    places = [k[:-len('patch_embed.proj.weight')] for k in state if k.endswith('patch_embed.proj.weight')]
+    first = 'patch_embed.proj.weight'
+    places = [k[:-len(first)] for k in state if k.endswith(first)]
     if not places: return None
-    place = places[0]
-    at = lambda k: state.get(place+k)
-    patch, fc1 = at('patch_embed.proj.weight'), at('blocks.0.mlp.fc1.weight')
-    depth = len({k.split('.')[1] for k in (n[len(place):] for n in state if n.startswith(place+'blocks.'))})
+    held = _under(state, places[0])
+    patch, fc1 = held[first], held.get('blocks.0.mlp.fc1.weight')
+    depth = len({k.split('.')[1] for k in held if k.startswith('blocks.')})
     arch = _VITS.get((patch.shape[0], depth))
     if arch is None or patch.ndim!=4 or fc1 is None: return None
     kwargs = {}
     if patch.shape[-1]!=(14 if 'patch14' in arch else 16): kwargs['patch_size'] = patch.shape[-1]
     if fc1.shape[0]!=(3 if arch=='test_vit' else 4)*patch.shape[0]: kwargs['mlp_ratio'] = fc1.shape[0]/patch.shape[0]
-    if at('blocks.0.attn.qkv.bias') is None: kwargs['qkv_bias'] = False
-    if at('blocks.0.ls1.gamma') is not None: kwargs['init_values'] = 1e-5
-    if at('norm_pre.weight') is not None: kwargs['pre_norm'] = True
+    if 'blocks.0.attn.qkv.bias' not in held: kwargs['qkv_bias'] = False
+    if 'blocks.0.ls1.gamma' in held: kwargs['init_values'] = 1e-5
+    if 'norm_pre.weight' in held: kwargs['pre_norm'] = True
     if arch=='vit_small_patch16_224' and any('base_encoder' in p for p in places): kwargs['num_heads'] = 12   # MoCo v3
     return arch, kwargs
 
@@ -247,35 +297,51 @@ def _guess_cnn(state):
         want = _shapes(arch)
         anchor = next(iter(want))
         for place in (k[:-len(anchor)] for k in state if k==anchor or k.endswith('.'+anchor)):
-            have = {k[len(place):]: v.shape for k,v in state.items() if k.startswith(place)}
+            have = {k: v.shape for k,v in _under(state, place).items()}
             roots = {k.partition('.')[0] for k in want} - set(_HEADS)
             body = {k for k in have if k.partition('.')[0] in roots}
             counted = {k for k in want if not k.endswith('num_batches_tracked')}
             if body<=set(want) and all(have.get(k)==want[k] for k in counted): found.append(arch)
     return list(dict.fromkeys(found))
 
+def _guess(state, path):
+    "timm name and arguments of the network in a checkpoint"
+    found = []
+    for named in (state, _renamed(state)):
+        vit = _guess_vit(named)
+        if vit: return vit
+        found = found or _guess_cnn(named)
+    if len(found)==1: return found[0], {}
+    why = f'it may be {" or ".join(found)}' if found else f'it holds {_first(state, 3)}'
+    raise InputError(f'which network {str(path)!r} holds cannot be told from its tensors, {why}: '
+                     f'name it, as {str(path)+"@vit_small_patch16_224"!r}')
+
+def _size_of(state):
+    "Image size for which the positions of a ViT were made, or None"
+    for named in (state, _renamed(state)):
+        for k in named:
+            place = k[:-len('pos_embed')]
+            if not k.endswith('pos_embed') or place+'patch_embed.proj.weight' not in named: continue
+            return _grid_side(_under(named, place))*named[place+'patch_embed.proj.weight'].shape[-1] or None
+
 def _foreign(path, arch=None, size=None, **model_kwargs):
     "Encoder with the weights of another project's checkpoint, and one line about it"
-    state = _renamed(read_checkpoint(path))
+    state = read_checkpoint(path)
     if arch is None:
-        vit = _guess_vit(state)
-        names = [vit[0]] if vit else _guess_cnn(state)
-        if len(names)!=1:
-            why = f'it may be {" or ".join(names)}' if names else f'it holds {_first(state, 3)}'
-            raise InputError(f'which network {str(path)!r} holds cannot be told from its tensors, {why}: name it, as {str(path)+"@vit_small_patch16_224"!r}')
-        arch, guessed = names[0], vit[1] if vit else {}
+        arch, guessed = _guess(state, path)
         model_kwargs = guessed | model_kwargs
-    positions = next((v for k,v in state.items() if k.endswith('pos_embed') and 'decoder' not in k), None)
-    if size is None and positions is not None and positions.ndim==3:
-        patch = next((v.shape[-1] for k,v in state.items() if k.endswith('patch_embed.proj.weight')), None)
-        side = next((s for n in range(6) if (s := math.isqrt(positions.shape[1]-n))**2==positions.shape[1]-n), None)
-        if patch and side: size = side*patch
+    size = size or _size_of(state)
     with torch.random.fork_rng(devices=[]): encoder = dense_encoder(arch, img_size=size, positions='learned', **model_kwargs)
-    return encoder, _fill(encoder, state, str(path), arch)
+    return encoder, _fill(encoder, state, str(path))
 
 # %% ../nbs/33_weights.ipynb #53fc284a
 _IMAGENET = dict(mean=(0.485,0.456,0.406), std=(0.229,0.224,0.225))
 _SUFFIXES = ('.safetensors', '.pth', '.pt', '.ckpt', '.bin', '.tar')
+
+def _of_timm(folder):
+    "Does the folder hold a network as timm writes them for the Hugging Face Hub?"
+    try: return 'architecture' in json.loads((folder/'config.json').read_text())
+    except (OSError, ValueError): return False
 
 def _file_of(name):
     "The file that a name means, or None, the network named after an @, and what else the name could mean"
@@ -288,9 +354,10 @@ def _file_of(name):
         said = f'note: {name!r} is read as the timm network; there is also a {"folder" if path.is_dir() else "file"} of that name: write ./{name} for it'
         return None, None, said
     if path.is_dir():
-        inside = path/'backbone.safetensors'
-        if inside.is_file(): return inside, arch, f'note: {str(path)!r} is a folder; its {inside.name} is read'
-        raise InputError(f'{name!r} is a folder, not a backbone: give a file in it, or for a folder with config.json and weights of the Hub write local-dir:{name}')
+        inside = [path/n for n in ('backbone.safetensors', 'model.safetensors', 'pytorch_model.bin') if (path/n).is_file()]
+        if inside and not _of_timm(path): return inside[0], arch, f'note: {str(path)!r} is a folder; its {inside[0].name} is read'
+        also = f', or local-dir:{name}, which timm reads' if _of_timm(path) else ''
+        raise InputError(f'{name!r} is a folder, not a backbone: give a file in it{also}')
     if path.is_file(): return path, arch, ''
     if known or re.match(r'(hf-hub|hf_hub|local-dir):', name): return None, None, ''
     if arch is not None or path.suffix in _SUFFIXES or '/' in name:
@@ -340,13 +407,13 @@ def init_backbone(
         return dict(_IMAGENET)
     adapts = {k: v for k,v in encoder.model_kwargs.items() if path is None and k in ('in_chans', 'patch_size', 'output_stride')}
     source, norm = open_backbone(init, encoder.img_size if path is None else None, **adapts)
-    fitted, left = _fitted(source.net.state_dict(), '', encoder)
+    fitted, left = _fitted(source.net.state_dict(), encoder)
     why = _misfit(encoder.net.state_dict(), fitted) or (f'not of this network: {_first(left)}' if left else '')
     if not why and _heads(source.net)!=_heads(encoder.net): why = 'the numbers of attention heads differ'
     if why:
         raise InputError(f'the weights of {init} ({source.arch}) do not fit {encoder.arch} with {encoder.model_kwargs}; {why}; '
                          'give arch and model_kwargs of the weights, or arch=None to take them from the weights')
-    encoder.net.load_state_dict(fitted)
+    _copy(encoder.net, fitted, init)
     if 'pos_embed' in fitted: _keep_fixed(encoder)
     return norm
 

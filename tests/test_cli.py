@@ -13,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 
+from densessl.core import InputError
 from densessl.transfer import load_backbone
 
 # what the console script of an installed package does
@@ -106,6 +107,7 @@ BAD = {                                          # name -> command line, words i
     'out inside a file':   (['photos', *TINY, '--out', 'notes/a.txt/run'], ['notes/a.txt', 'is a file']),
     'out cannot be made':  (['photos', *TINY, '--out', '/proc/densessl'], ['/proc/densessl', 'cannot be']),
     'two starts':          (['photos', *TINY, '--init', 'x', '--pretrained'], ['--pretrained', '--init x']),
+    'out is the input':    (['photos', *TINY, '--out', 'photos/../photos', '--overwrite'], ['is the folder of the photographs']),
     'resume nothing':      (['photos', *TINY, '--resume'], ['--out']),
     'resume a stranger':   (['photos', *TINY, '--resume', '--out', 'full'], ['full', 'settings.json']),
 }
@@ -201,11 +203,11 @@ def test_stopped_and_resumed(home):
     r = run(home, MANY, input=json.dumps([[*resume, '--lr', '0.5'], resume, [*resume, '--epochs', '20']]))
     other, resumed, complete = json.loads(r.stdout.splitlines()[-1])
     assert other[0]==1 and 'lr was None, now 0.5' in other[2], other
-    assert resumed[0]==0 and 'going on with' in resumed[1] and (home/'stopped'/'backbone.safetensors').exists(), resumed
+    assert resumed[0]==0 and 'resuming' in resumed[1] and (home/'stopped'/'backbone.safetensors').exists(), resumed
     assert complete[0]==1 and 'complete' in complete[2] and '--init stopped/backbone.safetensors' in complete[2], complete
 
 
-def test_two_processes_stopped_and_gone_on_with(home):
+def test_two_processes_stopped_and_resumed(home):
     def start(script, *args):
         (home/'script.py').write_text(script)
         env = {k: v for k,v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')} | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore')
@@ -215,7 +217,7 @@ def test_two_processes_stopped_and_gone_on_with(home):
     assert r.returncode and '3 steps an epoch' in r.stdout and 'stopped; the state' in r.stdout, r.stdout+r.stderr
     assert not (home/'pair'/'backbone.safetensors').exists()
     r = start(SCRIPT, '--resume', '--out', 'pair')
-    assert r.returncode==0 and r.stdout.count('written to pair')==1 and r.stdout.count('going on with')==1, r.stdout+r.stderr
+    assert r.returncode==0 and r.stdout.count('written to pair')==1 and r.stdout.count('resuming')==1, r.stdout+r.stderr
     assert {p.name for p in (home/'pair').iterdir()} >= {'backbone.safetensors', 'best.safetensors', 'history.csv', 'scores.json', 'picture.png', 'settings.json'}
 
 
@@ -388,20 +390,46 @@ def test_a_small_folder_gets_a_small_batch_and_more_epochs(home):
     assert 'short' not in said and '24 photographs, 3 steps an epoch in batches of 8, 167 epochs: 501 steps' in said
 
 
-def test_the_forecast_changes_nothing():
-    "Two runs of 24 steps, one with the callback that looks at the clock"
+@pytest.mark.parametrize('method', ['flsl', 'clove', 'dino'])
+def test_the_step_that_is_tried_changes_nothing(method):
+    "Weights, statistics, order of the photographs and random states after an epoch are those of a run without it"
     from densessl import cli
     from densessl.data import scene_dls
     torch.set_num_threads(1)
-    m = cli.methods['flsl']
+    m = cli.methods[method]
     config = cli.change_settings(m.presets['scenes'], dict(img_size=32, local_size=16))
-    def trained(cbs):
+    def trained(tried):
         cli.set_seed(0)
-        learn = m.learner(scene_dls(96, m.recipe(config), bs=4, seed=0), 'vit_tiny_patch16_224', config, model_kwargs=dict(patch_size=8, embed_dim=24, depth=1, num_heads=3))
-        learn.fit(1, cbs=cbs)
-        return learn.model.state_dict()
-    with_it, without = trained(cli.Forecast()), trained([])
-    assert all(torch.equal(with_it[k], v) for k,v in without.items())
+        learn = m.learner(scene_dls(16, m.recipe(config), bs=4, seed=0), m.scene_arch, config, model_kwargs=cli.parse_kwargs(m.scene_kwargs))
+        if tried: assert cli.try_step(learn)[0]>0 and learn.loss_func.parts is None
+        learn.fit(1)
+        return learn.model.state_dict() | dict(next=torch.rand(3))
+    tried, plain = trained(True), trained(False)
+    assert all(torch.equal(tried[k], v) for k,v in plain.items())
+
+
+def test_a_step_that_does_not_fit_is_told_before_the_run(home, monkeypatch):
+    from densessl import cli
+    job = decided(home, img_size=32, arch='vit_tiny_patch16_224', model_kwargs='patch_size=8,embed_dim=24,depth=1,num_heads=3', workers=0)
+    learn = cli._open(job, cli.methods[job.method])[0]
+    def forward(self, views): raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(type(learn.model), 'forward', forward)
+    with pytest.raises(InputError, match='out of memory: pass bf16=True, lower bs'): cli._opening(job, learn)
+
+
+def test_slow_reading_is_in_the_time_that_is_expected(monkeypatch):
+    "A photograph takes two seconds by the clock of the test: six for a batch of three, two with as many processes"
+    from densessl import cli
+    now = [0.]
+    class Slow(list):
+        def __getitem__(self, i): now[0] += 2; return super().__getitem__(i)
+    monkeypatch.setattr(cli.time, 'perf_counter', lambda: now[0])
+    ds = Slow([(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.tensor([8, 8]), '')]*2)
+    dl = SimpleNamespace(dataset=ds, bs=3, num_workers=0)
+    canvas, hw, seconds = cli.read_batch(dl)
+    assert (canvas.shape, hw.shape, seconds)==((3, 3, 8, 8), (3, 2), 6)
+    dl.num_workers = 3
+    assert cli.read_batch(dl)[2]==2
 
 
 def test_weights_bring_their_network(home, tmp_path):

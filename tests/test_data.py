@@ -1,4 +1,5 @@
 "Odd image files, worker processes, and training on what is left"
+import io
 import warnings
 
 import numpy as np
@@ -485,3 +486,142 @@ def test_pillow_keeps_its_limit_when_threads_read(tmp_path):
     before, files = Image.MAX_IMAGE_PIXELS, sorted(tmp_path.glob('*.png'))*40
     with ThreadPoolExecutor(16) as pool: list(pool.map(lambda p: (read_photo(p), read_mask(p)), files))
     assert Image.MAX_IMAGE_PIXELS == before
+
+
+def test_a_run_inside_the_folder_of_its_photographs(tmp_path):
+    "Its pictures are no photographs; files of the same names elsewhere are"
+    for name in ('a.jpg', 'mine/picture.png', 'runs/flsl-1/picture.png', 'runs/flsl-1/curves.png', 'runs/flsl-1/b.jpg'):
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (8, 8)).save(tmp_path/name)
+    (tmp_path/'runs/flsl-1/settings.json').write_text('{}')
+    with pytest.warns(UserWarning, match='2 images .*pictures of runs'): found = find_images(tmp_path)
+    assert [str(p.relative_to(tmp_path)) for p in found]==['a.jpg', 'mine/picture.png', 'runs/flsl-1/b.jpg']
+
+
+# ---- what Pillow reads wrongly or not at all
+
+def tiff(path, a, photometric, extra=(), planar=1):
+    "An uncompressed TIFF of (h, w, bands), as programs other than Pillow write them"
+    h, w, c = a.shape
+    kind, bits = {'u': 1, 'f': 3}[a.dtype.kind], a.dtype.itemsize*8
+    tags = {256: [w], 257: [h], 258: [bits]*c, 259: [1], 262: [photometric], 277: [c], 278: [h], 284: [planar], 339: [kind]*c}
+    if extra: tags[338] = list(extra)
+    parts = [a.tobytes()] if planar == 1 else [a[..., i].tobytes() for i in range(c)]
+    tags |= {273: [0]*len(parts), 279: [len(o) for o in parts]}
+    at = 8+2+12*len(tags)+4
+    where = at+sum(4*len(v) for v in tags.values() if len(v) > 1)
+    tags[273] = [where+sum(map(len, parts[:i])) for i in range(len(parts))]
+    entries, more = b'', b''
+    for k in sorted(tags):
+        v = b''.join(o.to_bytes(4, 'little') for o in tags[k])
+        if len(tags[k]) > 1: v, more = (at+len(more)).to_bytes(4, 'little'), more+v
+        entries += k.to_bytes(2, 'little')+b'\4\0'+len(tags[k]).to_bytes(4, 'little')+v
+    path.write_bytes(b'II*\0'+b'\x08\0\0\0'+len(tags).to_bytes(2, 'little')+entries+bytes(4)+more+b''.join(parts))
+
+
+COLORS = np.asarray(RGB)
+BAND = np.linspace(20, 230, COLORS[..., 0].size).reshape(COLORS.shape[:2]+(1,)).astype(np.uint8)
+
+
+def test_a_fourth_band_is_no_transparency(tmp_path):
+    "Near infrared where others keep transparency, of 8 and of 16 bits; a mask of 0 and 255 there is transparency"
+    tiff(tmp_path/'a.tif', np.concatenate([COLORS, BAND], -1), 2, [2])
+    tiff(tmp_path/'b.tif', np.concatenate([COLORS, BAND], -1).astype(np.uint16)*257, 2, [2])
+    tiff(tmp_path/'c.tif', np.concatenate([COLORS, 255*(BAND > 99)], -1).astype(np.uint8), 2, [2])
+    for o in 'ab': assert (np.asarray(read_photo(tmp_path/f'{o}.tif')[0]) == COLORS).all()
+    clear = np.asarray(read_photo(tmp_path/'c.tif')[0])[BAND[..., 0] <= 99]
+    assert len(clear) and (clear == 255).all()
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_tiff_where_0_is_white(tmp_path, dtype):
+    gray = COLORS[..., :1].astype(dtype)
+    tiff(tmp_path/'a.tif', (255-gray)*(257 if dtype is np.uint16 else 1), 0)
+    assert abs(np.asarray(read_photo(tmp_path/'a.tif')[0]).astype(int)-gray).max() <= 1
+
+
+@pytest.mark.parametrize('a,kw,says', [
+    (COLORS.astype(np.uint16)*257, dict(photometric=2, planar=2), '16 bits in separate planes, which Pillow misreads'),
+    (np.repeat(BAND, 13, -1), dict(photometric=1, extra=[0]*12), 'a TIFF that Pillow cannot read, as of many bands'),
+    (COLORS.astype(np.float32)/255, dict(photometric=2), 'a TIFF that Pillow cannot read')], ids=['planes', 'bands', 'floats'])
+def test_tiff_that_is_refused(tmp_path, a, kw, says):
+    import logging
+    tiff(tmp_path/'a.tif', a, **kw)
+    with pytest.raises(InputError, match=says): read_photo(tmp_path/'a.tif')
+    assert any(isinstance(o, logging.NullHandler) for o in logging.getLogger('PIL').handlers)   # or Pillow prints its errors
+
+
+def test_planes_of_bytes_are_read(tmp_path):
+    tiff(tmp_path/'a.tif', COLORS, 2, planar=2)
+    assert (np.asarray(read_photo(tmp_path/'a.tif')[0]) == COLORS).all()
+
+
+@pytest.mark.parametrize('start,says', [
+    (b'version https://git-lfs.github.com/spec/v1\noid', 'git lfs pull'), (b'\0\0\0\x18ftypheic', 'install pillow-heif'), (b'\0\0\0\x18ftypmp42', 'a video'),
+    (b'\n<!DOCTYPE html>', 'a web page'), (b'PK\3\4', 'an archive'), (b'%PDF-1.7', 'a PDF'), (bytes(128)+b'DICM', 'a DICOM scan'), (bytes(300), 'nothing but zeros'), (b'a letter', 'not an image')])
+def test_what_an_unreadable_file_is(tmp_path, start, says):
+    "Named by what is in it, from a path and from an open file, and at the start of a run"
+    (tmp_path/'a.jpg').write_bytes(start)
+    for o in (tmp_path/'a.jpg', io.BytesIO(start)):
+        with pytest.raises(InputError, match=f'cannot be read as a photograph: .*{says}'): read_photo(o)
+    (tmp_path/'b.jpg').write_bytes(start)
+    with pytest.raises(InputError, match=f'none of the 2 images can be read, .*{says}'): image_dls(tmp_path, RECIPE, bs=2, num_workers=0, device='cpu')
+
+
+# ---- what else is among photographs
+
+def many(folder, *layouts):
+    for i in range(6):
+        for name, draw in layouts: draw(folder/name.format(i))
+
+
+def test_masks_of_other_names_with_few_values_are_left_out(tmp_path):
+    "A word says mask and the pixels agree: no photograph of the same name is needed, if there are others"
+    many(tmp_path, ('{0}/images/{0}.jpg', photo), ('{0}/masks/a.png', index_map), ('{0}/masks/b.png', index_map))
+    names, said = listed(tmp_path)
+    assert len(names) == 6 and '12 masks or depth maps' in said
+
+
+def test_gray_photographs_are_not_taken_for_maps(tmp_path):
+    "Gray images under a word for masks, beside gray photographs of the same names, as of X-rays: kept and said"
+    def gray(path):
+        photo(path)
+        with Image.open(path) as im: im.convert('L').save(path)
+    many(tmp_path/'a', ('images/{}.png', gray), ('normals/{}.png', gray))
+    names, said = listed(tmp_path/'a')
+    assert len(names) == 12 and '6 images are kept though their names say mask' in said
+    many(tmp_path/'b', ('images/{}.png', photo), ('normals/{}.png', gray))
+    assert len(listed(tmp_path/'b')[0]) == 6
+
+
+@pytest.mark.parametrize('photos,maps', [('{}_colors.png', '{}_depth.png'), ('P{}.png', 'P{}_instance_id_RGB.png'), ('full/{}.jpg', 'depth/{}.png')])
+def test_pairs_of_public_sets(tmp_path, photos, maps):
+    many(tmp_path, (photos, photo), (maps, depth_map))
+    names, said = listed(tmp_path)
+    assert names == [photos.format(i) for i in range(6)] and '6 masks or depth maps' in said
+
+
+def surveyed(folder):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        image_dls(folder, RECIPE, bs=2, num_workers=0, device='cpu')
+    return [str(o.message) for o in said]
+
+
+@pytest.mark.parametrize('name,draw', [('{}_1stHO.png', index_map), ('alpha_{}.png', lambda o: Image.fromarray(BAND[..., 0]).save(o))])
+def test_what_looks_like_masks_is_said(tmp_path, name, draw):
+    "No word tells them, and nothing is left out; a single one is not worth a word"
+    many(tmp_path, ('photo {}.jpg', photo), (name, draw))
+    said, = surveyed(tmp_path)
+    assert said.startswith('6 of 12 images looked at have few colors, or are gray beside others in color')
+    for i in range(1, 6): (tmp_path/name.format(i)).unlink()
+    assert surveyed(tmp_path) == []
+
+
+def test_several_pictures_in_a_file_are_said(tmp_path):
+    "Pages and frames, but not the previews that cameras add"
+    a, b = RGB, RGB.transpose(Image.Transpose.ROTATE_180)
+    for i, o in enumerate(('tif', 'gif', 'webp', 'png')): a.save(tmp_path/f'{i}.{o}', save_all=True, append_images=[b])
+    a.save(tmp_path/'camera.jpg', 'MPO', save_all=True, append_images=[b])
+    a.save(tmp_path/'pyramid.tif', save_all=True, append_images=[b.reduce(2)])
+    assert [o for o in surveyed(tmp_path) if 'hold several pictures' in o and o.startswith('4 of 6 files')]

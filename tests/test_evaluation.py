@@ -227,3 +227,53 @@ def test_scores_are_plain_json(tmp_path):
     lines = scores_table(scores, protocol=False).splitlines()
     assert len({len(l) for l in lines})==1 and len(lines)==3
     with pytest.raises(InputError, match='is not a folder'): segmentation_folder(tmp_path/'nowhere')
+
+
+# ---- what the command reads and writes
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    "A tiny backbone and a folder of eight photographs"
+    from densessl.encoders import dense_encoder
+    from densessl.synthetic import draw_scenes
+    from densessl.transfer import export_backbone
+    d = tmp_path_factory.mktemp('evaluate')
+    torch.manual_seed(0)
+    export_backbone(dense_encoder('vit_tiny_patch16_224', img_size=64, patch_size=8, embed_dim=24, depth=1, num_heads=2), d/'b.safetensors')
+    (d/'photos').mkdir()
+    for i,p in enumerate(draw_scenes(8, 64, natural=True)[0]): Image.fromarray(p.permute(1,2,0).numpy()).save(d/f'photos/{i}.png')
+    return d
+
+
+def test_the_home_folder_in_every_path_of_evaluate(place, monkeypatch):
+    from densessl.evaluation import read_scores
+    from densessl.report import evaluate
+    monkeypatch.setenv('HOME', str(place))
+    scores, _ = evaluate('~/b.safetensors', '~/photos', starts=1, out='~/home.json')
+    assert (place/'home.json').is_file() and (place/'home.png').is_file() and not (place/'~').exists()
+    assert len(read_scores('~/home.json'))==len(scores)
+
+
+def test_the_picture_of_scores_replaces_no_other_file(place):
+    "Refused before the work; with the scores beside it the picture is drawn again"
+    from densessl.report import evaluate
+    (place/'mine.png').write_bytes(b'mine')
+    with pytest.raises(InputError, match="mine.png' would be replaced"): evaluate(place/'b.safetensors', place/'photos', starts=1, out=place/'mine.json')
+    with pytest.raises(InputError, match='is the name of a picture'): evaluate(place/'b.safetensors', place/'photos', starts=1, out=place/'mine.png')
+    assert (place/'mine.png').read_bytes()==b'mine' and not (place/'mine.json').exists()
+    for _ in range(2): evaluate(place/'b.safetensors', place/'photos', starts=1, out=place/'new.json')
+    assert (place/'new.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_folder_without_enough_photographs_is_one_short_sentence(place, tmp_path):
+    from densessl.report import evaluate
+    with pytest.raises(InputError, match='is empty') as e: evaluate(place/'b.safetensors', tmp_path, starts=1)
+    (tmp_path/'0.png').write_bytes((place/'photos'/'0.png').read_bytes())
+    with pytest.raises(InputError, match='at least 2 photographs that can be read, got 1') as f: evaluate(place/'b.safetensors', tmp_path, starts=1)
+    assert len(str(f.value)) < 300+len(str(tmp_path))*3
+
+
+def test_a_backbone_is_scored_once(place):
+    from densessl.report import evaluate
+    with pytest.raises(InputError, match="b.safetensors', which is scored already"): evaluate(place/'b.safetensors', place/'photos', others=str(place/'b.safetensors'), starts=1)
+    with pytest.raises(InputError, match="names 'resnet18', which is scored already"): evaluate(place/'b.safetensors', place/'photos', others='resnet18,resnet18', starts=1)

@@ -1,12 +1,13 @@
 """fastai works as ever: what its `Learner`, callbacks and mixed precision do with the three methods, or the sentence that says what to use"""
-import math, sys, types, warnings
+import copy, math, pickle, sys, types, warnings
 from dataclasses import replace
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 import fastai.callback.channelslast
-from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.core import Callback, CancelBatchException, FetchPredsCallback, GatherPredsCallback
 from fastai.callback.data import CollectDataCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.hook import ActivationStats
@@ -15,6 +16,10 @@ from fastai.callback.progress import CSVLogger, ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
+from fastai.learner import Metric
+from fastai.metrics import Dice, accuracy
+from fastai.optimizer import SGD, Optimizer
+from fastai.vision.data import ImageDataLoaders
 from fastcore.foundation import L
 from fastcore.imports import noop
 from PIL import Image
@@ -22,6 +27,7 @@ from torch.amp import GradScaler
 from torch.testing import assert_close
 
 import densessl.all as D
+from densessl.callback.progress import show_progress
 from densessl.core import InputError
 from densessl.learner import AutocastBF16, autocast_depth
 
@@ -221,7 +227,7 @@ def test_weight_decay_given_to_fit(method):
     learn = learner(method, cbs=spy, wd=.1)
     learn.fit(1)
     assert spy.of('wd')==[.1]*3
-    for wrong in (-1, math.nan, 'much', slice(0, 1)):
+    for wrong in (-1, math.nan, 'much', slice(0, 1), [.1, .2]):
         with pytest.raises(InputError, match='wd must be one number'): learn.fit(1, wd=wrong)
 
 def test_a_run_is_resumed_with_its_weight_decay():
@@ -248,6 +254,50 @@ def test_learning_rates():
     assert spy.of('lr')[0]==pytest.approx(1e-3)
     for f in (lambda: learn.fit(1, lr=slice(1e-5, 1e-3)), lambda: learn.fit_one_cycle(1, slice(1e-3)), lambda: learn.fit_flat_cos(1, slice(1e-5, 1e-3))):
         with pytest.raises(InputError, match='lr must be one number'): f()
+
+@pytest.mark.parametrize('wrong', [-.1, math.nan, math.inf, '1e-3', [1e-3, 1e-4]], ids=str)
+def test_learning_rates_that_are_none(wrong):
+    "None is that of the method; nothing was trained when the sentence comes"
+    learn = learner()
+    before = weights(learn)
+    with pytest.raises(InputError, match='lr must be one number'): learn.fit(1, lr=wrong)
+    if not isinstance(wrong, (str, list)):
+        with pytest.raises(InputError, match='lr must be 0 or more'): learn.fit_one_cycle(1, wrong)
+        learn = learner(lr=wrong)
+        with pytest.raises(InputError, match='lr must be one number'): learn.fit(1)
+    for k,v in weights(learn).items(): assert torch.equal(v, before[k])
+
+@pytest.mark.parametrize('number', [torch.tensor(.01), np.float32(.01), np.float64(.01)], ids=lambda v: type(v).__name__)
+def test_numbers_of_other_libraries(number):
+    spy = Hypers()
+    learner(cbs=spy).fit(1, lr=number, wd=number)
+    assert spy.of('wd')==[pytest.approx(.01)]*3 and all(type(h) is float for h in spy.of('lr'))
+
+@pytest.mark.parametrize('n', [-1, 1.5, '3', None])
+def test_epochs_are_counted(n):
+    learn = learner()
+    with pytest.raises(InputError, match='number of epochs must be whole'): learn.fit(n)
+    learn.fit(0)
+    assert not len(learn.recorder.losses)
+
+@pytest.mark.parametrize('method', METHODS)
+def test_arguments_of_learner(method):
+    "`lr`, `opt_func` and `metrics` as ever; what belongs to the method is refused"
+    class Volume(Metric):
+        "Of one's own, as fastai asks for it"
+        def reset(self): self.seen = 0
+        def accumulate(self, learn): self.seen += len(learn.pred)>0
+        @property
+        def value(self): return self.seen
+    spy = Hypers()
+    learn = learner(method, lr=.003, opt_func=SGD, metrics=Volume(), cbs=spy)
+    learn.fit(2)
+    assert max(spy.of('lr'))==pytest.approx(.003, rel=.05) and isinstance(learn.opt, Optimizer)
+    assert learn.recorder.metric_names[-2]=='volume' and [v[-1] for v in learn.recorder.values]==[3, 3]
+    for k,v in (('loss_func', torch.nn.MSELoss()), ('splitter', noop)):
+        with pytest.raises(InputError, match=f'{k}: .*leave it out'): learner(method, **{k: v})
+    for f in (lambda: learner(method, metrics=[accuracy]), lambda: setattr(learn, 'metrics', [accuracy, Dice]), lambda: learner(method, metrics=Dice())):
+        with pytest.raises(InputError, match="'(accuracy|dice)' compares with targets"): f()
 
 def test_each_fit_starts_its_schedules_again():
     learn = learner('clove')
@@ -344,6 +394,8 @@ def test_curves(tmp_path):
         learn = learner(dls=dls)
         learn.fit(3)
         assert len(learn.recorder.plot_loss(skip_start=0, ax=plt.figure().gca()).lines)==lines
+        assert len(learn.recorder.plot_loss(0, with_valid=True, ax=plt.figure().gca()).lines)==lines
+        assert len(learn.recorder.plot_loss(0, with_valid=False, ax=plt.figure().gca()).lines)==1
         learn.recorder.plot_sched()
         assert set(learn.recorder.hps)=={'lr', 'wd', 'temp_t'}
     plt.close('all')
@@ -370,7 +422,33 @@ def test_saved_and_loaded(tmp_path):
         l.fit(1)
     assert torch.equal(losses(a), losses(b))
 
+def test_data_and_settings_of_another_kind(tmp_path):
+    own = ImageDataLoaders.from_path_func(tmp_path, [photos(tmp_path).train.dataset.paths[0]]*4, lambda p: 'a', valid_pct=.25, bs=2, num_workers=0)
+    for dls in (own, None, [1, 2], str(tmp_path), tmp_path):
+        for method in METHODS:
+            with pytest.raises(InputError, match=f'trains on DataLoaders of views, got a .*{method}_recipe'): getattr(D, f'{method}_learner')(dls)
+    dls = learner().dls
+    for config in (TINY['dino'], dict(lr=1), None):
+        with pytest.raises(InputError, match='config must be a FLSLConfig or the name of a preset .paper, official, scenes., got a'): D.flsl_learner(dls, config=config)
+
+def test_a_learner_is_pickled_and_copied():
+    learn = fit(learner(cbs=D.DenseScore(n_photos=2, verbose=False)))
+    for again in (pickle.loads(pickle.dumps(learn)), copy.deepcopy(learner())):
+        assert again.model is not learn.model and len(again.cbs)
+        again.fit(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        same = pickle.loads(pickle.dumps(learn))
+    for k,v in weights(learn).items(): assert torch.equal(v, same.model.state_dict()[k])
+
+def test_the_device_as_a_word():
+    learn = learner()
+    learn.dls.to('cpu')
+    for precision in ('to_fp32', 'to_bf16'): getattr(learn, precision)().fit(1)
+    show_progress(learn).fit(1)
+
 REFUSED = dict(
+    FetchPreds=lambda l: l.fit(1, cbs=FetchPredsCallback()), GatherPreds=lambda l: l.add_cb(GatherPredsCallback()),
     get_preds=lambda l: l.get_preds(), predict=lambda l: l.predict(None), tta=lambda l: l.tta(), show_results=lambda l: l.show_results(),
     export=lambda l: l.export(), fine_tune=lambda l: l.fine_tune(1),
     MixUp=lambda l: l.fit(1, cbs=[Hypers(), MixUp()]), CutMix=lambda l: l.add_cb(CutMix()), ReduceLROnPlateau=lambda l: l.fit(1, cbs=ReduceLROnPlateau('train_loss')),

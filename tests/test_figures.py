@@ -168,3 +168,27 @@ def test_the_home_folder_in_every_path(home, monkeypatch):
 
 def test_a_backbone_beside_itself_is_refused(home):
     with pytest.raises(InputError, match='the backbone itself'): show_backbone(str(home/'a.safetensors'), names(home, 1), other=str(home/'a.safetensors'), out=home/'twice.html')
+
+def test_a_folder_of_many_photographs(home, tmp_path):
+    "Twelve of them, from first to last, and a note; all that are named one by one"
+    for i in range(30): Image.open(home/f'photo{i%3}.png').save(tmp_path/f'{i:02}.png')
+    path, notes = show_backbone(str(home/'a.safetensors'), [str(tmp_path)], picture='segments', out=tmp_path/'some.html')
+    assert path.read_text().count('<img')==12 and '>00<' in path.read_text() and '>27<' in path.read_text()
+    assert len(notes)==1 and notes[0].startswith('12 of the 30 photographs') and notes[0] in path.read_text().replace('&#x27;', "'")
+    named = [str(tmp_path/f'{i:02}.png') for i in range(13)]
+    path, notes = show_backbone(str(home/'a.safetensors'), named, picture='segments', out=tmp_path/'named.html')
+    assert path.read_text().count('<img')==13 and notes==[]
+
+def test_pictures_that_do_not_fit_are_refused_before_they_are_drawn(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, '_draw', lambda *a: pytest.fail('drawn'))
+    with pytest.raises(InputError, match='2 pictures of segments do not fit one PNG'):
+        show_backbone(str(home/'a.safetensors'), names(home, 2), picture='segments', out=tmp_path/'x.png')
+
+@pytest.mark.parametrize('out', ['A.PNG', 'A.Html'])
+def test_suffixes_in_capitals(home, tmp_path, out):
+    path, _ = show_backbone(str(home/'a.safetensors'), names(home, 1), picture='pca', out=tmp_path/out)
+    assert path.name==out and path.read_bytes().startswith(b'\x89PNG' if out=='A.PNG' else b'<!doctype')
+
+def test_what_is_no_photograph_is_named(home, tmp_path):
+    (tmp_path/'film.mp4').write_bytes(b'\0\0\0\x18ftypmp42')
+    with pytest.raises(InputError, match='film.mp4.* a video'): show_backbone(str(home/'a.safetensors'), [str(tmp_path/'film.mp4')], out=tmp_path/'x.html')

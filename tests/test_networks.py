@@ -1,5 +1,5 @@
 "Networks of every family of timm train or are refused in a sentence before any work; an export is the network that was trained"
-import json, os
+import json, os, re
 from argparse import Namespace
 from dataclasses import fields, replace
 
@@ -11,7 +11,7 @@ from densessl import transfer
 from densessl.core import InputError
 from densessl.encoders import check_exportable, dense_encoder
 from densessl.transfer import export_backbone, load_backbone
-from densessl.weights import open_backbone
+from densessl.weights import init_backbone, open_backbone
 
 VIT = dict(img_size=64, embed_dim=64, depth=2, num_heads=2)
 
@@ -247,6 +247,13 @@ PUBLISHED = {   # name -> (what torch.save writes, donor's weights, what is said
     'densecl.pth': (dict(meta=dict(epoch=2, loss=np.float64(1.5)), state_dict=under('backbone.', CNN)), R, 'state_dict.backbone'),
     'torchvision.pth': (R, R, 'fc.weight'),
     'compiled.pth': (dict(model=under('_orig_mod.', R)), R, '_orig_mod'),
+    'dinov2.pth': (dict(teacher=under('backbone.', {k.replace('blocks.', 'blocks.0.'): v for k,v in BODY.items()}) | {'dino_head.mlp.0.weight': torch.ones(2,2)}), V, 'teacher.backbone'),
+    'registers.pth': (BODY | dict(register_tokens=torch.ones(1,4,64)), V, 'class and register tokens are dropped'),
+    'vissl.torch': (dict(classy_state_dict=dict(base_model=dict(model=dict(trunk=under('_feature_blocks.', CNN))))), R, '_feature_blocks'),
+    'solo.ckpt': (dict(state_dict=under('momentum_backbone.', CNN, 1.) | under('backbone.', CNN)), R, "not from 'state_dict.momentum_backbone'"),
+    'ema.pth': (dict(state_dict=under('', R, 1.), state_dict_ema=R), R, 'state_dict_ema'),
+    'half.pth': ({k: v.half() if v.is_floating_point() else v for k,v in V.items()}, {k: v.half().float() if v.is_floating_point() else v for k,v in V.items()}, 'class token'),
+    'larger.pth': (dict(net=V, opt=dict(state=[dict(exp_avg=torch.ones(2))])), V, 'net'),
     'lightning.ckpt': ({'state_dict': under('model.encoder.', V), 'pytorch-lightning_version': '2.1', 'optimizer_states': [dict(state={})]}, V, 'encoder')}
 
 def same_weights(encoder, state):
@@ -266,6 +273,113 @@ def test_published_checkpoints(name, tmp_path, capsys):
     assert out.count('\n')==1 and name in out and encoder.arch in out and says in out, out
     assert norm['mean']==(0.485,0.456,0.406) and not encoder.training
     same_weights(open_backbone(f'{tmp_path/name}@{encoder.arch}')[0], state)
+
+class OfAnotherLibrary:
+    "A class that is there when the file is written; `loaded` says whether its code ran when it was read"
+    loaded = False
+    def __init__(self, **kw): self.__dict__.update(kw)
+    def __setstate__(self, state): OfAnotherLibrary.loaded = True
+
+def test_settings_and_networks_as_objects_are_read_and_nothing_of_them_runs(tmp_path):
+    import collections, datetime, pathlib
+    beside = dict(args=OfAnotherLibrary(out=pathlib.Path('x')), when=datetime.datetime.now(), losses=np.ones(3), scale=np.float64(2))
+    whole = timm.create_model('test_resnet', num_classes=10)
+    whole.load_state_dict(R)
+    whole.settings = OfAnotherLibrary(lr=.1)
+    for name,held,state in (('args.pth', dict(model=V) | beside, V), ('whole.pth', whole, R), ('whole_in_dict.pth', dict(model=whole, epoch=3), R)):
+        torch.save(held, tmp_path/name)
+        same_weights(open_backbone(tmp_path/name)[0], state)
+    assert not OfAnotherLibrary.loaded
+    torch.save(dict(model=V, config=collections.defaultdict(list, a=[1])), tmp_path/'config.pth')     # torch fills no dict of another class
+    with pytest.raises(InputError, match='without running code from it .*collections.defaultdict'): open_backbone(tmp_path/'config.pth')
+    class Evil:
+        def __reduce__(self): return (eval, (f'open({str(tmp_path/"harm")!r}, "w")',))
+    torch.save(dict(model=V, x=Evil()), tmp_path/'evil.pth')
+    same_weights(open_backbone(tmp_path/'evil.pth')[0], V)
+    assert not (tmp_path/'harm').exists()
+
+def test_a_resnet_in_a_sequential(tmp_path, capsys):
+    "As lightly and many scripts write it; every weight is at its place"
+    m = timm.create_model('resnet18', num_classes=0)
+    for k,v in m.state_dict().items(): v.copy_(torch.rand_like(v) if v.is_floating_point() else v)
+    parts = torch.nn.Sequential(*list(m.children())[:-1])
+    head = {'projection_head.layers.0.weight': torch.ones(2,2), 'projection_head.layers.1.weight': torch.ones(2)}
+    torch.save(dict(state_dict=under('backbone.', parts.state_dict()) | head), tmp_path/'lightly.ckpt')
+    e, _ = open_backbone(tmp_path/'lightly.ckpt')
+    assert e.arch=='resnet18' and "from 'state_dict.backbone'" in capsys.readouterr().out
+    same_weights(e, m.state_dict())
+    new = dense_encoder('resnet18', img_size=64)
+    init_backbone(new, tmp_path/'lightly.ckpt')
+    same_weights(new, m.state_dict())
+
+def test_the_sentence_names_whole_networks_only(tmp_path, capsys):
+    "The first convolution of a block has the name of that of the network"
+    m = timm.create_model('resnet18', num_classes=0).state_dict()
+    torch.save(dict(state_dict=under('backbone.', m)), tmp_path/'r.pth')
+    open_backbone(tmp_path/'r.pth')
+    assert capsys.readouterr().out.startswith(f"{tmp_path/'r.pth'}: resnet18, its weights from 'state_dict.backbone'. Its input")
+
+def transformers_names(state, dinov2):
+    "What transformers calls the tensors of timm's ViT"
+    out, names = {}, [('blocks.', 'encoder.layer.'), ('attn.proj', 'attention.output.dense'), ('patch_embed.proj', 'embeddings.patch_embeddings.projection')]
+    names += [('ls1.gamma', 'layer_scale1.lambda1'), ('ls2.gamma', 'layer_scale2.lambda1')] if dinov2 else \
+             [('norm1', 'layernorm_before'), ('norm2', 'layernorm_after'), ('mlp.fc1', 'intermediate.dense'), ('mlp.fc2', 'output.dense')]
+    for k,v in state.items():
+        if k=='cls_token': k = 'embeddings.cls_token'
+        elif k=='pos_embed': k = 'embeddings.position_embeddings'
+        elif k.startswith('norm.'): k = k.replace('norm', 'layernorm')
+        for a,b in names: k = k.replace(a, b)
+        parts = zip(('query', 'key', 'value'), v.chunk(3)) if 'attn.qkv' in k else [('', v)]
+        out |= {k.replace('attn.qkv', f'attention.attention.{n}'): p.clone() for n,p in parts}
+    return out
+
+@pytest.mark.parametrize('dinov2', [False, True])
+def test_vits_of_transformers(dinov2, tmp_path):
+    "A folder as it is downloaded, with and without layer scale"
+    m = donor('vit_tiny_patch16_224', img_size=64, **(dict(init_values=.5) if dinov2 else {})).state_dict()
+    body = {k: v for k,v in m.items() if not k.startswith('head')}
+    (tmp_path/'config.json').write_text(json.dumps(dict(architectures=['Dinov2Model'], model_type='dinov2')))
+    save_file(transformers_names(body, dinov2) | {'embeddings.mask_token': torch.ones(1, 192), 'classifier.weight': torch.ones(2,2)}, tmp_path/'model.safetensors')
+    e, _ = open_backbone(tmp_path)
+    assert e.arch=='vit_tiny_patch16_224' and e.img_size==64
+    same_weights(e, m)
+
+def test_names_that_timm_can_rewrite(tmp_path):
+    "Swin as its authors write it: the reduction stands at the end of a stage"
+    m = timm.create_model('swin_tiny_patch4_window7_224', num_classes=0)
+    old = {re.sub(r'layers\.(\d)\.downsample', lambda k: f'layers.{int(k[1])-1}.downsample', k): v for k,v in m.state_dict().items()}
+    torch.save(dict(model=old | {'head.weight': torch.ones(5, 768), 'layers.0.blocks.1.attn_mask': torch.ones(64, 49, 49)}, optimizer=dict(state={})), tmp_path/'swin.pth')
+    e, _ = open_backbone(f'{tmp_path/"swin.pth"}@swin_tiny_patch4_window7_224')
+    same_weights(e, m.state_dict())
+
+def test_positions_of_a_grid_that_is_not_square(tmp_path):
+    "51 positions are those of 5 x 10 patches and a class token, not of 7 x 7 and two tokens"
+    torch.save(donor(img_size=(80, 160)).state_dict(), tmp_path/'wide.pth')
+    with pytest.raises(InputError, match=r'pos_embed is \(1, 51, 64\) instead of'): open_backbone(tmp_path/'wide.pth')
+    e, _ = open_backbone(tmp_path/'wide.pth', size=(80, 160))
+    same_weights(e, donor(img_size=(80, 160)).state_dict())
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite(value, tmp_path):
+    bad = V | {'norm.weight': torch.full((64,), value)}
+    torch.save(bad, tmp_path/'bad.pth')
+    for f in (lambda: open_backbone(tmp_path/'bad.pth'), lambda: init_backbone(dense_encoder('test_vit'), tmp_path/'bad.pth')):
+        with pytest.raises(InputError, match='NaN or infinite in norm.weight'): f()
+    e = vit()
+    save_file({k: v*value if k=='norm.weight' else v for k,v in e.net.state_dict().items()}, tmp_path/'own.safetensors',
+              metadata=dict(densessl=json.dumps(dict(arch=e.arch, model_kwargs=e.model_kwargs, img_size=64))))
+    with pytest.raises(InputError, match='NaN or infinite'): load_backbone(tmp_path/'own.safetensors')
+
+def test_files_that_are_something_else(tmp_path):
+    (tmp_path/'page.pth').write_text('<!DOCTYPE html><html>Not found</html>')
+    (tmp_path/'pointer.safetensors').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:abc')
+    (tmp_path/'none.pth').write_bytes(b'')
+    np.savez(tmp_path/'jax.npz', a=np.ones(3))
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path/'script.pt')
+    for name,says in (('page.pth', "it is text, '<!DOCTYPE"), ('pointer.safetensors', 'git-lfs'), ('none.pth', 'is empty'),
+                      ('jax.npz', 'no checkpoint that torch reads'), ('script.pt', 'no checkpoint that torch reads')):
+        with pytest.raises(InputError, match=says) as e: open_backbone(tmp_path/name)
+        assert '\n' not in str(e.value)
 
 def test_foreign_safetensors_with_an_architecture_that_shapes_do_not_tell(tmp_path):
     m = timm.create_model('vit_tiny_patch16_224', img_size=64, embed_dim=48, depth=2, num_heads=3)

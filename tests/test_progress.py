@@ -87,3 +87,17 @@ def test_a_file_gets_one_line_an_epoch(runs):
     assert [l.split(':')[0] for l in said] == ['epoch 3 of 5', 'epoch 4 of 5', 'epoch 5 of 5'], runs[1]
     assert 'left' in said[1] and 'left' not in said[2]
     assert all('waiting for data' in l and 'img/s' in l and 'valid loss' in l for l in said), said
+
+
+def test_a_run_outlives_its_reader_and_is_saved_with_its_terminal(home):
+    "The rest of what a broken pipe does not take is on standard error; SIGHUP, as from a terminal that is closed, stops the run as SIGTERM does"
+    p = subprocess.Popen([sys.executable, 'script.py', *ARGS[:-1], 'unread'], cwd=home, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p.stdout.readline()
+    p.stdout.close()
+    said = []
+    for line in p.stderr:
+        said.append(line)
+        if line.startswith('epoch 2 of 5: '): p.send_signal(signal.SIGHUP)
+    said = ''.join(said)
+    assert p.wait(60)==128+signal.SIGHUP and said.count('has no reader any more')==1 and 'Traceback' not in said, said
+    assert 'epoch 1 of 5, scores' not in said and 'epoch 2 of 5, scores: ' in said and said.endswith('To resume: densessl_pretrain --resume --out unread\n'), said

@@ -13,7 +13,7 @@ from PIL import Image
 from densessl.callback import checkpoint
 from densessl.callback.checkpoint import (RunStopped, SaveRun, gather_state, newest_checkpoint, numerics, read_checkpoint, read_header, restore_state, run_checkpoints,
                                           check_data, writable_folder, write_checkpoint)
-from densessl.cli import absolute_paths, pretrain
+from densessl.cli import absolute_paths, pretrain, resumed
 from densessl.core import InputError
 from densessl.data import image_dls, scene_dls
 from densessl.learner import methods
@@ -299,6 +299,18 @@ def test_the_folder_of_photographs_may_move_but_not_change(photos, tmp_path):
     before = {p: p.read_bytes() for p in (tmp_path/'run').iterdir()}
     with pytest.raises(InputError, match='data.hash'): fit(make('flsl', moved), SaveRun(tmp_path/'run', resume=True))
     assert before=={p: p.read_bytes() for p in (tmp_path/'run').iterdir()}
+
+
+def test_one_process_at_a_time(tmp_path, monkeypatch):
+    "A run that is resumed while it runs is refused, and nothing in its folder changes; a process that was killed locks nothing"
+    monkeypatch.setattr(checkpoint, 'one_process', partial(checkpoint.one_process, patience=0))
+    def meanwhile():
+        before = {p: p.read_bytes() for p in (tmp_path/'run').iterdir()}
+        with pytest.raises(InputError, match='another process is writing to .*run'): fit(make('flsl'), SaveRun(tmp_path/'run', resume=True))
+        assert before=={p: p.read_bytes() for p in (tmp_path/'run').iterdir()}
+    learn = make('flsl')
+    fit(learn, SaveRun(tmp_path/'run', every=1), At(3, meanwhile))
+    assert learn.train_iter==EPOCHS*STEPS
 
 
 def test_another_method_or_kind_of_run_is_refused(tmp_path):
@@ -658,8 +670,8 @@ def test_interrupted_outside_the_steps(where, tmp_path):
     assert p.end()==0 and (tmp_path/'run'/'report.html').exists(), p.says
 
 
-def test_the_disk_is_full_when_the_report_is_written(photos, tmp_path, monkeypatch):
-    "The training is not lost: one sentence, the checkpoints stay, and the run can be resumed; started in Python, it is resumed in Python"
+def test_the_report_is_not_written(photos, tmp_path, monkeypatch, capsys):
+    "On a full disk the training is not lost: one sentence, the checkpoints stay, and the run can be resumed; started in Python, it is resumed in Python"
     from densessl import cli
     def full(*args, **kwargs): raise OSError(errno.ENOSPC, 'No space left on device', str(tmp_path/'run'/'report.html'))
     small = dict(zip((o.removeprefix('--') for o in RUN[::2]), RUN[1::2])) | dict(epochs=1, bs=8, workers=0, img_size=32, score_every=0)
@@ -667,9 +679,21 @@ def test_the_disk_is_full_when_the_report_is_written(photos, tmp_path, monkeypat
         m.setattr(cli, 'run_report', full)
         with pytest.raises(InputError, match="report.html' could not be written .No space left on device., but .*make room, then pretrain.out='.*run', resume=True"):
             pretrain(str(photos), out=str(tmp_path/'run'), **small)
-    assert run_checkpoints(tmp_path/'run'/'checkpoints')
-    pretrain(out=str(tmp_path/'run'), resume=True)
-    assert (tmp_path/'run'/'report.html').exists() and not (tmp_path/'run'/'checkpoints').exists()
+    run = tmp_path/'run'
+    assert run_checkpoints(run/'checkpoints')
+    (run/'start.safetensors').unlink()                         # the pictures need it
+    monkeypatch.setenv('HOME', str(tmp_path))
+    pretrain(out='~/run', resume=True)
+    assert (run/'report.html').exists() and not (run/'checkpoints').exists()
+    assert 'start.safetensors is gone, so the pictures show the trained backbone alone' in capsys.readouterr().out
+
+    def stopped(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m:                           # before the first checkpoint of a run that overwrites this one
+        m.setattr(cli, '_train', stopped)
+        with pytest.raises(KeyboardInterrupt, match='To resume: pretrain'):
+            pretrain(str(photos), out=str(run), overwrite=True, **small|dict(seed=1))
+    assert (run/'backbone.safetensors').exists() and not (run/'report.html').exists()
+    assert resumed(dict(out=str(run)), {})['out']==run         # and not: it is complete
 
 
 @pytest.mark.parametrize('threads,terminal,plan', (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest, torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from PIL import Image
 
 from densessl.callback.checkpoint import SaveRun
@@ -145,7 +145,7 @@ class StopAt(Callback):
     def after_batch(self):
         if self.train_iter==self.step_to_stop: raise Stop('cut')
 
-@pytest.mark.parametrize('step', [2, 6, 8, 9])   # in the first epoch, in the middle of the second, at its end before it is scored, in the third
+@pytest.mark.parametrize('step', [2, 6, 8, 11])   # in the first epoch, in the middle of the second, at its end before it is scored, in the last
 def test_exact_resume(step, tmp_path):
     "Cut anywhere, taken up by a new learner: the same curve, the same best"
     score = lambda name: DenseScore(labelled=LABELLED, out=tmp_path/name, verbose=False)
@@ -158,6 +158,14 @@ def test_exact_resume(step, tmp_path):
     same = [load_backbone(tmp_path/d/'best.safetensors').state_dict().values() for d in ('whole', 'cut')]
     assert all(torch.equal(a, b) for a,b in zip(*same)) and again.start is not None
     assert again.conclusion==whole.conclusion and again.first_losses==whole.first_losses
+    assert len(again.epoch_losses)==4 and again.epoch_losses==whole.epoch_losses
+
+def test_a_batch_that_is_cancelled_has_no_loss():
+    class Leave(Callback):
+        def before_batch(self):
+            if self.iter==1: raise CancelBatchException
+    score = fit(learner('clove', None, Leave(), DenseScore(verbose=False)), 1).dense_score
+    assert len(score.epoch_losses)==3 and all(score.epoch_losses) and score.first_losses==score.epoch_losses
 
 @pytest.mark.parametrize('broken', [False, True])
 def test_a_plain_fit_after_a_resumed_one_counts_on(broken, tmp_path):

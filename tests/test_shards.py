@@ -622,3 +622,61 @@ def test_what_is_left_out_is_said_with_an_index_too(tmp_path, index):
     (tmp_path/'index.json').write_text(json.dumps(index))
     with pytest.warns(UserWarning, match="such as '0.depth.png' are left out") as said: assert shard_list(tmp_path)[0].n == 4
     assert len(said) == 1
+
+
+# ---- what other people's shards hold
+
+@pytest.mark.parametrize('names', [['00000.tar', '00001.tar', '00003.tar'], ['n01440764.tar', 'n01443537.tar', 'n15075141.tar']])
+def test_numbers_of_others_may_have_gaps(tmp_path, names):
+    "img2dataset leaves shards out, and classes of ImageNet are no numbers: said or not, but never refused"
+    for k, o in enumerate(names): tar_of(tmp_path/o, [(f'{k}{i}.jpg', image()) for i in range(2)])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        assert [o.n for o in shard_list(tmp_path)] == [2, 2, 2]
+    assert [str(o.message) for o in said] == ["the list of shards has a hole, '00002.tar' is missing: training is on those that are there"]*names[0].startswith('0')
+
+
+def test_the_advice_on_a_hole_works(own):
+    "Shards of densessl_shard are numbered without gaps; a JSON file of those to use is one path, for the command line too"
+    (own/'shard-000003.tar').unlink()
+    counts = {o.name: 3 for o in own.glob('*.tar')}
+    (own/'index.json').unlink()
+    with pytest.raises(InputError, match='or give a JSON file of the shards to use'): shard_list(own)
+    (own/'mine.json').write_text(json.dumps(counts))
+    assert len(shard_list(own/'mine.json')) == len(counts)
+
+
+def test_stars_in_a_path(own):
+    assert is_shards(f'{own}/*.tar') and [o.url for o in shard_list(f'{own}/*.tar')] == [o.url for o in shard_list(own)]
+    with pytest.raises(InputError, match='the list of shards is empty'): shard_list(f'{own}/*.tgz')
+
+
+@pytest.mark.parametrize('url', ['https://example.com/photos.zip', 's3://bucket/photos', 'file:///home/me/photos'])
+def test_urls_that_are_no_tar_files(url):
+    with pytest.raises(InputError, match=f'{url}. is no tar file: give a folder of this machine'): shard_list(url)
+
+
+@pytest.mark.parametrize('data,why', [(b'<html>403</html>', 'not a tar file but a web page'), (b'', 'empty file'), (b'\x28\xb5\x2f\xfd'+bytes(90), 'not a tar file but an archive: unpack it'),
+                                      (b'version https://git-lfs.github.com/spec/v1', 'git lfs pull'), (b'abc', 'not a tar file')])
+def test_what_a_file_is_that_is_no_tar_file(tmp_path, data, why):
+    (tmp_path/'0.tar').write_bytes(data)
+    with pytest.raises(InputError, match='cut short or damaged') as e: shard_list(tmp_path/'0.tar')
+    assert why in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 300
+
+
+def test_what_is_not_read_in_shards_is_said(tmp_path):
+    from densessl.data import IMAGE_SUFFIXES
+    if '.heic' in IMAGE_SUFFIXES: pytest.skip('HEIC can be read here')
+    tar_of(tmp_path/'0.tar', [(f'{i}.{o}', image()) for i in range(4) for o in ('heic', 'json')])
+    with pytest.raises(InputError, match=r'there is no photograph in .*not read: 4 .heic \(install pillow-heif'): shard_list(tmp_path/'0.tar')
+    tar_of(tmp_path/'1.tar', [(f'{i}.jpg', image()) for i in range(4)])
+    with pytest.warns(UserWarning, match=r'in the shards: not read: 4 .heic'): assert sum(o.n for o in shard_list(tmp_path)) == 4
+
+
+def test_what_looks_like_masks_is_said(tmp_path):
+    "Two images of one key, `input` and `target`: both are read, as left and right would be, and the look at the first ones is told"
+    flat, photo = io.BytesIO(), io.BytesIO()
+    Image.new('L', (40, 30), 9).save(flat, 'PNG')
+    Image.fromarray(draw_scenes(1, 48)[0][0].permute(1, 2, 0).numpy()).save(photo, 'JPEG')
+    tar_of(tmp_path/'0.tar', [m for i in range(4) for m in ((f'{i}.input.jpg', photo.getvalue()), (f'{i}.target.png', flat.getvalue()))])
+    with pytest.warns(UserWarning, match="4 of 8 images looked at have few colors, .* such as '0.target.png'"): assert len(loader(tmp_path).dataset) == 8

@@ -300,3 +300,31 @@ def test_a_video_of_one_frame(tmp_path):
     v = drifting()
     save(tmp_path, Video(v.frames[:1], v.masks[:1], 'one'))
     with pytest.raises(InputError, match='one has fewer than 3 frames, so none between the first and the last'): davis_score(colours, tmp_path, multiple=4)
+
+@pytest.mark.parametrize('stems,said', (
+    (('0', '5', '10', '15'), ''), (('00000', '00005', '00015'), '1 of the frames 0 to 15 are missing, as 10'), (('frame_1', 'frame_2', 'frame_4'), '1 of the frames 1 to 4 are missing, as 3'),
+    (('a', 'b', 'c'), ''), (('2021-01-01', '2021-02-01', '2021-02-05'), ''), (('1', '01', '2', '3'), '')))
+def test_frames_at_an_even_pace_have_no_gap(stems, said):
+    "Every fifth frame of a video, as YouTube-VOS has them"
+    from densessl.video import _missing_frames
+    assert _missing_frames(stems)==said
+
+def test_frames_in_the_order_of_their_numbers(tmp_path):
+    "frame_10 after frame_9, whatever the number of digits"
+    v = drifting()
+    v = Video(v.frames.repeat(2,1,1,1), v.masks.repeat(2,1,1), 'long')
+    save(tmp_path, v)
+    for kind in ('JPEGImages', 'Annotations'):
+        d = tmp_path/kind/'480p/long'
+        for i in range(12): (d/f'{i:05}.png').rename(d/f'frame_{i+1}.png')
+    got = davis_sequences(tmp_path)[0].load()
+    assert torch.equal(got.frames, v.frames)
+
+def test_davis_at_full_resolution(tmp_path):
+    "The only resolution there is; 480p where there are two"
+    save(tmp_path, drifting())
+    want = davis_score(colours, tmp_path, multiple=4)[0].value
+    for kind in ('JPEGImages', 'Annotations'): (tmp_path/kind/'480p').rename(tmp_path/kind/'Full-Resolution')
+    assert davis_score(colours, tmp_path, multiple=4)[0].value==want
+    for kind in ('JPEGImages', 'Annotations'): (tmp_path/kind/'480p').mkdir()
+    with pytest.raises(InputError, match='no frame in .*480p'): davis_sequences(tmp_path)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['random_states', 'set_random_states', 'DamagedCheckpoint', 'write_checkpoint', 'read_header', 'read_checkpoint',
-           'without_stopping', 'writable_folder', 'data_identity', 'run_settings', 'compare_settings', 'numerics',
-           'other_digits', 'gather_state', 'restore_state', 'show_skipped', 'rest_of_epoch', 'RunStopped',
+           'without_stopping', 'writable_folder', 'one_process', 'data_identity', 'run_settings', 'compare_settings',
+           'numerics', 'other_digits', 'gather_state', 'restore_state', 'show_skipped', 'rest_of_epoch', 'RunStopped',
            'run_checkpoints', 'newest_checkpoint', 'check_data', 'SaveRun']
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #0cb2834b
 import hashlib, io, json, os, pickle, random, re, signal, threading, time, warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from functools import partial
 from importlib.metadata import version
@@ -38,7 +38,8 @@ def random_states()->dict:  # Plain values and byte tensors
     "The generators this process draws from: Python, NumPy, torch on the CPU and on every GPU in use"
     kind, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    return dict(python=random.getstate(), numpy=(kind, torch.from_numpy(keys.astype(np.int64)), *rest), torch=torch.get_rng_state(), cuda=cuda)
+    numpy = kind, torch.from_numpy(keys.astype(np.int64)), *rest
+    return dict(python=random.getstate(), numpy=numpy, torch=torch.get_rng_state(), cuda=cuda)
 
 def set_random_states(
     states:dict,  # From `random_states`
@@ -81,7 +82,7 @@ def write_checkpoint(
             out = _Hashed(f)
             out.write(_MAGIC + b' ' + json.dumps(dict(format=_FORMAT)|header).encode() + b'\n')
             try: torch.save(_plain(state), out)
-            except RuntimeError as e:                  # torch hides the error of the file, or Ctrl-C, behind one of its own
+            except RuntimeError as e:          # torch hides the error of the file, or Ctrl-C, behind one of its own
                 raise out.error or e
             f.write(out.sha.digest())
             f.flush()
@@ -101,13 +102,17 @@ def _plain(o, name='state'):
     if o is None or type(o) in (bool, int, float, str, bytes): return o
     if isinstance(o, Tensor):
         o = o.detach().as_subclass(Tensor)
-        return o.clone() if o.untyped_storage().nbytes()>o.numel()*o.element_size() else o     # else the whole of what it is a view of is written
+        is_view = o.untyped_storage().nbytes()>o.numel()*o.element_size()
+        return o.clone() if is_view else o     # of a view the whole would be written
     if isinstance(o, np.generic): return _plain(o.item(), name)
     if isinstance(o, np.ndarray): return torch.from_numpy(o.copy())
     if isinstance(o, dict): return {_plain(k, name): _plain(v, f'{name}.{k}') for k,v in o.items()}
-    if isinstance(o, (list, tuple)) or type(o).__name__=='L': return (tuple if isinstance(o, tuple) else list)(_plain(v, f'{name}.{i}') for i,v in enumerate(o))
+    if isinstance(o, (list, tuple)) or type(o).__name__=='L':
+        items = [_plain(v, f'{name}.{i}') for i,v in enumerate(o)]
+        return tuple(items) if isinstance(o, tuple) else items
     if isinstance(o, os.PathLike): return os.fspath(o)
-    raise TypeError(f'{name} is a {type(o).__name__}, which cannot be read back safely: put it into the state_dict as numbers, text or tensors')
+    raise TypeError(f'{name} is a {type(o).__name__}, which cannot be read back safely: '
+                    'put it into the state_dict as numbers, text or tensors')
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #e9c206e8
 def read_header(
@@ -116,11 +121,14 @@ def read_header(
     "What a checkpoint says of itself, without reading the rest"
     path = Path(path)
     with open(path, 'rb') as f: line = f.readline(2**24)
-    if not line.startswith(_MAGIC+b' ') or not line.endswith(b'\n'): raise DamagedCheckpoint(f'{str(path)!r} is no checkpoint of a run, or its beginning is lost')
+    if not line.startswith(_MAGIC+b' ') or not line.endswith(b'\n'):
+        raise DamagedCheckpoint(f'{str(path)!r} is no checkpoint of a run, or its beginning is lost')
     try: header = json.loads(line[len(_MAGIC):])
     except ValueError: raise DamagedCheckpoint(f'the first line of {str(path)!r} cannot be read') from None
     if header['format']!=_FORMAT:
-        raise InputError(f'{str(path)!r} has format {header["format"]}, written by densessl {header.get("version", "of unknown version")}, but this densessl {__version__} reads format {_FORMAT}: go on with the version that wrote it')
+        writer = header.get('version', 'of unknown version')
+        raise InputError(f'{str(path)!r} has format {header["format"]}, written by densessl {writer}, '
+                         f'but this densessl {__version__} reads format {_FORMAT}: use the version that wrote it')
     return header
 
 def read_checkpoint(
@@ -129,9 +137,13 @@ def read_checkpoint(
     "Read a checkpoint, sure that it is what was written; no code in it is run"
     path, header = Path(path), read_header(path)
     data = path.read_bytes()
-    if hashlib.sha256(memoryview(data)[:-32]).digest()!=data[-32:]: raise DamagedCheckpoint(f'{str(path)!r} is damaged: its checksum does not fit its {len(data):,} bytes')
-    try: state = torch.load(io.BytesIO(memoryview(data)[data.index(b'\n')+1:-32]), map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e: raise InputError(f'{str(path)!r} holds code where only tensors and numbers belong, and was not opened: do not use it') from e
+    if hashlib.sha256(memoryview(data)[:-32]).digest()!=data[-32:]:
+        raise DamagedCheckpoint(f'{str(path)!r} is damaged: its checksum does not fit its {len(data):,} bytes')
+    content = io.BytesIO(memoryview(data)[data.index(b'\n')+1:-32])
+    try: state = torch.load(content, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise InputError(f'{str(path)!r} holds code where only tensors and numbers belong, and was not opened: '
+                         'do not use it') from e
     return header, state
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #6694d358
@@ -143,7 +155,7 @@ def without_stopping(
     try: yield
     except (OSError, SafetensorError) as e:
         reason = getattr(e, 'strerror', None) or e
-        warnings.warn(f'{what} could not be written ({reason}), and training goes on: make room for the next time')
+        warnings.warn(f'{what} could not be written ({reason}), and training continues: make room for the next time')
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #6c2e9c81
 def writable_folder(
@@ -155,8 +167,39 @@ def writable_folder(
     if not there.is_dir():
         raise InputError(f'{str(there)!r} is a file: choose a folder that can be made')
     if not os.access(there, os.W_OK|os.X_OK):
-        raise InputError(f'{str(there)!r} cannot be written to (no permission, or a file system that is read-only): choose another folder than {str(path)!r}')
+        raise InputError(f'{str(there)!r} cannot be written to (no permission, or a file system that is read-only): '
+                         f'choose another folder than {str(path)!r}')
     return path
+
+# %% ../../nbs/57_callback.checkpoint.ipynb #e4104286
+try: import fcntl
+except ImportError: fcntl = None   # Windows
+
+def _lock(handle):
+    "Lock an open folder; False if another process has it"
+    try: fcntl.flock(handle, fcntl.LOCK_EX|fcntl.LOCK_NB)
+    except BlockingIOError: return False
+    except OSError: pass           # a file system without locks
+    return True
+
+@contextmanager
+def one_process(
+    folder,        # Of a run
+    patience=10.,  # Seconds to wait: workers of a process that was killed live on for a few
+):
+    "Only one process at a time inside, or an error; however a process ends, it is no longer inside"
+    if fcntl is None:
+        yield
+        return
+    handle, until = os.open(folder, os.O_RDONLY), time.monotonic()+patience
+    try:
+        while not _lock(handle):
+            if time.monotonic()>until:
+                raise InputError(f'another process is writing to {str(folder)!r}: '
+                                 'wait until it has ended, or choose another folder')
+            time.sleep(.1)
+        yield
+    finally: os.close(handle)
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #c0d5ae68
 def _inner(dl): return vars(dl).get('dl', dl)    # a loader may be wrapped for many processes
@@ -188,11 +231,14 @@ def run_settings(
     enc = getattr(getattr(m, 'student', None), 'encoder', None)
     opt = getattr(learn.opt, 'opt', learn.opt)
     settings = dict(
-        method=type(m).__name__, config=getattr(m, 'config', None), arch=getattr(enc, 'arch', None), model_kwargs=getattr(enc, 'model_kwargs', None),
+        method=type(m).__name__, config=getattr(m, 'config', None),
+        arch=getattr(enc, 'arch', None), model_kwargs=getattr(enc, 'model_kwargs', None),
         epochs=learn.n_epoch, lr=learn.opt.hypers[-1]['lr'], batch=(dl.bs or 1)*_world(), optimizer=type(opt).__name__,
         accumulation=[cb.n_acc for cb in learn.cbs if isinstance(cb, GradientAccumulation)],
         precision=[cb.name for cb in learn.cbs if isinstance(cb, (MixedPrecision, AutocastBF16))],
-        data=data_identity(dl.dataset), shuffle=_inner(dl).shuffle, drop_last=dl.drop_last, canvas=getattr(dl.dataset, 'size', None), recipe=learn.dls.recipe.to_dict() if hasattr(learn.dls, 'recipe') else None)
+        data=data_identity(dl.dataset), shuffle=_inner(dl).shuffle, drop_last=dl.drop_last,
+        canvas=getattr(dl.dataset, 'size', None),
+        recipe=learn.dls.recipe.to_dict() if hasattr(learn.dls, 'recipe') else None)
     return json.loads(json.dumps(_flat(settings), default=str))
 
 def compare_settings(
@@ -201,7 +247,8 @@ def compare_settings(
 )->str:        # Names with both values; empty if nothing differs
     "What differs between two sets of settings"
     def show(s, k): return repr(s[k]) if k in s else 'nothing'
-    return '; '.join(f'{k} was {show(old, k)}, now {show(new, k)}' for k in dict.fromkeys([*old, *new]) if show(old, k)!=show(new, k))
+    names = [k for k in dict.fromkeys([*old, *new]) if show(old, k)!=show(new, k)]
+    return '; '.join(f'{k} was {show(old, k)}, now {show(new, k)}' for k in names)
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #b403253a
 def numerics()->dict:  # One level, what JSON can hold
@@ -217,23 +264,31 @@ def other_digits(
     differ = compare_settings(old, {k: v for k,v in new.items() if k in old})
     if not differ: return ''
     threads = f'; OMP_NUM_THREADS={old["threads"]} sets the threads' if 'threads was' in differ else ''
-    return f'the checkpoint was written under other conditions ({differ}): sums are added in another order, so the numbers may differ in the last digits from those of a run without a stop{threads}'
+    return (f'the checkpoint was written under other conditions ({differ}): sums are added in another order, '
+            f'so the numbers may differ in the last digits from those of a run without a stop{threads}')
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #644e5285
 def _stateful(learn, but=None):
     "Callbacks with a state of their own; not by `hasattr`, as fastai's look every name up in the model too"
     return {cb.name: cb for cb in learn.cbs if cb is not but and hasattr(type(cb), 'state_dict')}
 
+def _accumulations(learn): return [cb for cb in learn.cbs if isinstance(cb, GradientAccumulation)]
+
 def _numbers(o): return {k: v for k,v in vars(o).items() if isinstance(v, (bool, int, float, Tensor))}
 
 def _recorder_state(r):
     "fastai's table and curves"
-    return dict(lrs=torch.tensor(r.lrs, dtype=torch.float64), losses=torch.stack([*r.losses]) if r.losses else torch.zeros(0), iters=r.iters, values=[list(v) for v in r.values],
-                smooth=_numbers(r.smooth_loss), metrics=[_numbers(m) for m in r.metrics], seconds=time.time()-getattr(r, 'start_epoch', time.time()))
+    losses = torch.stack([*r.losses]) if r.losses else torch.zeros(0)
+    return dict(
+        lrs=torch.tensor(r.lrs, dtype=torch.float64), losses=losses, iters=r.iters, values=[list(v) for v in r.values],
+        smooth=_numbers(r.smooth_loss), metrics=[_numbers(m) for m in r.metrics],
+        seconds=time.time()-getattr(r, 'start_epoch', time.time()))
 
 def _load_recorder(r, s):
-    "Table and curves go on"
-    r.lrs, r.losses, r.iters, r.values, r.start_epoch = s['lrs'].tolist(), list(s['losses'].unbind()), list(s['iters']), list(s['values']), time.time()-s['seconds']
+    "Table and curves continue"
+    r.lrs, r.losses = s['lrs'].tolist(), list(s['losses'].unbind())
+    r.iters, r.values = list(s['iters']), list(s['values'])
+    r.start_epoch = time.time()-s['seconds']
     for o,numbers in zip((r.smooth_loss, *r.metrics), (s['smooth'], *s['metrics'])): vars(o).update(numbers)
     device = next(r.learn.model.parameters()).device
     for m in r.metrics:                    # these are summed up over processes, where the network is
@@ -244,11 +299,15 @@ def gather_state(
     but=None,    # A callback whose state is left out
 )->dict:
     "All that the next step of this process reads, but for random states and the place in the data"
-    m = get_model(learn.model)
-    return dict(model=m.state_dict(), opt=learn.opt.state_dict(), loss_func=learn.loss_func.state_dict() if isinstance(learn.loss_func, torch.nn.Module) else {},
-                grads={k: p.grad for k,p in m.named_parameters() if p.grad is not None}, scaler=learn.scaler.state_dict() if getattr(learn, 'scaler', None) else {},
-                callbacks={k: cb.state_dict() for k,cb in _stateful(learn, but).items()}, accumulated=[cb.count for cb in learn.cbs if isinstance(cb, GradientAccumulation)],
-                recorder=_recorder_state(learn.recorder), step=learn.train_iter, pct=float(learn.pct_train))
+    m, scaler = get_model(learn.model), getattr(learn, 'scaler', None)
+    return dict(
+        model=m.state_dict(), opt=learn.opt.state_dict(),
+        loss_func=learn.loss_func.state_dict() if isinstance(learn.loss_func, torch.nn.Module) else {},
+        grads={k: p.grad for k,p in m.named_parameters() if p.grad is not None},
+        scaler=scaler.state_dict() if scaler else {},
+        callbacks={k: cb.state_dict() for k,cb in _stateful(learn, but).items()},
+        accumulated=[cb.count for cb in _accumulations(learn)],
+        recorder=_recorder_state(learn.recorder), step=learn.train_iter, pct=float(learn.pct_train))
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #01c5c413
 def _some(names, n=6):
@@ -261,14 +320,18 @@ def _check_state(state, learn):
     have, want = ({k: tuple(v.shape) for k,v in d.items()} for d in (state['model'], m.state_dict()))
     if lacks := want.keys()-have.keys(): said.append(f'it lacks {_some(sorted(lacks))}')
     if more := have.keys()-want.keys(): said.append(f'it has {_some(sorted(more))}, which this network has not')
-    if differ := [f'{k} is {have[k]}, here {want[k]}' for k in want if k in have and have[k]!=want[k]]: said.append(_some(differ, 3))
+    differ = [f'{k} is {have[k]}, here {want[k]}' for k in want if k in have and have[k]!=want[k]]
+    if differ: said.append(_some(differ, 3))
     names = {id(p): k for k,p in m.named_parameters()}
     groups, old = learn.opt.param_lists, state['opt'].get('param_groups')
     if old is not None and not said:
-        if [len(g) for g in groups]!=[len(g['params']) for g in old]: said.append(f'the optimiser has groups of {[len(g["params"]) for g in old]} parameters, here {[len(g) for g in groups]}')
+        now, then = [len(g) for g in groups], [len(g['params']) for g in old]
+        if now!=then: said.append(f'the optimiser has groups of {then} parameters, here {now}')
         else:
             pairs = [(p, state['opt']['state'].get(i, {})) for g,o in zip(groups, old) for p,i in zip(g, o['params'])]
-            if differ := [f'{k} of {names.get(id(p), "a parameter")} is {tuple(t.shape)}' for p,s in pairs for k,t in s.items() if isinstance(t, Tensor) and t.ndim and t.shape!=p.shape]: said.append(_some(differ, 3))
+            differ = [f'{k} of {names.get(id(p), "a parameter")} is {tuple(t.shape)}' for p,s in pairs
+                      for k,t in s.items() if isinstance(t, Tensor) and t.ndim and t.shape!=p.shape]
+            if differ: said.append(_some(differ, 3))
     if said: raise InputError(f'the checkpoint does not fit this {type(m).__name__}: {"; ".join(said)}')
 
 def restore_state(
@@ -285,7 +348,7 @@ def restore_state(
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
     for k,s in state['callbacks'].items():
         if k in cbs: cbs[k].load_state_dict(s)
-    for cb,n in zip([cb for cb in learn.cbs if isinstance(cb, GradientAccumulation)], state['accumulated']): cb.count = n
+    for cb,n in zip(_accumulations(learn), state['accumulated']): cb.count = n
     _load_recorder(learn.recorder, state['recorder'])
     learn.train_iter, learn.pct_train = state['step'], state['pct']
 
@@ -341,7 +404,7 @@ def _swapped(o, **attrs):
         vars(o).update(old)
 
 def rest_of_epoch(
-    dl,      # fastai `DataLoader`; one without indices has a method `start_at(k)` that makes its next iteration begin with batch k
+    dl,      # fastai `DataLoader`; one without indices has `start_at(k)`: its next iteration begins with batch k
     k:int,   # Batches to leave out
     before,  # Called when order and workers are there, before the first batch is made
 ):           # Iterator of batches
@@ -358,6 +421,11 @@ class RunStopped(SystemExit):
     "The run was told to stop by a signal, and its state is saved; `code` is 128 plus the signal"
     def __init__(self, signum): super().__init__(128+signum); self.signum = signum
 
+def _to_hear():
+    "Signals that end a process, but for those that it was started to ignore, as by nohup"
+    named = (getattr(signal, name, None) for name in ('SIGTERM', 'SIGINT', 'SIGHUP'))    # Windows has no SIGHUP
+    return [s for s in named if s is not None and signal.getsignal(s)!=signal.SIG_IGN]
+
 def _await_term(parent):
     "End this process when its parent, and no other, says so"
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid!=parent: pass
@@ -365,7 +433,8 @@ def _await_term(parent):
 
 def _shielded(wif):
     "A worker's start: signals to the whole group of processes are for the parent to answer"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for s in ('SIGINT', 'SIGHUP'):
+        if hasattr(signal, s): signal.signal(getattr(signal, s), signal.SIG_IGN)
     if hasattr(signal, 'sigwaitinfo'):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_await_term, args=(os.getppid(),), daemon=True).start()
@@ -383,7 +452,8 @@ def run_checkpoints(
     folder,  # Folder of `SaveRun`
 )->list:     # Paths, newest first
     "The checkpoints of a run"
-    return sorted((p for p in Path(folder).glob('step-*.run') if re.fullmatch(r'step-\d+\.run', p.name)), key=lambda p: int(p.name[5:-4]), reverse=True)
+    found = [p for p in Path(folder).glob('step-*.run') if re.fullmatch(r'step-\d+\.run', p.name)]
+    return sorted(found, key=lambda p: int(p.name[5:-4]), reverse=True)
 
 def newest_checkpoint(
     folder,     # Folder of `SaveRun`
@@ -400,12 +470,15 @@ def newest_checkpoint(
     why = f': {damaged[0][1]}' if damaged else ''
     raise InputError(f'{str(folder)!r} holds no checkpoint that can be read{why}. Start again in another folder')
 
-def _place(h): return f'after {h["epoch"]} of {h["epochs"]} epochs' + (f' and {h["batch"]} of {h["batches"]} batches' if h['batch'] else '')
+def _place(h):
+    "Where in the run a checkpoint is"
+    epochs = f'after {h["epoch"]} of {h["epochs"]} epochs'
+    return epochs + (f' and {h["batch"]} of {h["batches"]} batches' if h['batch'] else '')
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #81748925
 def check_data(
     folder,  # Folder of `SaveRun`; without a checkpoint in it there is nothing to compare
-    ds,      # Data set to go on with
+    ds,      # Data set for the rest of the run
 ):
     "An error if the newest checkpoint was trained on other photographs"
     for path in run_checkpoints(folder):
@@ -415,10 +488,13 @@ def check_data(
         if not compare_settings({k: v for k,v in old.items() if k.startswith('data.')}, new): return
         n, m = old.get('data.images'), new.get('data.images')
         count = f'{n} then, {m} now' if n!=m else f'{n} as before, but with other names'
-        raise InputError(f'the run in {str(folder)!r} was trained on other photographs ({count}): name the folder that holds them, or begin another run')
+        raise InputError(f'the run in {str(folder)!r} was trained on other photographs ({count}): '
+                         'name the folder that holds them, or begin another run')
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #862fda0e
-def _order_settings(dl): return dl.order_settings() if hasattr(type(dl), 'order_settings') else {}   # a loader of shards
+def _order_settings(dl):
+    "What the order of the photographs depends on; of a loader of shards"
+    return dl.order_settings() if hasattr(type(dl), 'order_settings') else {}
 
 class _Rest:
     "A loader whose next iteration is another"
@@ -429,14 +505,14 @@ class _Rest:
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #d1bdedf4
 class SaveRun(Callback):
-    "Save the state of the run, so that it can be killed at any moment and goes on exactly"
+    "Save the state of the run, so that it can be killed at any moment and resumed exactly"
     order,run_valid = 1000,False   # after all others
     def __init__(self,
         folder,               # Holds the checkpoints, and nothing else
         minutes:float=10.,    # Time between two checkpoints; None: by steps only
         every:int=None,       # Steps between two checkpoints; None: by time only
         keep:int=2,           # Checkpoints to keep, the newest
-        resume:bool=False,    # Go on with the run in `folder`; an empty folder starts one
+        resume:bool=False,    # Resume the run in `folder`; an empty folder starts one
         settings:dict=None,   # More settings that must be the same, e.g. dict(seed=0)
         command:str=None,     # What resumes the run, printed when it is stopped; None: the call of Python
     ):
@@ -444,33 +520,45 @@ class SaveRun(Callback):
         for k,v in dict(minutes=minutes, every=every).items():
             if v is not None and not v>0: raise InputError(f'{k} must be > 0, got {v}: None leaves it out')
         if keep<1: raise InputError(f'keep must be at least 1, got {keep}')
-        self.folder, self.minutes, self.every, self.keep, self.resume, self.more = writable_folder(folder), minutes, every, keep, resume, settings or {}
+        self.folder, self.minutes, self.every = writable_folder(folder), minutes, every
+        self.keep, self.resume, self.more = keep, resume, settings or {}
         self.command = command or f'the same fit with SaveRun({str(folder)!r}, resume=True)'
         self.stopped, self.pending, self.handlers, self.held, self.seconds = None, None, {}, False, []
+        self.lock = ExitStack()
 
     def before_fit(self):
-        "Go on or begin, and listen for signals"
-        self.run = not (hasattr(self.learn, 'lr_finder') or self.learn.lock.locked())   # not for lr_find, validate, get_preds
+        "Resume or begin, and listen for signals"
+        other = hasattr(self.learn, 'lr_finder') or self.learn.lock.locked()   # lr_find; validate, get_preds
+        self.run = not other
         if not self.run: return
         self.stopped, self.pending, self.first, self.began, self.rows = None, None, 0, time.time(), []
         self.mine = run_settings(self.learn) | json.loads(json.dumps(_flat(self.more), default=str))
-        path = _from_first(self._open)
-        if path is None: self._save(0, 0, must=True)
-        else: self._resume(path)
+        try:
+            path = _from_first(self._open)
+            if path is None: self._save(0, 0, must=True)
+            else: self._resume(path)
+        except BaseException:
+            self.lock.close()
+            raise
         self.learn._with_events = self._events
         for dl in self.dls.loaders: dl.wif = partial(_shielded, dl.wif)
         if threading.current_thread() is threading.main_thread():
-            self.pid, self.handlers = os.getpid(), {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+            self.pid = os.getpid()
+            self.handlers = {s: signal.signal(s, self._on_signal) for s in _to_hear()}
 
     def _open(self):
-        "Path of the checkpoint to go on with, or None; an error if the folder is not for this run"
+        "Path of the checkpoint to resume, or None; an error if the folder is not for this run"
         d, found = self.folder, run_checkpoints(self.folder)
         strange = sorted(p.name for p in d.iterdir() if not p.name.startswith('step-')) if d.exists() else []
-        if strange and not found: raise InputError(f'{str(d)!r} holds {_some(strange, 3)} but no checkpoint of a run: choose another folder')
-        if found and not self.resume: raise InputError(f'{str(d)!r} holds checkpoints already, the newest is {found[0].name}: go on with that run (resume=True) or choose another folder')
+        if strange and not found:
+            raise InputError(f'{str(d)!r} holds {_some(strange, 3)} but no checkpoint of a run: choose another folder')
+        if found and not self.resume:
+            raise InputError(f'{str(d)!r} holds checkpoints already, the newest is {found[0].name}: '
+                             'resume that run (resume=True) or choose another folder')
         try: d.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise InputError(f'{str(d)!r} cannot be made ({e.strerror}): choose another folder') from e
-        if not found and self.resume: print(f'nothing to go on with in {d}: starting at the beginning', flush=True)
+        self.lock.enter_context(one_process(d))
+        if not found and self.resume: print(f'no checkpoint in {d}: starting at the beginning', flush=True)
         if not found: return None
         self.loaded = newest_checkpoint(d)
         return str(self.loaded[0])
@@ -478,15 +566,23 @@ class SaveRun(Callback):
     def _resume(self, path):
         "Everything as it was at the checkpoint"
         try: header, state = self.loaded[1:] if not _rank() else read_checkpoint(path)
-        except OSError as e: raise InputError(f'process {_rank()} cannot read {path!r} ({e.strerror}): give a folder that all processes see') from e
+        except OSError as e:
+            raise InputError(f'process {_rank()} cannot read {path!r} ({e.strerror}): '
+                             'give a folder that all processes see') from e
         self.loaded = None
-        if header['method']!=self.mine['method']: raise InputError(f'{path!r} is a run of {header["method"]}, but this learner trains {self.mine["method"]}: choose another folder')
-        if differ := compare_settings(header['settings'], self.mine): raise InputError(f'{path!r} is of a run with other settings: {differ}. Give it the same settings to go on, or choose another folder')
+        if header['method']!=self.mine['method']:
+            raise InputError(f'{path!r} is a run of {header["method"]}, but this learner trains {self.mine["method"]}: '
+                             'choose another folder')
+        if differ := compare_settings(header['settings'], self.mine):
+            raise InputError(f'{path!r} is of a run with other settings: {differ}. '
+                             'Give it the same settings, or choose another folder')
         _check_state(state, self.learn)
         if differ := other_digits(header['versions'], numerics()): warnings.warn(differ)
-        if differ := compare_settings(header['loader'], _order_settings(_inner(self.dls.train))): warnings.warn(f'the order of the photographs depends on settings that have changed ({differ}): the rest of the epoch sees others, everything else goes on as it was')
+        if differ := compare_settings(header['loader'], _order_settings(_inner(self.dls.train))):
+            warnings.warn(f'the order of the photographs depends on settings that have changed ({differ}): '
+                          'the rest of the epoch sees others, everything else is as it was')
         for p in self.folder.glob('step-*.run.part') if not _rank() else (): p.unlink()       # a write that was killed
-        if not _rank(): print(f'going on with {path}, {_place(header)}', flush=True)
+        if not _rank(): print(f'resuming {path}, {_place(header)}', flush=True)
         own = self._own(state['ranks'])
         restore_state(state, self.learn, self)
         if state['bad_files']: self.dls.bad_files.load_state_dict(state['bad_files'])
@@ -496,12 +592,15 @@ class SaveRun(Callback):
         self.rows, self.began = state.get('rows', []), time.time()-state.get('seconds', 0.)
         show_skipped(self.learn, self.first, time.time()-self.began, self.rows)
         n = len(self.dls.train)
-        if header['batch']: self.pending = min(n, header['batch']*n//header['batches']), state, own     # another number of processes may have other epochs
+        if header['batch']:                            # another number of processes may have other epochs
+            self.pending = min(n, header['batch']*n//header['batches']), state, own
 
     def _own(self, ranks):
         "The generators of this process"
         if len(ranks)==_world(): return ranks[_rank()]
-        if not _rank(): warnings.warn(f'the run was saved by {len(ranks)} processes and goes on with {_world()}: the rest of the epoch sees other photographs in other views, everything else goes on as it was')
+        if not _rank():
+            warnings.warn(f'the run was saved by {len(ranks)} processes and is resumed by {_world()}: '
+                          'the rest of the epoch sees other photographs in other views, everything else is as it was')
         now = random_states()
         set_random_states(ranks[0]['now'])
         seed = random.getrandbits(31) + _rank()
@@ -511,7 +610,7 @@ class SaveRun(Callback):
         return own
 
     def _events(self, f, event_type, ex, final=lambda: None):
-        "In place of the learner's `_with_events`: epochs that were trained cause no events, and an error does not leave signals unheard"
+        "The learner's `_with_events`: epochs that were trained cause no events, and an error leaves no signal unheard"
         if event_type=='epoch' and self.learn.epoch<self.first: return
         try: type(self.learn)._with_events(self.learn, f, event_type, ex, final)
         except BaseException as e:
@@ -540,7 +639,7 @@ class SaveRun(Callback):
         (k, *held), self.pending, learn = self.pending, None, self.learn
         def now():
             state, own = held
-            restore_state(state, learn, self)        # again, as the events that begin an epoch set sums and progress back
+            restore_state(state, learn, self)    # again, as the events that begin an epoch set sums and progress back
             set_random_states(own['now'])
             for cb in learn.cbs: _set_clock(cb, time.time()-self.began, state['recorder']['seconds'])
             held.clear()
@@ -559,9 +658,10 @@ class SaveRun(Callback):
     def _save_or_stop(self, epoch, batch, must=False):
         "Save if it is time, stop if told to"
         step, moment = self.last
-        due = self.every is not None and self.train_iter-step>=self.every or self.minutes is not None and time.monotonic()-moment>=60*self.minutes
+        by_steps = self.every is not None and self.train_iter-step>=self.every
+        by_time = self.minutes is not None and time.monotonic()-moment>=60*self.minutes
         device = next(self.learn.model.parameters()).device      # the loss is a zero on the CPU before the first batch
-        due, stop = (_ranks_where(o, device) for o in (due, self.stopped is not None))
+        due, stop = (_ranks_where(o, device) for o in (by_steps or by_time, self.stopped is not None))
         if due or stop or must: self._save(epoch, batch)
         if stop: self._stop()
 
@@ -569,17 +669,25 @@ class SaveRun(Callback):
         "Write a checkpoint and remove old ones"
         learn, began = self.learn, time.perf_counter()
         self.last = learn.train_iter, time.monotonic()
-        ranks = _all(dict(now=random_states(), loaders=[_inner(dl).rng.getstate() for dl in learn.dls.loaders], start=self.start if batch else None))
+        loaders = [_inner(dl).rng.getstate() for dl in learn.dls.loaders]
+        ranks = _all(dict(now=random_states(), loaders=loaders, start=self.start if batch else None))
         if _rank(): return
-        header = dict(version=__version__, method=self.mine['method'], epoch=epoch, epochs=learn.n_epoch, batch=batch, batches=len(learn.dls.train), step=learn.train_iter,
-                      processes=len(ranks), loader=_order_settings(_inner(learn.dls.train)), settings=self.mine, versions=numerics())
+        header = dict(
+            version=__version__, method=self.mine['method'], epoch=epoch, epochs=learn.n_epoch, batch=batch,
+            batches=len(learn.dls.train), step=learn.train_iter, processes=len(ranks),
+            loader=_order_settings(_inner(learn.dls.train)), settings=self.mine, versions=numerics())
         path = self.folder/f'step-{learn.train_iter:08}.run'
         bad = learn.dls.bad_files.state_dict() if hasattr(learn.dls, 'bad_files') else {}
-        state = gather_state(learn, self) | dict(ranks=ranks, bad_files=bad, rows=self.rows, seconds=time.time()-self.began)
+        own = dict(ranks=ranks, bad_files=bad, rows=self.rows, seconds=time.time()-self.began)
+        state = gather_state(learn, self) | own
         try: write_checkpoint(path, header, state)
         except OSError as e:
-            if must: raise InputError(f'no checkpoint can be written to {str(self.folder)!r} ({e.strerror}): choose another folder') from e
-            warnings.warn(f'the checkpoint of step {learn.train_iter} could not be written ({e.strerror}); {run_checkpoints(self.folder)[0].name} is whole, and training goes on. Make room: a checkpoint is kept until the next one is complete')
+            if must:
+                message = f'no checkpoint can be written to {str(self.folder)!r} ({e.strerror}): choose another folder'
+                raise InputError(message) from e
+            last = run_checkpoints(self.folder)[0].name
+            warnings.warn(f'the checkpoint of step {learn.train_iter} could not be written ({e.strerror}); '
+                          f'{last} is whole, and training continues. Make room: a checkpoint is kept until the next one is complete')
             return
         for p in run_checkpoints(self.folder)[self.keep:]: p.unlink(missing_ok=True)
         self.saved, self.seconds = (path, header), [*self.seconds[-99:], time.perf_counter()-began]
@@ -592,7 +700,8 @@ class SaveRun(Callback):
             signal.raise_signal(signum)
         else:
             self.stopped = signum
-            os.write(2, f'\n{signal.Signals(signum).name}: finishing the step and saving; once more interrupts at once\n'.encode())
+            said = f'\n{signal.Signals(signum).name}: finishing the step and saving; once more interrupts at once\n'
+            with suppress(OSError): os.write(2, said.encode())     # the terminal may be closed
 
     def _unlisten(self):
         for s,h in self.handlers.items():
@@ -602,6 +711,7 @@ class SaveRun(Callback):
     def _leave(self):
         self._hold(False)
         self._unlisten()
+        self.lock.close()
         for dl in self.dls.loaders:
             if getattr(dl.wif, 'func', None) is _shielded: dl.wif = dl.wif.args[0]
         for k in ('_with_events', 'one_batch'): vars(self.learn).pop(k, None)

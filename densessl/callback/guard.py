@@ -26,7 +26,9 @@ def holds_bad_numbers(
     "Is there a nan or an infinity in it?"
     if isinstance(o, Tensor): return o.is_floating_point() and not torch.isfinite(o).all().item()
     if isinstance(o, dict): o = o.values()
-    elif not isinstance(o, (list,tuple)): o = vars(o).values() if hasattr(o, '__dict__') and not isinstance(o, type) else ()
+    elif not isinstance(o, (list,tuple)):
+        has_fields = hasattr(o, '__dict__') and not isinstance(o, type)
+        o = vars(o).values() if has_fields else ()
     return any(map(holds_bad_numbers, o))
 
 @torch.no_grad()
@@ -38,7 +40,8 @@ def first_bad_module(
     found = []
     def hook(name):
         def _look(m, args, out):
-            if not found and holds_bad_numbers(out): found.append(f'{name} ({type(m).__name__})' if name else f'the {type(m).__name__} itself')
+            kind = type(m).__name__
+            if not found and holds_bad_numbers(out): found.append(f'{name} ({kind})' if name else f'the {kind} itself')
         return _look
     hooks = [m.register_forward_hook(hook(n)) for n,m in model.named_modules()]
     kept = [(b, b.clone()) for b in model.buffers()]
@@ -95,12 +98,13 @@ def _from_first(f):
 # %% ../../nbs/54_callback.guard.ipynb #65786cd4
 class StopIfNotFinite(Callback):
     "Stop before a loss or a gradient that is not finite reaches the weights, or leave such a step out"
-    order,run_valid = MixedPrecision.order+.5,False   # after autocast was left and gradients unscaled, before they are clipped
+    order,run_valid = MixedPrecision.order+.5,False   # after gradients are unscaled, before they are clipped
     def __init__(self,
         skip:int=0,  # Bad steps in a row that are left out; one more stops. 0 stops at the first
     ):
         super().__init__()
-        if not isinstance(skip, int) or skip<0: raise InputError(f'skip must be a whole number of steps, 0 or more, got {skip}')
+        if not isinstance(skip, int) or skip<0:
+            raise InputError(f'skip must be a whole number of steps, 0 or more, got {skip}')
         self.skip,self.skipped,self.row,self.kept,self.cast = skip,[],0,[],nullcontext()
 
     def state_dict(self): return dict(skipped=list(self.skipped), row=self.row)
@@ -108,8 +112,9 @@ class StopIfNotFinite(Callback):
 
     def before_batch(self):
         "Note the precision, and the buffers if they may have to go back"
-        device = self.dls.device.type if getattr(self.dls, 'device', None) else 'cpu'
-        self.cast = torch.autocast(device, dtype=torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else nullcontext()
+        device = torch.device(getattr(self.dls, 'device', None) or 'cpu').type
+        half = torch.is_autocast_enabled(device)
+        self.cast = torch.autocast(device, dtype=torch.get_autocast_dtype(device)) if half else nullcontext()
         if self.skip: self.kept = [(b, b.clone()) for b in get_model(self.learn.model).buffers()]
 
     def after_loss(self):
@@ -131,10 +136,12 @@ class StopIfNotFinite(Callback):
         self.row += 1
         if self.row<=self.skip:
             for b,was in self.kept: b.data.copy_(was)
-            self.skipped.append(dict(step=self.train_iter, epoch=self.epoch+1, what=what, terms=self._terms(), ranks=ranks))
+            step = dict(step=self.train_iter, epoch=self.epoch+1, what=what, terms=self._terms(), ranks=ranks)
+            self.skipped.append(step)
             if what=='loss': self.learn.yb = ()      # the recorder passes over it
             raise cancel()
-        where = f'step {self.train_iter} of epoch {self.epoch+1}' + (f' in process {", ".join(map(str, ranks))} of {_world()}' if _world()>1 else '')
+        where = f'step {self.train_iter} of epoch {self.epoch+1}'
+        if _world()>1: where += f' in process {", ".join(map(str, ranks))} of {_world()}'
         again = f'; {self.skip} steps before it were left out' if self.skip else ''
         raise InputError(_all(text(where))[ranks[0]] + again)
 
@@ -151,7 +158,8 @@ class StopIfNotFinite(Callback):
 
     def _gradient_text(self, where):
         name = first_bad_gradient(get_model(self.learn.model))
-        return f'the gradient is not finite at {where}, first in the parameter {name}, though the loss is {self.learn.loss.item():.4g}: {self._turn()}'
+        return (f'the gradient is not finite at {where}, first in the parameter {name}, '
+                f'though the loss is {self.learn.loss.item():.4g}: {self._turn()}')
 
     def _turn(self):
         "Which setting to turn"
@@ -161,23 +169,31 @@ class StopIfNotFinite(Callback):
     def _origin(self):
         "Where the bad number began and what to do"
         model = get_model(self.learn.model)
-        with self.cast: module = first_bad_module(model, *self.learn.xb)     # all processes: it may hold collective calls
-        if holds_bad_numbers(self.learn.xb): return 'the views already hold numbers that are not finite; look at the images and at mean and std of the recipe'
+        with self.cast:
+            module = first_bad_module(model, *self.learn.xb)     # in all processes: it may hold collective calls
+        if holds_bad_numbers(self.learn.xb):
+            return ('the views already hold numbers that are not finite; '
+                    'look at the images and at mean and std of the recipe')
         if name := next((n for n,p in model.named_parameters() if not torch.isfinite(p).all()), ''):
-            return f'the weights {name} already hold numbers that are not finite; go back to an earlier checkpoint and {self._turn()}'
-        return (f'the first module whose output is not finite is {module}' if module else 'the outputs of all modules are finite, so it began in the loss') + f'; {self._turn()}'
+            return (f'the weights {name} already hold numbers that are not finite; '
+                    f'go back to an earlier checkpoint and {self._turn()}')
+        if module: return f'the first module whose output is not finite is {module}; {self._turn()}'
+        return f'the outputs of all modules are finite, so it began in the loss; {self._turn()}'
 
     def after_train(self):
         "Say how many steps of the epoch were left out"
         n = sum(o['epoch']==self.epoch+1 for o in self.skipped)
-        if n and not _rank(): warnings.warn(f'epoch {self.epoch+1}: {n} steps were left out because loss or gradient were not finite')
+        if not n or _rank(): return
+        warnings.warn(f'epoch {self.epoch+1}: {n} steps were left out because loss or gradient were not finite')
 
 # %% ../../nbs/54_callback.guard.ipynb #38a6a9f7
 def is_out_of_memory(
     e:BaseException,
 )->bool:
     "Does this error say that memory ran out, on a GPU or on a CPU?"
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or (isinstance(e, RuntimeError) and any(o in str(e).lower() for o in ('out of memory', "can't allocate memory")))
+    if isinstance(e, (torch.OutOfMemoryError, MemoryError)): return True
+    said = str(e).lower()
+    return isinstance(e, RuntimeError) and ('out of memory' in said or "can't allocate memory" in said)
 
 def memory_advice(
     bs:int,         # Photographs in a batch
@@ -187,7 +203,8 @@ def memory_advice(
     half=False,     # Trained in half precision?
 )->str:             # The end of a sentence
     "Which setting to lower, the cheapest first, with its present value"
-    keep = f'gradients are accumulated to {n_acc} all the same' if n_acc else f'with GradientAccumulation({bs}) a step stays as large'
+    keep = f'with GradientAccumulation({bs}) a step stays as large'
+    if n_acc: keep = f'gradients are accumulated to {n_acc} all the same'
     said = [] if half else ['pass bf16=True']
     said.append(f'lower bs (now {bs}; {keep})')
     if n_local: said.append(f'lower n_local (now {n_local})')
@@ -222,5 +239,7 @@ class OutOfMemory(Callback):
         config = getattr(get_model(self.learn.model), 'config', None)
         acc = next((cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
         half = any(isinstance(cb, MixedPrecision) or type(cb).__name__=='AutocastBF16' for cb in self.learn.cbs)
-        advice = memory_advice(self.dls.bs, getattr(config, 'img_size', None), getattr(config, 'n_local', None), acc, half)
-        return f'{next(self.learn.model.parameters()).device} is out of memory at step {self.train_iter} of epoch {self.epoch+1}: {advice}'
+        img_size, n_local = (getattr(config, k, None) for k in ('img_size', 'n_local'))
+        advice = memory_advice(self.dls.bs, img_size, n_local, acc, half)
+        device = next(self.learn.model.parameters()).device
+        return f'{device} is out of memory at step {self.train_iter} of epoch {self.epoch+1}: {advice}'

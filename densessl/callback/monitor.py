@@ -40,7 +40,9 @@ def prototype_use(
     "How many prototypes a batch of queries uses, and how sure each query is"
     if not temp>0: raise InputError(f'temp must be > 0, got {temp}: it divides the logits')
     p = (logits/temp).softmax(-1)
-    return dict(used=logits.argmax(-1).unique().numel(), perplexity=torch.special.entr(p.mean(0)).sum().exp().item(), entropy=torch.special.entr(p).sum(-1).mean().item())
+    perplexity = torch.special.entr(p.mean(0)).sum().exp()
+    entropy = torch.special.entr(p).sum(-1).mean()
+    return dict(used=logits.argmax(-1).unique().numel(), perplexity=perplexity.item(), entropy=entropy.item())
 
 # %% ../../nbs/53_callback.monitor.ipynb #32885a01
 def diagnose_prototypes(
@@ -49,13 +51,18 @@ def diagnose_prototypes(
     "Says in words what the monitored numbers mean, and which setting to turn"
     K, said = m['K'], []
     if m['inter']>.99*math.log(K) and m['entropy']>.95*math.log(K):
-        said.append(f"The cross-entropy is {m['inter']:.2f}, which is ln K = {math.log(K):.2f}: no query prefers any prototype. Train longer, lower temp_t or lower gamma.")
+        said.append(f"The cross-entropy is {m['inter']:.2f}, which is ln K = {math.log(K):.2f}: "
+                    'no query prefers any prototype. Train longer, lower temp_t or lower gamma.')
     if m['perplexity']<max(1.5, .05*K):
-        said.append(f"Only {m['perplexity']:.1f} of {K} prototypes hold almost all queries: raise gamma, lower upsilon or use fewer prototypes.")
+        said.append(f"Only {m['perplexity']:.1f} of {K} prototypes hold almost all queries: "
+                    'raise gamma, lower upsilon or use fewer prototypes.')
     if m['rank']<2:
-        said.append(f"The tokens vary along {m['rank']:.1f} directions: they have collapsed. Raise beta_sa and beta_ca, lower upsilon or the learning rate.")
+        said.append(f"The tokens vary along {m['rank']:.1f} directions: they have collapsed. "
+                    'Raise beta_sa and beta_ca, lower upsilon or the learning rate.')
     elif m['spread']>.95:
-        said.append(f"The modes of a view have a mean cosine of {m['spread']:.2f}: every mode is nearly the mean of its whole view, so soft masks do not see things. Raise beta_sa and beta_ca (densessl.softmask.suggest_beta).")
+        said.append(f"The modes of a view have a mean cosine of {m['spread']:.2f}: "
+                    'every mode is nearly the mean of its whole view, so soft masks do not see objects. '
+                    'Raise beta_sa and beta_ca (densessl.softmask.suggest_beta).')
     return said
 
 # %% ../../nbs/53_callback.monitor.ipynb #9a429487
@@ -74,14 +81,23 @@ def prototype_state(
 
 # %% ../../nbs/53_callback.monitor.ipynb #c9f5314e
 def diagnose_matches(
-    m:dict,  # Numbers of one epoch: progress (share of training), contrast, matched (share of cells), active (share of hinges), rank
+    m:dict,  # Of one epoch: progress (share of training), contrast, matched (share of cells), active (of hinges), rank
 )->list:     # Sentences; empty if all is well
     "Says in words what the monitored numbers mean, and which setting to turn"
     said = []
-    if m['rank']<2: said.append(f"The local embeddings vary along {m['rank']:.1f} directions: they have collapsed. Lower the learning rate or raise lam.")
-    elif m['contrast']<.05 and m['progress']>1/3: said.append(f"The contrast between matched and other cells is {m['contrast']:.2f}: a match is no nearer than any other cell, as it would be by chance. Train longer, raise the learning rate or try another margin.")
-    if m['matched']<.05: said.append(f"Only {100*m['matched']:.1f} % of the cells have a match: raise threshold, global_scale or local_scale.")
-    if m['active']==0: said.append("No hinge acts: every pair is farther apart than the margin, and nothing is left to learn. Raise margin.")
+    if m['rank']<2:
+        said.append(f"The local embeddings vary along {m['rank']:.1f} directions: they have collapsed. "
+                    'Lower the learning rate or raise lam.')
+    elif m['contrast']<.05 and m['progress']>1/3:
+        said.append(f"The contrast between matched and other cells is {m['contrast']:.2f}: "
+                    'a match is no nearer than any other cell, as it would be by chance. '
+                    'Train longer, raise the learning rate or try another margin.')
+    if m['matched']<.05:
+        said.append(f"Only {100*m['matched']:.1f} % of the cells have a match: "
+                    'raise threshold, global_scale or local_scale.')
+    if m['active']==0:
+        said.append('No hinge acts: every pair is farther apart than the margin, and nothing is left to learn. '
+                    'Raise margin.')
     return said
 
 @fp32
@@ -100,13 +116,16 @@ def match_state(
     "The matches and the dense embeddings of the current step, in numbers"
     C, F, M = (t.detach()[0] for t in learn.pred[0])
     return {k: float(v) for k,v in learn.loss_func.parts._asdict().items()} | dict(
-        contrast=match_contrast(C, F, M), rank=token_rank(F.flatten(0, 1)[:4096]), context_rank=token_rank(C.flatten(0, 1)[:4096]))
+        contrast=match_contrast(C, F, M),
+        rank=token_rank(F.flatten(0, 1)[:4096]), context_rank=token_rank(C.flatten(0, 1)[:4096]))
 
 # %% ../../nbs/53_callback.monitor.ipynb #22ae7456
 def _column(values):
     "Floats or whole numbers as a tensor, anything else as it is"
     kinds = {type(v) for v in values}
-    return torch.tensor(values, dtype={float: torch.float64, int: torch.int64}[kinds.pop()]) if kinds in ({float}, {int}) else values
+    if kinds=={float}: return torch.tensor(values, dtype=torch.float64)
+    if kinds=={int}: return torch.tensor(values, dtype=torch.int64)
+    return values
 
 def pack_rows(
     rows:list,  # Dictionaries
@@ -140,7 +159,7 @@ class CollapseMonitor(Callback):
     ): self.measure,self.diagnose,self.every,self.history,self._said,self.whole = measure,diagnose,every,[],set(),False
 
     def before_fit(self):
-        "Each fit may say everything again; `lr_find`, which ends where training breaks down, is neither watched nor remembered"
+        "Each fit may say everything again; `lr_find`, which ends where training breaks down, is not watched"
         self.run, self.whole = in_fit(self.learn), False
         if self.run: self._said = set()
 
@@ -153,7 +172,9 @@ class CollapseMonitor(Callback):
         due = (self.train_iter-1)%self.every==0 or self.iter+1==self.n_iter
         whole, self.whole = self.whole, False
         if not due or not whole or not torch.isfinite(self.learn.loss.detach()).all(): return
-        self.history.append(dict(step=self.train_iter, epoch=self.epoch+1, progress=float(self.pct_train), loss=self.learn.loss.item()) | self.measure(self.learn))
+        row = dict(step=self.train_iter, epoch=self.epoch+1, progress=float(self.pct_train),
+                   loss=self.learn.loss.item())
+        self.history.append(row | self.measure(self.learn))
 
     def _rows(self):
         "The rows of this epoch of this fit, the newest first: an earlier fit had an epoch of the same number"
@@ -182,7 +203,9 @@ class CollapseMonitor(Callback):
         "One small curve for each name"
         import matplotlib.pyplot as plt
         fig, axs = plt.subplots(1, len(names), figsize=figsize, dpi=70, constrained_layout=True)
-        for ax,n in zip(axs, names): ax.plot([h['step'] for h in self.history], [h[n] for h in self.history]); ax.set_title(n, fontsize=9)
+        for ax,n in zip(axs, names):
+            ax.plot([h['step'] for h in self.history], [h[n] for h in self.history])
+            ax.set_title(n, fontsize=9)
         plt.close(fig)
         return fig
 
@@ -201,6 +224,8 @@ class LossPart(Metric):
         v = getattr(learn.loss_func.parts, self.part).detach()
         self.total, self.count = self.total + v, self.count+1
     @property
-    def value(self): return float(mean_over_ranks(_exchangeable(torch.as_tensor(self.total/self.count)))) if self.count else None
+    def value(self):
+        if not self.count: return None
+        return float(mean_over_ranks(_exchangeable(torch.as_tensor(self.total/self.count))))
     @property
     def name(self): return self.part

@@ -44,11 +44,16 @@ def kept_photographs(
     apart = len(dls.loaders)>1 and size(dls.valid)>=2
     ds = (dls.valid if apart else dls.train).dataset
     m = size(dls.valid if apart else dls.train)
-    if m<2: raise InputError(f'the gauges need at least 2 photographs, but there are {m} that can be taken by number: pass photos=(canvases, heights and widths)')
+    if m<2:
+        raise InputError(f'the gauges need at least 2 photographs, but there are {m} that can be taken by number: '
+                         'pass photos=(canvases, heights and widths)')
     items = [ds[i*m//min(n, m)] for i in range(min(n, m))]
-    items = [o for o in items if not (len(o)>2 and isinstance(o[2], str) and o[2])]   # a note: another file stands in for one that cannot be read
-    if len(items)<2: raise InputError(f'only {len(items)} of the {min(n, m)} photographs to score on can be read: pass photos=(canvases, heights and widths)')
-    return torch.stack([o[0] for o in items]), torch.stack([torch.as_tensor(o[1]) for o in items]), 'photographs kept apart' if apart else 'photographs trained on'
+    items = [o for o in items if not (len(o)>2 and isinstance(o[2], str) and o[2])]   # a note: it cannot be read
+    if len(items)<2:
+        raise InputError(f'only {len(items)} of the {min(n, m)} photographs to score on can be read: '
+                         'pass photos=(canvases, heights and widths)')
+    canvases, hw = torch.stack([o[0] for o in items]), torch.stack([torch.as_tensor(o[1]) for o in items])
+    return canvases, hw, 'photographs kept apart' if apart else 'photographs trained on'
 
 # %% ../../nbs/65_callback.score.ipynb #bc5bd01d
 def _unwrapped(model):
@@ -59,7 +64,7 @@ def _unwrapped(model):
 def prototype_head(
     model,              # A method: `FLSL`, `DINO`, or one with a method `prototype_head()` that returns the same
     queries:int=4096,   # Tokens at most, evenly spread
-):                      # (function of tokens (n,N,D) that gives logits (Q,K), temperature), or None for a method without prototypes
+):                      # (function from tokens (n,N,D) to logits (Q,K), temperature), or None without prototypes
     "How a method's teacher assigns prototypes to tokens of its own"
     if hasattr(model, 'prototype_head'): return model.prototype_head()
     if isinstance(model, FLSL):
@@ -97,14 +102,16 @@ def network_scores(
         scores = [correspondence_score(encoder, photos, hw, size, label=label, data=data, seed=seed, **own, **kwargs)]
     else: scores = label_free_gauges(encoder, photos, hw, size, label=label, data=data, seed=seed, **gauges, **kwargs)
     if labelled is None: return scores
-    got = (dense_scores if linear else nearest_neighbour_miou)(encoder, *labelled, label=label, seed=seed, **(probe or {}), **kwargs)
-    return scores + (got if linear else [got])
+    kwargs = dict(label=label, seed=seed) | (probe or {}) | kwargs
+    if linear: return scores + dense_scores(encoder, *labelled, **kwargs)
+    return scores + [nearest_neighbour_miou(encoder, *labelled, **kwargs)]
 
 def _pair(labelled, size=None):
     "Labelled data of a folder, or as given, checked"
     if labelled is None: return None
     if isinstance(labelled, (str, Path)): return labelled_data(labelled, size=size)
-    if not isinstance(labelled, (tuple, list)) or len(labelled)!=2: raise InputError(f'labelled must be a folder or (train, test), got {type(labelled).__name__}')
+    if not isinstance(labelled, (tuple, list)) or len(labelled)!=2:
+        raise InputError(f'labelled must be a folder or (train, test), got {type(labelled).__name__}')
     for o in ('n_classes', 'ignore_index'):
         a, b = (getattr(d, o, None) for d in labelled)
         if a!=b: raise InputError(f'the labelled train and test sets disagree on {o}: {a} and {b}')
@@ -124,7 +131,7 @@ def training_views(
     n:int=128,    # Photographs at most, evenly spread over those trained on
     bs:int=32,    # Photographs a batch
     seed:int=0,   # Of crops and colors
-):                # Batches of normalized views, the largest of the recipe; None if photographs cannot be taken by number
+):                # Batches of normalized views, the largest of the recipe; None if photographs have no numbers
     "Views like those that training sees"
     ds = dls.train.dataset
     if not (hasattr(ds, '__getitem__') and hasattr(ds, '__len__') and hasattr(dls, 'recipe')): return None
@@ -155,41 +162,49 @@ def _remarks(
     pc = lambda h, k=by: f'{100*h[k]:.1f} %'
     said = []
     if sign*(best[by]-last[by])>.02 and sign*(best[by]-first[by])>0:
-        said.append(f'{by.capitalize()} ended at {pc(last)}, after {pc(best)} in epoch {best["epoch"]}: a shorter run or a lower learning rate would have kept that.')
+        said.append(f'{by.capitalize()} ended at {pc(last)}, after {pc(best)} in epoch {best["epoch"]}: '
+                    'a shorter run or a lower learning rate would have kept that.')
     if answer=='helped': return said
     if last.get('token rank', 1)<.5*first.get('token rank', 0):
-        said.append(f"Token rank fell from {pc(first, 'token rank')} to {pc(last, 'token rank')}: tokens become alike. In FLSL raise beta_sa and beta_ca (suggest_beta); in CLoVE raise lam.")
+        said.append(f"Token rank fell from {pc(first, 'token rank')} to {pc(last, 'token rank')}: tokens become alike. "
+                    'In FLSL raise beta_sa and beta_ca (suggest_beta); in CLoVE raise lam.')
     if last.get('position', 0)>first.get('position', 1)+.1:
-        said.append(f"Position rose from {pc(first, 'position')} to {pc(last, 'position')}: tokens say where in the view they are, not what they show. Lower pos_scale, or cut smaller views.")
+        said.append(f"Position rose from {pc(first, 'position')} to {pc(last, 'position')}: "
+                    'tokens say where in the view they are, not what they show. Lower pos_scale, or cut smaller views.')
     return said
 
 # %% ../../nbs/65_callback.score.ipynb #fa12e1fb
 class DenseScore(Callback):
     "Scores the product of the model before training, every few epochs and at the end, and keeps the best"
     order,run_valid = 66,False   # after the monitors, before checkpoints; validation is no training
+    own_line = True              # scores are printed below the line of the epoch
     def __init__(self,
         every:int=1,        # Epochs between two scorings
-        labelled=None,      # (train, test) SegmentationData, or a folder that `labelled_data` reads: with nearest-neighbour mIoU
-        best_by:str=None,   # Score that chooses the best; default nearest neighbour if there are labels, else correspondence
-        out=None,           # Folder for scores_by_epoch.json, best.safetensors, best.txt and start.safetensors; default nothing is written
+        labelled=None,      # (train, test) SegmentationData, or a folder of `labelled_data`; adds nearest-neighbour mIoU
+        best_by:str=None,   # Score that chooses the best; default nearest neighbour with labels, else correspondence
+        out=None,           # Folder for scores_by_epoch.json, best.safetensors, best.txt and start.safetensors
         linear:bool=False,  # With a linear probe, too
-        photos=None,        # (canvases uint8 (n,3,S,S), heights and widths (n,2)); default `kept_photographs(dls, n_photos)`
+        photos=None,        # (canvases uint8 (n,3,S,S), heights and widths (n,2)); default `kept_photographs`
         n_photos:int=64,    # Photographs for the gauges
         probe:dict=None,    # Arguments of the labelled probes, as dict(k=30, memory=100_000)
         gauges:dict=None,   # Arguments of the gauges, as dict(things=4, beta=10.)
         verbose:bool=True,  # Print a line a scoring
         starts:int=5,       # Random starts to compare with, the own one included
-        published:bool=None, # Training starts from published weights, which it is compared with; default as the learner says
+        published:bool=None, # Training starts from published weights, to compare with; default as the learner says
         say:bool=True,      # Say the verdict at the end of a fit; False leaves it to `conclude`
     ):
         super().__init__()
-        if not isinstance(every, int) or every<1: raise InputError(f'every must be a whole number of epochs, at least 1, got {every}')
-        if best_by is not None and best_by not in _PROBES: raise InputError(f'best_by must be one of {", ".join(_PROBES)}, got {best_by!r}')
+        if not isinstance(every, int) or every<1:
+            raise InputError(f'every must be a whole number of epochs, at least 1, got {every}')
+        if best_by is not None and best_by not in _PROBES:
+            raise InputError(f'best_by must be one of {", ".join(_PROBES)}, got {best_by!r}')
         if n_photos<2: raise InputError(f'n_photos must be at least 2, got {n_photos}: the gauges compare photographs')
-        if not isinstance(starts, int) or not 1<=starts<=8: raise InputError(f'starts must be a whole number from 1 to 8, got {starts}')
+        if not isinstance(starts, int) or not 1<=starts<=8:
+            raise InputError(f'starts must be a whole number from 1 to 8, got {starts}')
         if not isinstance(labelled, (str, Path)): labelled = _pair(labelled)
-        self.every,self.labelled,self.best_by,self.folder,self.linear,self.verbose = every,labelled,best_by,out and Path(out),linear,verbose
-        self.given_photos,self.n_photos,self.probe,self.gauges = photos,n_photos,probe,gauges or {}
+        self.every, self.labelled, self.best_by = every, labelled, best_by
+        self.folder, self.linear, self.verbose = out and Path(out), linear, verbose
+        self.given_photos, self.n_photos, self.probe, self.gauges = photos, n_photos, probe, gauges or {}
         self.n_starts,self.published,self.say = starts,published,say
         self.scores,self.history,self.best,self._start,self._data,self._views = [],[],None,None,None,None
         self.base,self.done = (0,0),(0,0)                          # (epochs, steps) of earlier fits, and of all
@@ -201,20 +216,24 @@ class DenseScore(Callback):
     def method(self):
         "The method inside its wrappers"
         m = _unwrapped(self.learn.model)
-        if not hasattr(m, 'product'): raise InputError(f'DenseScore needs a model with a `product`, the network that is worth keeping: {type(m).__name__} has none')
+        if not hasattr(m, 'product'):
+            raise InputError('DenseScore needs a model with a `product`, the network that is worth keeping: '
+                             f'{type(m).__name__} has none')
         return m
 
     @property
     def start(self):
         "The network before training, on the CPU, or None if it was never seen"
-        if self._start is None and self.folder and self.history and (self.folder/'start.safetensors').exists(): self._start = load_backbone(self.folder/'start.safetensors')
+        file = self.folder and self.folder/'start.safetensors'
+        if self._start is None and file and self.history and file.exists(): self._start = load_backbone(file)
         return self._start
 
     def _ready(self):
         "Photographs, labels, size and normalisation, read once"
         if self._data is None:
             recipe = getattr(self.dls, 'recipe', None)
-            photos, hw, data = (*self.given_photos, 'photographs given') if self.given_photos is not None else kept_photographs(self.dls, self.n_photos)
+            if self.given_photos is None: photos, hw, data = kept_photographs(self.dls, self.n_photos)
+            else: (photos, hw), data = self.given_photos, 'photographs given'
             if len(photos)<2: raise InputError(f'the gauges need at least 2 photographs, got {len(photos)}')
             size = max(c.size for c in recipe.crops) if recipe else photos.shape[-1]
             self.labelled = _pair(self.labelled, size)
@@ -227,11 +246,12 @@ class DenseScore(Callback):
         label='model',  # Name of the model in tables
         **kwargs,       # Changes to the settings, as `network_scores` takes them
     )->list:            # Scores
-        "All scores of any network, with the photographs, labels and settings of this callback; random numbers stay as they are"
+        "All scores of any network, as this callback gives them; random numbers stay as they are"
         head, gauges = prototype_head(self.method), self.gauges
         if head is not None and encoder is self.method.product: gauges = dict(head=head[0], temp=head[1]) | gauges
         with same_random_state():
-            return network_scores(encoder, **(self._ready() | dict(linear=self.linear, label=label, probe=self.probe, gauges=gauges) | kwargs))
+            own = dict(linear=self.linear, label=label, probe=self.probe, gauges=gauges)
+            return network_scores(encoder, **(self._ready() | own | kwargs))
 
     def gathered(self,
         encoder,  # A `DenseEncoder`
@@ -246,7 +266,8 @@ class DenseScore(Callback):
         "The photographs to score on, where those trained on cannot be taken by number"
         ready = self._ready()
         size = (ready['size'],)*2
-        mean, std = (torch.tensor(ready.get(k, v)).view(-1,1,1) for k,v in (('mean', (.485,.456,.406)), ('std', (.229,.224,.225))))
+        imagenet = dict(mean=(.485,.456,.406), std=(.229,.224,.225))
+        mean, std = (torch.tensor(ready.get(k, v)).view(-1,1,1) for k,v in imagenet.items())
         x = torch.nn.functional.interpolate(ready['photos'].float(), size=size, mode='bilinear', antialias=True)
         return ((x/255-mean)/std).split(32)
 
@@ -273,11 +294,12 @@ class DenseScore(Callback):
         "What the loss and the monitor say of the run"
         monitor = getattr(self.learn, 'collapse_monitor', None)
         rows = [list(r) for _,r in groupby(getattr(monitor, 'history', []), lambda h: h['epoch'])]
-        mean = lambda r: {k: sum(h[k] for h in r)/len(r) for k in r[0]}
-        said = [s for r in rows for s in monitor.diagnose(mean(r))]
+        means = lambda r: {k: sum(h[k] for h in r)/len(r) for k in r[0]}
+        mean = lambda losses: float(sum(map(float, losses))/len(losses))
+        said = [s for r in rows for s in monitor.diagnose(means(r))]
         diverged = ''
         if self.first_losses and self.epoch_losses:
-            diverged = diverged_loss(*(float(sum(map(float, o))/len(o)) for o in (self.first_losses, self.epoch_losses)))
+            diverged = diverged_loss(mean(self.first_losses), mean(self.epoch_losses))
         return dict(diverged=diverged, collapsed=seen_collapse(said))
 
     def verdict(self,
@@ -288,9 +310,10 @@ class DenseScore(Callback):
         last = f'epoch {self.done[0]}'
         label, starts = label or last, self.start_scores()
         fixed, trouble = self.start_name!='random start', self._trouble()
+        names = list(dict.fromkeys(s.model for s in others))
         def judged(trained):
             trained = [replace(s, model=label) for s in trained]
-            return judge_training([*starts, *others, *trained], label, self.start_name, list(dict.fromkeys(s.model for s in others)), fixed, **trouble)
+            return judge_training([*starts, *others, *trained], label, self.start_name, names, fixed, **trouble)
         v, product = judged([s for s in self.scores if s.model==last]), self.method.product
         if v.answer=='cannot tell' or not isinstance(product, DenseEncoder) or not has_batch_norm(product): return v
         return confirmed(v, judged(self.judge(self.gathered(product), last, ordering=True)))
@@ -304,12 +327,20 @@ class DenseScore(Callback):
         self.base,self.trained = self.done,False
         self.best_by = _from_first(self._chosen)
 
+    def _there(self):
+        "Names of the scores of this run"
+        there = dict.fromkeys(_PROBES, True) | dict.fromkeys(('nearest neighbour', 'linear'), bool(self.labelled))
+        there['linear'] &= self.linear
+        there['prototype use'] = prototype_head(self.method) is not None
+        return [p for p,is_there in there.items() if is_there]
+
     def _chosen(self):
         "Name of the score that chooses the best"
         self._ready()
-        there = [p for p in _PROBES if (p!='prototype use' or prototype_head(self.method)) and (p!='nearest neighbour' or self.labelled) and (p!='linear' or self.labelled and self.linear)]
+        there = self._there()
         by = self.best_by or ('nearest neighbour' if self.labelled else 'correspondence')
-        if by not in there: raise InputError(f'best_by is {by!r}, which this run does not score: use one of {", ".join(there)}')
+        if by not in there:
+            raise InputError(f'best_by is {by!r}, which this run does not score: use one of {", ".join(there)}')
         return by
 
     def before_train(self):
@@ -317,13 +348,17 @@ class DenseScore(Callback):
         self.epoch_losses = []
         if self.epoch==0 and self.done==(0,0): _from_first(self._score_start)
 
+    def after_loss(self):
+        "Remember the loss; a batch that is cancelled has none"
+        if not self.training: return
+        loss = self.learn.loss.detach()
+        if len(self.first_losses)<8 and self.done[1]<8: self.first_losses.append(loss)
+        self.epoch_losses.append(loss)
+
     def after_batch(self):
         "Count"
         if not self.training: return
         self.done = self.base[0]+self.epoch, self.base[1]+self.train_iter
-        loss = self.learn.loss.detach()
-        if len(self.first_losses)<8 and self.done[1]<=8: self.first_losses.append(loss)
-        self.epoch_losses.append(loss)
 
     def after_train(self):
         "An epoch was trained, not skipped"
@@ -361,7 +396,8 @@ class DenseScore(Callback):
         wrong = any(self._trouble().values())   # then no epoch of the run is advised
         words = v.said if wrong else ' '.join([v.said, *_remarks(self.history, self.best_by, v.answer)])
         if self._best_is_better() and not wrong:
-            words += f' The highest {self.best_by} was that of epoch {self.best["epoch"]}, {100*self.best[self.best_by]:.1f} %'
+            best = f'{self.best["epoch"]}, {100*self.best[self.best_by]:.1f} %'
+            words += f' The highest {self.best_by} was that of epoch {best}'
             words += ': its backbone is best.safetensors.' if self.folder else '.'
         if self.folder and self.best: self._write_best(words)
         return words
@@ -377,8 +413,9 @@ class DenseScore(Callback):
         if self.history: return      # by a fit that was broken off before its first step
         product = self.method.product
         published = getattr(product, 'published', False) if self.published is None else self.published
+        trained_before = getattr(getattr(self.learn, 'collapse_monitor', None), 'history', [])
         if published: self.start_name = 'published weights'
-        elif getattr(getattr(self.learn, 'collapse_monitor', None), 'history', []): self.start_name = 'the start of this fit'   # trained before
+        elif trained_before: self.start_name = 'the start of this fit'
         fresh = self.start_name=='random start' and isinstance(product, DenseEncoder) and has_batch_norm(product)
         self._start = (self.gathered(product) if fresh else copy.deepcopy(product)).cpu().eval().requires_grad_(False)
         if self.folder: self._export('start')
@@ -416,8 +453,9 @@ class DenseScore(Callback):
     def _write_best(self, verdict=''):
         "best.txt: the best epoch of the run beside the start"
         row, first = self.best, self.history[0]
-        words = f'{self.best_by} {100*row[self.best_by]:.2f} % in epoch {row["epoch"]}, the best epoch of this run so far'
-        if first['epoch']==0: words += f'; before training it was {100*first[self.best_by]:.2f} %'
+        by = self.best_by
+        words = f'{by} {100*row[by]:.2f} % in epoch {row["epoch"]}, the best epoch of this run so far'
+        if first['epoch']==0: words += f'; before training it was {100*first[by]:.2f} %'
         table = scores_table([s for s in self.scores if s.model in ('before training', f'epoch {row["epoch"]}')])
         text = '\n\n'.join(filter(None, [words, verdict, table]))+'\n'
         self._write('best.txt', lambda p: p.write_text(text, encoding='utf-8'))
@@ -441,13 +479,17 @@ class DenseScore(Callback):
     # resume
     def state_dict(self):
         "Scores, rows, the best and what was trained, in plain Python"
-        return dict(scores=[asdict(s) for s in self.scores], history=self.history, best=self.best, base=self.base, done=self.done,
-                    start_name=self.start_name, first_losses=[float(l) for l in self.first_losses])
+        return dict(scores=[asdict(s) for s in self.scores], history=self.history, best=self.best,
+                    base=self.base, done=self.done, start_name=self.start_name,
+                    first_losses=list(map(float, self.first_losses)),
+                    epoch_losses=list(map(float, self.epoch_losses)))
 
     def load_state_dict(self, state):
-        "Go on from there, inside a fit: each fit begins to count where the last one ended"
-        self.scores,self.history,self.best,self.base,self.done = [Score(**s) for s in state['scores']],state['history'],state['best'],tuple(state['base']),tuple(state['done'])
-        self.start_name,self.first_losses = state.get('start_name', 'random start'),list(state.get('first_losses', []))
+        "Continue from there, inside a fit: each fit begins to count where the last one ended"
+        self.scores, self.history, self.best = [Score(**s) for s in state['scores']], state['history'], state['best']
+        self.base, self.done = tuple(state['base']), tuple(state['done'])
+        self.start_name = state.get('start_name', 'random start')
+        self.first_losses, self.epoch_losses = (list(state.get(k, [])) for k in ('first_losses', 'epoch_losses'))
 
     def plot(self,
         names=None,         # Scores to draw; default all
@@ -458,24 +500,34 @@ class DenseScore(Callback):
         rows, loss = self.history, getattr(getattr(self.learn, 'collapse_monitor', None), 'history', [])
         if not rows: raise InputError('nothing was scored yet: train with this callback first')
         sched = getattr(getattr(self.learn, 'schedules', None), 'history', [])
-        fig, axs = plt.subplots(1, 1+bool(loss)+bool(sched), figsize=figsize, dpi=66, squeeze=False, constrained_layout=True, width_ratios=[1.3]+[1]*(bool(loss)+bool(sched)))
+        panels = 1+bool(loss)+bool(sched)
+        fig, axs = plt.subplots(1, panels, figsize=figsize, dpi=66, squeeze=False, constrained_layout=True,
+                                width_ratios=[1.3]+[1]*(panels-1))
         axs, at = list(axs[0]), [r['step'] for r in rows]
         for n in names or [k for k in rows[-1] if k not in ('epoch', 'step')]:
-            axs[0].plot(at, [100*r.get(n, float('nan')) for r in rows], 'o-', ms=3, lw=2 if n==self.best_by else 1, label=n)
+            values = [100*r.get(n, float('nan')) for r in rows]
+            axs[0].plot(at, values, 'o-', ms=3, lw=2 if n==self.best_by else 1, label=n)
         if self.best: axs[0].plot(self.best['step'], 100*self.best[self.best_by], '*', ms=12, c='k', zorder=3)
-        axs[0].set_title('scores, %', fontsize=9); axs[0].legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
-        if loss: axs[1].plot(_steps_of(loss), [h['loss'] for h in loss], c='k', lw=1); axs[1].set_title('loss', fontsize=9)
+        axs[0].set_title('scores, %', fontsize=9)
+        axs[0].legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
+        if loss:
+            axs[1].plot(_steps_of(loss), [h['loss'] for h in loss], c='k', lw=1)
+            axs[1].set_title('loss', fontsize=9)
         if sched:
             for k in sched[0]:
                 v = [h[k] for h in sched]
-                axs[-1].plot(range(len(v)), [o/max(map(abs, v)) if any(v) else 0 for o in v], lw=1, label=f'{k}, of {max(map(abs, v)):.2g}')
-            axs[-1].set_title('schedules, share of the largest', fontsize=9); axs[-1].legend(fontsize=7, frameon=False)
-        for ax in axs: ax.set_xlabel('step', fontsize=8); ax.tick_params(labelsize=7)
+                most = max(map(abs, v))
+                axs[-1].plot(range(len(v)), [o/most if most else 0 for o in v], lw=1, label=f'{k}, of {most:.2g}')
+            axs[-1].set_title('schedules, share of the largest', fontsize=9)
+            axs[-1].legend(fontsize=7, frameon=False)
+        for ax in axs:
+            ax.set_xlabel('step', fontsize=8)
+            ax.tick_params(labelsize=7)
         plt.close(fig)
         return fig
 
 def _steps_of(rows):
-    "Steps that go on counting where a second fit began at 0 again"
+    "Steps counted over all fits, where each began at 0 again"
     out, base, last = [], 0, -1
     for h in rows:
         if h['step']<=last: base += last
@@ -487,11 +539,10 @@ def _steps_of(rows):
 @patch(as_prop=True)
 def columns(self:DenseScore):
     "Scores that fastai's table shows, those that a callback watches among them"
-    there = [p for p in _PROBES if p!='prototype use' or prototype_head(self.method)]
-    if not self.labelled: there = [p for p in there if p not in ('nearest neighbour', 'linear')]
-    elif not self.linear: there.remove('linear')
+    there = self._there()
     watched = [cb.monitor for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and cb.monitor in there]
-    return list(dict.fromkeys([self.best_by or ('nearest neighbour' if self.labelled else 'correspondence'), *watched]))
+    chosen = self.best_by or ('nearest neighbour' if self.labelled else 'correspondence')
+    return list(dict.fromkeys([chosen, *watched]))
 
 @patch
 def row(self:DenseScore):
@@ -507,15 +558,17 @@ class _ScoreList(list):
 
 @patch
 def dense_report(self:Learner,
-    labelled=None,      # Folder that `labelled_data` reads, or (train, test) SegmentationData; default those of `DenseScore`, if any
+    labelled=None,      # Folder of `labelled_data`, or (train, test) SegmentationData; default those of `DenseScore`
     linear:bool=True,   # With a linear probe on `labelled`
     **kwargs,           # Arguments of `DenseScore` if the learner has none, as n_photos=32
-)->list:              # Scores of the frozen start, if it is known, and of the product as it is now; shows itself as a table
+)->list:              # Scores of the frozen start, if it is known, and of the product now; shows itself as a table
     "How good the dense features are now, next to those before training"
     cb = getattr(self, 'dense_score', None) or getattr(self, '_dense_score', None) or DenseScore(**kwargs)
     cb.learn = self
     ready = cb._ready()
-    own = dict(labelled=ready['labelled'], linear=cb.linear) if labelled is None else dict(labelled=_pair(labelled, ready['size']), linear=linear)
+    if labelled is None: own = dict(labelled=ready['labelled'], linear=cb.linear)
+    else: own = dict(labelled=_pair(labelled, ready['size']), linear=linear)
     known = [s for s in cb.scores if s.model=='before training' and (labelled is None or s.probe in GAUGES)]
-    if labelled is not None and known and cb.start is not None: known += [s for s in cb.judge(cb.start, 'before training', **own) if s.probe not in GAUGES]
+    if labelled is not None and known and cb.start is not None:
+        known += [s for s in cb.judge(cb.start, 'before training', **own) if s.probe not in GAUGES]
     return _ScoreList(known + cb.judge(cb.method.product, f'after {cb.done[0]} epochs' if cb.done[0] else 'now', **own))

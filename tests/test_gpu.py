@@ -1,0 +1,351 @@
+"""On a GPU: everything in its place, few waits, the same numbers.
+
+Where there is no GPU, the steps run on tensors that pretend to be on one (pretend_gpu.py). The tests marked `gpu` need a card: `pytest -m gpu`.
+"""
+import copy
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+from fastai.callback.core import Callback
+from torch.testing import assert_close
+
+from densessl.callback.score import DenseScore
+from densessl.core import InputError
+from densessl.data import scene_dls
+from densessl.encoders import dense_encoder
+from densessl.learner import compile_blocks, methods
+from pretend_gpu import OnGPU, pretend_gpu
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location('gpu_experiment', ROOT/'experiments/gpu.py')
+spec.loader.exec_module(check := importlib.util.module_from_spec(spec))
+
+METHODS = list(methods)
+gpu = pytest.mark.gpu
+needs_one = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+without_one = pytest.mark.skipif(torch.cuda.is_available(), reason='pretends to have a GPU')
+
+
+# ---- the pretended GPU itself
+
+@without_one
+@pytest.mark.parametrize('mix', [
+    lambda x, y: x+y, lambda x, y: torch.cat([x, y]), lambda x, y: x@y, lambda x, y: torch.where(x>0, x, y), lambda x, y: x.lerp_(y, .5),
+    lambda x, y: torch.nn.functional.linear(x, y), lambda x, y: x.index_copy(0, torch.arange(3), y), lambda x, y: torch._foreach_add([x], [y])])
+def test_mixed_devices_raise(mix):
+    with pretend_gpu():
+        x, y = torch.ones(3, 3, device='cuda'), torch.ones(3, 3)
+        for pair in ((x, y), (y, x)):
+            with pytest.raises(RuntimeError, match='same device'): mix(*pair)
+        assert (x*torch.tensor(2.)).device.type=='cuda'       # one number of the CPU may stand beside them
+
+
+WAITS = dict(
+    item=lambda x: x.sum().item(), truth=lambda x: bool(x.any()), number=lambda x: float(x.sum()), cpu=lambda x: x.cpu(), to=lambda x: x.to('cpu', non_blocking=True),
+    nonzero=lambda x: x.nonzero(), mask=lambda x: x[x>0], mask_set=lambda x: x.index_put_((x>0,), x[:2].clone()), unique=lambda x: x.unique(), list=lambda x: x.tolist(),
+    equal=lambda x: torch.equal(x, x), copy=lambda x: x.copy_(torch.zeros(3)), made=lambda x: torch.tensor([1.], device='cuda'), moved=lambda x: torch.ones(3).to('cuda'),
+    index=lambda x: x[torch.tensor([1])], svd=lambda x: torch.linalg.svdvals(x[None]), repeat=lambda x: x.repeat_interleave(x.long()))
+RUNS_ON = dict(
+    sum=lambda x: x.sum(), masked_fill=lambda x: x.masked_fill_(x>0, 1.), where=lambda x: torch.where(x>0, x, 0.), mask_set=lambda x: x.__setitem__(x>0, 2.),
+    gather=lambda x: x.gather(0, torch.zeros(2, dtype=torch.long, device='cuda')), moved=lambda x: torch.ones(3).to('cuda', non_blocking=True),
+    again=lambda x: x.to('cuda'), half=lambda x: x.half(), drawn=lambda x: torch.rand(3, device='cuda'), like=lambda x: torch.zeros_like(x))
+
+@without_one
+@pytest.mark.parametrize('name', WAITS)
+def test_waits_are_counted(name):
+    with pretend_gpu() as g:
+        x = torch.arange(3., device='cuda')
+        with g.counted() as seen: WAITS[name](x)
+    assert sum(seen.waits.values())>=1
+
+@without_one
+@pytest.mark.parametrize('name', RUNS_ON)
+def test_what_does_not_wait_is_not_counted(name):
+    with pretend_gpu() as g:
+        x = torch.arange(3., device='cuda')
+        with g.counted() as seen: RUNS_ON[name](x)
+    assert not seen.waits and sum(seen.copies.values())==(name=='moved')
+
+@without_one
+def test_it_computes_what_the_cpu_computes():
+    "A small network with its gradients, half precision and an optimiser's step"
+    def work(device):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.GELU(), torch.nn.Linear(8, 2))
+        x, opt = torch.randn(5, 6), torch.optim.AdamW(net.parameters(), lr=.1)
+        net.to(device)                                     # the optimiser keeps its parameters
+        with torch.autocast(device, dtype=torch.bfloat16): loss = net(x.to(device)).square().mean()
+        loss.backward()
+        opt.step()
+        assert all(p.device.type==p.grad.device.type==device for p in net.parameters())
+        return [p.detach().cpu() for p in copy.deepcopy(net).parameters()]
+    want = work('cpu')
+    with pretend_gpu(): got = work('cuda')
+    for a,b in zip(got, want): assert_close(a, b, rtol=0, atol=0)
+    assert not torch.cuda.is_available()
+
+
+# ---- a step of each method stays on the device
+
+# fastai's recorder takes each loss to the CPU; the guard asks once whether the loss and once whether the gradients are finite
+STEP_WAITS = Counter({'guard._ranks_where': 2, 'torch_core._inner': 1})
+# numbers drawn for boxes, colours, blur and flips, and the boxes themselves; all of them are small and none waits
+STEP_COPIES = dict(flsl=31, clove=32, dino=32)
+
+class Steps(Callback):
+    "Waits and copies of each step, from the end of the one before it"
+    order, run_valid = 3000, False
+    def __init__(self, gpu): self.gpu, self.steps = gpu, []
+    def after_batch(self):
+        if self.steps: self.last.__exit__(None, None, None)
+        self.last = self.gpu.counted()
+        self.steps.append(self.last.__enter__())
+
+def steps_of(method, gpu, how='fp32', n=4, **kwargs):
+    "The learner, what each step from the second on has cost, and the look of the monitor at the last one"
+    steps = Steps(gpu)
+    learn = check.small_learner(method, 'cuda', n=4*n, cbs=[steps], **dict(monitor_every=100)|kwargs)
+    if how!='fp32': getattr(learn, f'to_{how}')()
+    check.fit(learn)
+    return learn, steps.steps[:-1]          # the last one is not over
+
+@without_one
+@pytest.mark.parametrize('method', METHODS)
+def test_a_step_stays_on_the_device(method):
+    with pretend_gpu() as g:
+        learn, steps = steps_of(method, g)
+        losses = torch.tensor([float(o) for o in learn.recorder.losses])
+        states = [v for s in learn.opt.state_dict()['state'].values() for v in s.values() if isinstance(v, torch.Tensor) and v.dim()]
+        there = [*learn.model.parameters(), *learn.model.buffers(), *states]
+        assert there and all(isinstance(o, OnGPU) for o in there)
+    for s in steps[:2]:
+        assert not s.waits-STEP_WAITS, f'a step waits more often: {s.waits}'
+        assert sum(s.copies.values())<=STEP_COPIES[method], f'a step copies more often: {s.copies}'
+    want = check.fit(check.small_learner(method, 'cpu', n=16, monitor_every=100))
+    assert_close(losses, torch.tensor(want), rtol=.02, atol=0)        # views are rounded elsewhere there
+
+# one look of the monitor: its numbers one by one, ranks by an SVD, the prototypes in use
+LOOK_WAITS = dict(flsl=16, clove=19, dino=14)
+
+@without_one
+@pytest.mark.parametrize('method', METHODS)
+def test_a_look_of_the_monitor(method):
+    with pretend_gpu() as g: _, steps = steps_of(method, g, monitor_every=1)
+    for s in steps[:2]: assert sum((s.waits-STEP_WAITS).values())<=LOOK_WAITS[method], s.waits
+
+@without_one
+@pytest.mark.parametrize('method,how', [('flsl', 'bf16'), ('clove', 'bf16'), ('dino', 'bf16'), ('flsl', 'fp16'), ('dino', 'fp16')])
+def test_half_precision_stays_on_the_device(method, how):
+    "fp16 waits once more, where fastai's scaler asks whether the step overflowed"
+    more = Counter({'fp16.before_step': 2, 'fp16.after_step': 1} if how=='fp16' else {})
+    with pretend_gpu() as g:
+        learn, steps = steps_of(method, g, how)
+        assert all(math.isfinite(float(o)) for o in learn.recorder.losses)
+        assert not torch.is_autocast_enabled('cuda')
+    for s in steps[:2]: assert not s.waits-STEP_WAITS-more, s.waits
+
+@without_one
+@pytest.mark.parametrize('method', METHODS)
+def test_a_compiled_learner_waits_no_more(method):
+    "With the real blocks in place of compiled ones, as no compiler knows the pretended tensors"
+    with pretend_gpu() as g, torch._dynamo.config.patch(disable=True): _, steps = steps_of(method, g, compile='eager')
+    for s in steps[:2]: assert not s.waits-STEP_WAITS, s.waits
+
+@without_one
+def test_scores_pictures_export_and_resume(tmp_path):
+    "What the main job does beside its steps"
+    with pretend_gpu():
+        for name,f in dict(resume=lambda: check.resume_on('clove', 'cuda'), scores=lambda: check.scores_beside_cpu('cuda'), pictures=lambda: check.pictures_of('cuda'),
+                           export=lambda: check.export_from(check.CNN[0], 'cuda', img_size=32, **check.CNN[1])).items():
+            res = f()
+            assert res['ok'], (name, res)
+        scored = DenseScore(labelled=check.scenes_with_labels(), n_photos=4, out=tmp_path, linear=True, verbose=False, starts=2)
+        check.fit(check.small_learner('flsl', 'cuda', cbs=[scored]), 2)
+    assert (tmp_path/'best.safetensors').exists() and len(scored.history)==3
+
+@without_one
+@pytest.mark.parametrize('method', METHODS)
+def test_views_on_the_device(method):
+    with pretend_gpu(): assert (res := check.views_beside_cpu(method, torch.device('cuda')))['ok'], res
+
+
+# ---- compiled
+
+def parts_of(method, **kwargs):
+    "Method, loss and views"
+    c, (arch, own), (kind, loss_kind) = check.small_settings(method), check.NETWORKS[method], check.CLASSES_OF[method]
+    if method=='flsl': c = replace(c, random_query=True)
+    torch.manual_seed(0)
+    model = kind(dense_encoder(arch, img_size=c.img_size, **own|kwargs), c).train()
+    return model, loss_kind(c), check.make_views(methods[method].recipe(c), check.draw_scenes(4, 40, seed=4)[0])
+
+@pytest.mark.parametrize('half', [False, True], ids=['fp32', 'bf16'])
+@pytest.mark.parametrize('method', METHODS)
+def test_the_step_of_a_method_is_one_graph(method, half):
+    "Forward pass and loss without a break, and in fp32 the same bits"
+    torch._dynamo.reset()
+    model, loss_func, views = parts_of(method)
+    graphs, twin = [], copy.deepcopy(model)
+
+    def step(m):
+        def f(v):
+            with torch.autocast('cpu', dtype=torch.bfloat16, enabled=half): return loss_func(m(v))
+        return f
+    compiled = torch.compile(step(model), backend='aot_eager', fullgraph=True)
+    losses = []
+    for f in (step(twin), compiled):
+        torch.manual_seed(1)
+        losses.append(f(views))
+        losses[-1].backward()
+    tolerance = dict(rtol=0, atol=.02) if half else dict(rtol=0, atol=0)
+    assert_close(losses[1], losses[0], **tolerance)
+    for (k, p),q in zip(twin.named_parameters(), model.parameters()):
+        assert (p.grad is None)==(q.grad is None), k
+        if p.grad is not None: assert_close(q.grad, p.grad, **tolerance, msg=lambda m: f'{k}: {m}')
+
+@pytest.mark.parametrize('depth', [3, 12])
+def test_all_blocks_share_their_graphs(depth):
+    "However many blocks, and though each has a rate of stochastic depth of its own: with and without it, for two sizes, in student and teacher"
+    torch._dynamo.reset()
+    model, loss_func, views = parts_of('flsl', depth=depth, drop_path_rate=.1)
+    names, made = list(model.state_dict()), []
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+    assert len(compile_blocks(model, backend))==2*depth
+    for _ in range(2):
+        loss_func(model(views)).backward()
+        model.update_teacher(.9)
+    assert 0<len(made)<=6 and list(model.state_dict())==names
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_compiled_learner_is_the_same_run(method):
+    "Weights have the same names and, with a backend that makes no kernels, the same bits; its checkpoint fits a learner that is not compiled"
+    torch._dynamo.reset()
+    runs = []
+    for kwargs in ({}, dict(compile='aot_eager')):
+        runs.append(check.small_learner(method, 'cpu', **kwargs))
+        check.fit(runs[-1])
+    plain, compiled = runs
+    for (k, v),(name, w) in zip(plain.model.state_dict().items(), compiled.model.state_dict().items()):
+        assert k==name
+        assert_close(w, v, rtol=1e-5, atol=1e-6)
+    plain.model.load_state_dict(compiled.model.state_dict())
+
+def test_stochastic_depth_as_a_tensor():
+    "It drops samples whole, at its rate, keeps the mean, and leaves evaluation alone"
+    from timm.layers import DropPath
+    model, *_ = parts_of('dino', drop_path_rate=.5)
+    compile_blocks(model, 'eager')
+    drop = next(m for m in model.student.modules() if isinstance(m, DropPath))
+    torch.manual_seed(0)
+    y = drop(torch.ones(4000, 3, 2))
+    assert ((y==0).all((1, 2)) | (y==1/(1-drop.drop_prob)).all((1, 2))).all()
+    assert abs(y.mean().item()-1)<.1 and drop.drop_prob==.5
+    assert (drop.eval()(torch.ones(9, 1))==1).all()
+    assert drop(torch.ones(2, 1, dtype=torch.bfloat16)).dtype==torch.bfloat16 and drop.train()(torch.ones(2, 1, dtype=torch.bfloat16)).dtype==torch.bfloat16
+
+
+# ---- the experiment
+
+def test_the_experiment_in_miniature(tmp_path):
+    "Every stage to its end, every check right, a table with all arms; it calls the library as it is now"
+    r = subprocess.run([sys.executable, str(ROOT/'experiments/gpu.py'), '--tiny', '--out', str(tmp_path)], capture_output=True, text=True,
+                       env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
+    assert r.returncode==0, r.stderr[-2000:]
+    right, fast = (json.loads((tmp_path/f'{o}.json').read_text()) for o in ('right', 'fast'))
+    assert not (wrong := {k: v for k,v in right.items() if not v.get('ok', True)}), wrong
+    assert not (errors := {k: v for k,v in fast.items() if 'error' in v}), errors
+    assert sum('images_per_second' in v for v in fast.values())>=4
+    for arm in METHODS:
+        found = json.loads((tmp_path/f'learns_{arm}.json').read_text())
+        assert all({'nearest neighbour', 'linear', 'correspondence'}<=found[k].keys() for k in ('before', 'half-way', 'after')), found
+        assert found['trained']['steps']>1 and 'error' not in found['picture'] and 'ended by' not in found
+        assert f'{arm:<10} after' in r.stdout
+
+def test_a_failed_check_is_told(tmp_path, capsys):
+    "A check that raises is written down, the others go on, and the table says WRONG"
+    record = check.Record(tmp_path/'right.json')
+    def broken(): raise InputError('no such thing')
+    record.measure('broken', broken)
+    record.measure('sound', lambda: dict(ok=True))
+    said = check.tables(tmp_path)
+    assert 'broken                           WRONG  {"error": "InputError: no such thing"' in said and 'sound                            ok' in said
+
+def test_arms_share_the_clock():
+    "The schedules end when the seconds do, and what is scored half-way does not count"
+    seen = []
+    clock = check.ByTheClock(.6, lambda: (seen.append(clock.trained), __import__('time').sleep(1.)))
+    class Look(Callback):
+        order = 70
+        def before_batch(self): self.rates.append(self.learn.pct_train)
+        rates = []
+    learn = check.small_learner('flsl', 'cpu', cbs=[clock, look := Look()])
+    check.fit(learn, 10**5)
+    assert len(seen)==1 and .3<seen[0]<=clock.trained and clock.trained<1.2
+    assert look.rates==sorted(look.rates) and look.rates[0]==0 and .5<look.rates[-1]<=1
+    assert clock.steps==len(look.rates)
+
+
+# ---- with a card
+
+CUDA = torch.device('cuda', 0)
+
+@gpu
+@needs_one
+@pytest.mark.parametrize('method', METHODS)
+def test_gpu_makes_the_same_views(method): assert (res := check.views_beside_cpu(method, CUDA))['ok'], res
+
+@gpu
+@needs_one
+@pytest.mark.parametrize('how', check.PRECISIONS)
+@pytest.mark.parametrize('method', METHODS)
+def test_gpu_has_the_same_loss_and_gradients(method, how): assert (res := check.step_beside_cpu(method, how, CUDA))['ok'], res
+
+@gpu
+@needs_one
+@pytest.mark.parametrize('how', ['fp32', 'tf32', 'bf16', 'to_fp16', 'to_bf16'])
+@pytest.mark.parametrize('method', METHODS)
+def test_gpu_trains(method, how): assert (res := check.learner_in(method, how, CUDA))['ok'], res
+
+@gpu
+@needs_one
+@pytest.mark.parametrize('arch', ['vit_small_patch16_224', 'resnet50'])
+def test_gpu_exports_with_tf32_convolutions(arch): assert check.export_from(arch, CUDA)['tf32']
+
+@gpu
+@needs_one
+@pytest.mark.parametrize('method', METHODS)
+def test_gpu_resumes_to_the_bit(method): assert (res := check.resume_on(method, CUDA))['ok'], res
+
+@gpu
+@needs_one
+def test_gpu_scores(): assert (res := check.scores_beside_cpu(CUDA))['ok'], res
+
+@gpu
+@needs_one
+def test_gpu_draws_pictures(): assert check.pictures_of(CUDA)['ok']
+
+@gpu
+@needs_one
+@pytest.mark.parametrize('method', METHODS)
+def test_gpu_waits_as_often_as_it_is_thought_to(method): assert check.waits_of(method, CUDA)['sum']<=sum(STEP_WAITS.values())
+
+@gpu
+@needs_one
+@pytest.mark.parametrize('method', METHODS)
+def test_gpu_trains_compiled(method):
+    torch._dynamo.reset()
+    plain, compiled = (check.fit(check.small_learner(method, CUDA, n=16, **kwargs)) for kwargs in ({}, dict(compile=True)))
+    assert_close(torch.tensor(compiled), torch.tensor(plain), rtol=.02, atol=0)
