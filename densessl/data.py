@@ -579,9 +579,8 @@ class CanvasDataset:
             except Exception as e: note = note or _bad_note(path, _reason(e))
             else: return x, torch.tensor(hw), note
         name, why, _ = note.split('\0')
-        note = _bad_note('',
-                         f'none of the {n} images can be read, the first is {_printable(name)!r} ({why}): check the '
-                         f'files')
+        message = f'none of the {n} images can be read, the first is {_printable(name)!r} ({why}): check the files'
+        note = _bad_note('', message)
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8), torch.ones(2, dtype=torch.int64), note
 
 # %% ../nbs/22_data.ipynb #c0e9d81a

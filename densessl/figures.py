@@ -470,13 +470,11 @@ _captions = dict(
     probing='Where the marked patch looks: the attention of the chosen block. The number says over how many patches '
             'it spreads.',
     segments='The soft mask of the marked patch, and the patches that share a mode of the density, in one colour each.',
-    tsne='t-SNE of the patches of the first three photographs, coloured by the segments of the last layer. The first '
-         'number says how often the most similar patch of the photograph is of the same segment, which is often in '
-         'any network, the second how often a patch drawn blindly would be. Where both are 1 each photograph is one '
-         'segment, and there is nothing to tell apart.',
+    tsne='t-SNE of the patches of the first three photographs, coloured by the segments of the last layer. The numbers '
+         'say how often the most similar patch is of the same segment, and how often one drawn blindly would be.',
     pca='The three directions in which the features vary most, over all photographs, as red, green and blue.',
-    correspondence='Patches of one view and the most similar patch of another view of the photograph: blue where it '
-                   'shows the same place, red where not. The numbers count all patches that both views show.',
+    correspondence='Patches of one view and the most similar patch of another: blue where it shows the same place, red '
+                   'where not. The numbers count the patches that both views show.',
     retrieval='The marked patch of the first photograph and the most similar patches of the others, with their cosine '
               'similarity.')
 

@@ -429,10 +429,8 @@ def _read_stretch(
         try:
             for name,data in reader:
                 more = i==stop-1==shard.n-1 and next(reader, None)
-                if i>=first:
-                    yield f'{shard.url}/{name}', data, _bad_note(shard.url,
-                                                                 f'holds more images than the {shard.n} of its list',
-                                                                 0) if more else ''
+                note = _bad_note(shard.url, f'holds more images than the {shard.n} of its list', 0) if more else ''
+                if i>=first: yield f'{shard.url}/{name}', data, note
                 i += 1
                 if i==stop: break
         except Exception as e: why = f' ({_reason(e)})'
@@ -462,8 +460,8 @@ def _item(sample, others, size, last=None, epoch=None):
     if x is not None: return x, torch.tensor(hw), note
     if last is not None: return *last[:2], note
     name, why, _ = note.split('\0')
-    return torch.zeros(3, size, size, dtype=torch.uint8), torch.ones(2, dtype=torch.int64), _bad_note('',
-        f'none of the first images can be read, the first is {_printable(name)!r} ({why}): check the shards')
+    note = f'none of the first images can be read, the first is {_printable(name)!r} ({why}): check the shards'
+    return torch.zeros(3, size, size, dtype=torch.uint8), torch.ones(2, dtype=torch.int64), _bad_note('', note)
 
 # %% ../nbs/23_shards.ipynb #2768204d
 class ShardImages:
