@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, fp32, check_ramp, check_ranges, rebuilt_from_list
+from .core import InputError, fp32, in_numbers, check_ramp, check_ranges, rebuilt_from_list
 from .softmask import mode_spread
 from .modes import mean_over_ranks
 from .views import Augment, CropSpec, Recipe
@@ -223,10 +223,9 @@ def dino_state(
 )->dict:    # One number for each name that `diagnose_dino` knows
     "The targets and the features of the current step, in numbers"
     out, parts = learn.pred, learn.loss_func.parts
-    numbers = {k: v.item() for k,v in parts._asdict().items()}
     spread, alike = mode_spread(out.tokens), mode_spread(out.tokens.float().mean(1))
-    return dict(K=len(out.centre), information=view_information(parts).item(), alike=alike.item(),
-                spread=spread.item(), centre=out.centre.norm().item()) | numbers
+    return in_numbers(dict(K=len(out.centre), information=view_information(parts), alike=alike, spread=spread,
+                           centre=out.centre.norm()) | parts._asdict())
 
 def diagnose_dino(
     m:dict,  # Numbers of one epoch: epoch, K, entropy, perplexity, information, alike, spread
