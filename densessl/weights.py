@@ -34,8 +34,8 @@ def _is_pickle(path):
 def _read(path):
     "Header and tensors of a safetensors file, or one sentence"
     if _is_pickle(path):
-        raise InputError(f'{str(path)!r} is a pickle, as torch.save writes them: reading it could run code, '
-                         'so it was not opened; give a safetensors file that export_backbone wrote, '
+        raise InputError(f'{str(path)!r} is a pickle, as torch.save writes them: reading it could run code '
+                         'that it holds, so it was not opened; give a safetensors file that export_backbone wrote, '
                          'or use open_backbone, which reads the weights alone')
     with open(path, 'rb') as f: head = f.read(100)
     try:
@@ -102,7 +102,8 @@ def load_backbone(
     try: net = timm.create_model(arch, **kwargs)
     except (Exception, MemoryError) as e:
         raise InputError(f'timm {timm.__version__} cannot build the {arch} that {str(path)!r} describes '
-                         f'({type(e).__name__}: {e}): install the timm that wrote it, or export it again') from None
+                         f'({type(e).__name__}: {e}): install the version of timm that wrote it, '
+                         'or export it again') from None
     want = net.state_dict()
     state = _without_tokens(want, state)
     if said := _misfit(want, state):
