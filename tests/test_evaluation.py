@@ -108,6 +108,7 @@ def test_encoder_and_its_method_run_in_eval_mode():
         extract(f, TRAIN)
         assert e.bn.num_batches_tracked==0 and e.training
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_gpu_gives_the_same_scores():
     torch.manual_seed(0)

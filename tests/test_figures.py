@@ -126,6 +126,7 @@ def test_segments_of_each_image_are_its_own():
         one = mode_segments(z[b], 10.)
         assert torch.equal(labels[b], one[0]) and n[b]==one[1]
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_gpu_gives_the_same_pictures():
     e, x = vit(), torch.randn(2, 3, 64, 64)

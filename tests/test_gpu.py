@@ -6,19 +6,24 @@ import copy
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo
+import torch.distributed as dist
 from fastai.callback.core import Callback
 from torch.testing import assert_close
 
+from densessl.callback.guard import _from_first
 from densessl.callback.score import DenseScore
 from densessl.core import InputError
 from densessl.data import scene_dls
@@ -134,8 +139,8 @@ def test_a_step_stays_on_the_device(method):
     want = check.fit(check.small_learner(method, 'cpu', n=16, monitor_every=100))
     assert_close(losses, torch.tensor(want), rtol=.02, atol=0)        # views are rounded elsewhere there
 
-# one look of the monitor: its numbers one by one, ranks by an SVD, the prototypes in use
-LOOK_WAITS = dict(flsl=16, clove=19, dino=14)
+# one look of the monitor: the loss, its numbers in one copy, and an SVD for each rank; in CLoVE two masks as indices for the contrast
+LOOK_WAITS = dict(flsl=3, clove=6, dino=4)
 
 @without_one
 @pytest.mark.parametrize('method', METHODS)
@@ -179,6 +184,25 @@ def test_views_on_the_device(method):
     with pretend_gpu(): assert (res := check.views_beside_cpu(method, torch.device('cuda')))['ok'], res
 
 
+# ---- several processes
+
+def wait_for_the_first(rank, init, out):
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', init_method=init, rank=rank, world_size=2, timeout=timedelta(seconds=1))
+    value = _from_first(lambda: time.sleep(2.5) or 'scores')
+    (out/str(rank)).write_text(value)
+    os._exit(0)
+
+@pytest.mark.skipif(sys.platform!='linux' or not dist.is_gloo_available(), reason='forks, with gloo')
+def test_the_others_wait_for_a_long_scoring(tmp_path):
+    "Longer than the time limit of their group, which is ten minutes with nccl"
+    context = multiprocessing.get_context('fork')
+    ps = [context.Process(target=wait_for_the_first, args=(r, f'file://{tmp_path/"meet"}', tmp_path)) for r in range(2)]
+    for p in ps: p.start()
+    for p in ps: p.join(60)
+    assert [(tmp_path/str(r)).read_text() for r in range(2)]==['scores']*2
+
+
 # ---- compiled
 
 def parts_of(method, **kwargs):
@@ -189,8 +213,7 @@ def parts_of(method, **kwargs):
     model = kind(dense_encoder(arch, img_size=c.img_size, **own|kwargs), c).train()
     return model, loss_kind(c), check.make_views(methods[method].recipe(c), check.draw_scenes(4, 40, seed=4)[0])
 
-@pytest.mark.parametrize('half', [False, True], ids=['fp32', 'bf16'])
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method,half', [('flsl', False), ('flsl', True), ('clove', False), ('dino', False)])
 def test_the_step_of_a_method_is_one_graph(method, half):
     "Forward pass and loss without a break, and in fp32 the same bits"
     torch._dynamo.reset()
@@ -229,7 +252,7 @@ def test_all_blocks_share_their_graphs(depth):
         model.update_teacher(.9)
     assert 0<len(made)<=6 and list(model.state_dict())==names
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', ['flsl', 'clove'])
 def test_a_compiled_learner_is_the_same_run(method):
     "Weights have the same names and, with a backend that makes no kernels, the same bits; its checkpoint fits a learner that is not compiled"
     torch._dynamo.reset()
@@ -286,7 +309,7 @@ def test_a_failed_check_is_told(tmp_path, capsys):
 def test_arms_share_the_clock():
     "The schedules end when the seconds do, and what is scored half-way does not count"
     seen = []
-    clock = check.ByTheClock(.6, lambda: (seen.append(clock.trained), __import__('time').sleep(1.)))
+    clock = check.ByTheClock(.6, lambda: (seen.append(clock.trained), time.sleep(1.)))
     class Look(Callback):
         order = 70
         def before_batch(self): self.rates.append(self.learn.pct_train)

@@ -18,7 +18,7 @@ from densessl.core import InputError
 from densessl.data import image_dls, scene_dls
 from densessl.learner import methods
 
-pytestmark = pytest.mark.skipif(sys.platform!='linux', reason='forks')
+pytestmark = [pytest.mark.skipif(sys.platform!='linux', reason='forks'), pytest.mark.usefixtures('one_thread')]
 SMALL = dict(
     flsl = (dict(hidden_dim=32, bottleneck_dim=16, n_prototypes=16, drop_path_rate=.2, freeze_epochs=1, wd=(.04,.4)), 'vit_tiny_patch16_224', dict(patch_size=8, embed_dim=24, depth=2, num_heads=3)),
     clove = (dict(hidden_dim=32, out_dim=16, num_heads=2, n_local=2, optimizer='lars', lr=1.), 'test_resnet', dict(output_stride=8)),
@@ -32,14 +32,6 @@ def interruptible():
     was = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, was)
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Sums have other last digits with another number of threads, and a forked process must not have more than one"
-    was = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(was)
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):

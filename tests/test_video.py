@@ -274,6 +274,7 @@ def test_other_features_of_the_same_place_score_lower():
     good, bad = (davis_score(f, [drifting()], multiple=4)[0].value for f in (colours, lambda x: colours(x).flip(-1) if x[0,0,0,0]>9 else torch.rand(len(x),3,8,12, generator=rng(2))))
     assert bad < good-.3
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_gpu_gives_the_same():
     Z, mask = unit(6,16,12,14), torch.randint(3, (48,56), generator=rng(0))

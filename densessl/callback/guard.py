@@ -7,8 +7,9 @@ __all__ = ['holds_bad_numbers', 'first_bad_module', 'finite_gradients', 'first_b
            'is_out_of_memory', 'memory_advice', 'OutOfMemory']
 
 # %% ../../nbs/54_callback.guard.ipynb #f463183f
-import math, warnings
+import functools, math, warnings
 from contextlib import nullcontext
+from datetime import timedelta
 
 import torch, torch.distributed as dist
 from torch import Tensor, nn
@@ -84,14 +85,19 @@ def _all(o):
     if len(res)>1: dist.all_gather_object(res, o)
     return res
 
+@functools.lru_cache(maxsize=1)
+def _patient(everybody):
+    "A group of all processes in which one may take hours: nccl ends a run when the others wait for ten minutes"
+    return dist.new_group(backend='gloo', timeout=timedelta(hours=6)) if dist.is_gloo_available() else everybody
+
 def _from_first(f):
     "What `f` returns in the first process, or its complaint, in all"
     if _world()==1: return f()
-    box = [None]
+    box, group = [None], _patient(dist.group.WORLD)
     if not _rank():
         try: box = [(f(), None)]
         except InputError as e: box = [(None, str(e))]
-    dist.broadcast_object_list(box, 0)
+    dist.broadcast_object_list(box, 0, group=group)
     if box[0][1]: raise InputError(box[0][1])
     return box[0][0]
 
