@@ -82,7 +82,8 @@ def call(command):
 def interrupted(command, at='epoch 1 of'):
     "The same in a process of its own, stopped by Ctrl-C once it has printed `at`: 'killed at any moment'"
     name, *args = shlex.split(command)
-    p = subprocess.Popen([sys.executable, script(name), *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    p = subprocess.Popen([sys.executable, script(name), *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))     # as in a terminal
     out = ''
     for line in p.stdout:
         if at and line.startswith(at):

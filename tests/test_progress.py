@@ -22,6 +22,11 @@ def home(tmp_path_factory):
     return home
 
 
+def as_in_a_terminal():
+    "A process in the background, or of nohup, is started to ignore these, and a run keeps to that"
+    for s in (signal.SIGINT, signal.SIGHUP): signal.signal(s, signal.SIG_DFL)
+
+
 def in_terminal(home, args, columns=80, stop_at=None):
     "All that a command writes to a terminal; SIGINT once `stop_at` is seen"
     pty = pytest.importorskip('pty')
@@ -29,7 +34,8 @@ def in_terminal(home, args, columns=80, stop_at=None):
     mine, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
     env = {k: v for k,v in ENV.items() if k not in ('COLUMNS', 'LINES')}
-    p = subprocess.Popen([sys.executable, 'script.py', *args], cwd=home, env=env, stdin=its, stdout=its, stderr=its, start_new_session=True)
+    p = subprocess.Popen([sys.executable, 'script.py', *args], cwd=home, env=env, stdin=its, stdout=its, stderr=its, start_new_session=True,
+                         preexec_fn=as_in_a_terminal)
     os.close(its)
     out = b''
     while True:
@@ -91,7 +97,8 @@ def test_a_file_gets_one_line_an_epoch(runs):
 
 def test_a_run_outlives_its_reader_and_is_saved_with_its_terminal(home):
     "The rest of what a broken pipe does not take is on standard error; SIGHUP, as from a terminal that is closed, stops the run as SIGTERM does"
-    p = subprocess.Popen([sys.executable, 'script.py', *ARGS[:-1], 'unread'], cwd=home, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, 'script.py', *ARGS[:-1], 'unread'], cwd=home, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                         preexec_fn=as_in_a_terminal)
     p.stdout.readline()
     p.stdout.close()
     said = []
