@@ -11,12 +11,12 @@ __all__ = ['ENOUGH_STEPS', 'FEW_PHOTOGRAPHS', 'SCORES', 'run_folder', 'parse_kwa
 import warnings
 
 # %% ../nbs/70_cli.ipynb #f045c23b
-warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')   # libraries talking to each other, not to the user
+warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')   # of libraries to each other
 warnings.filterwarnings('ignore', message='Your generator is empty')           # fastai, about the absent validation set
 
 # %% ../nbs/70_cli.ipynb #aa98342a
 import ast, csv, inspect, json, math, os, re, shlex, shutil, sys, time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -35,8 +35,8 @@ from .shards import is_shards, shard_dls, shard_list
 from .labelled import SegmentationData, labelled_data, labelled_options
 from .evaluation import MIOU, scores_table, write_scores
 from .augment import make_views
-from densessl.callback.checkpoint import (SaveRun, check_data, one_process, random_states, run_checkpoints,
-    set_random_states)
+from .callback.checkpoint import DamagedCheckpoint, read_header, run_checkpoints
+from .callback.checkpoint import SaveRun, check_data, one_process, random_states, set_random_states
 from .callback.guard import is_out_of_memory, memory_advice
 from .callback.progress import lasting_output, memory_in_use
 from .callback.score import DenseScore, kept_photographs
@@ -76,7 +76,8 @@ def parse_kwargs(
     res, example = {}, 'beta_sa=5,beta_ca=10' if option=='settings' else 'patch_size=8,depth=3'
     for part in filter(None, re.split(r',(?![^\[(]*[\])])', s or '')):
         k, eq, v = part.partition('=')
-        if not eq or not k.strip().isidentifier(): raise InputError(f'{part!r} in --{option} is not name=value: write for example {example}')
+        if not eq or not k.strip().isidentifier():
+            raise InputError(f'{part!r} in --{option} is not name=value: write for example {example}')
         v = v.strip()
         try: res[k.strip()] = _WORDS[v] if v in _WORDS else ast.literal_eval(v)
         except (ValueError, SyntaxError): res[k.strip()] = v
@@ -84,7 +85,7 @@ def parse_kwargs(
 
 # %% ../nbs/70_cli.ipynb #898ce989
 def scene_data(recipe, bs, seed, n=1024, device=None):
-    "Drawn scenes to train on, labelled ones of other seeds (train, test), and four of the latter with little noise to look at"
+    "Drawn scenes to train on, labelled ones of other seeds (train, test), and four with little noise to look at"
     dls = scene_dls(n, recipe, bs=bs, seed=seed, natural=True, device=device)
     size = dls.train.dataset[0][0].shape[-1]
     def labelled(n, s, **kwargs):
@@ -102,13 +103,14 @@ def suited_batch(
     return 2**int(math.log2(max(2, min(n, most, max(8, n/4)))))
 
 def photo_data(folder, recipe, bs, workers, seed, labelled=None, device=None, max_bad=.1, labelled_as=''):
-    "Photographs of a folder or of shards to train on, a few kept apart; labelled ones if there are any, and four photographs to draw"
+    "Photographs of a folder or of shards, a few kept apart; labelled ones if there are any, and four to draw"
     size, shards = recipe.crops[0].size, is_shards(folder)
     n = sum(s.n for s in shard_list(folder)) if shards else len(find_images(folder))
     held = max(2, min(64, n//10)) if n>=20 else 0
     if bs is None: bs = suited_batch((n-held)//max(1, num_distrib()))
-    dls = (shard_dls if shards else image_dls)(folder, recipe, bs=bs, num_workers=workers, valid_pct=(held+.5)/n if held else 0.,
-                                               seed=seed, device=device, max_bad=max_bad)
+    make_dls, apart = shard_dls if shards else image_dls, (held+.5)/n if held else 0.
+    dls = make_dls(folder, recipe, bs=bs, num_workers=workers, valid_pct=apart, seed=seed, device=device,
+                   max_bad=max_bad)
     show = torch.nn.functional.interpolate(kept_photographs(dls, 4)[0], size=(size,)*2, mode='bicubic', antialias=True)
     return dls, labelled and labelled_data(labelled, size=size, **labelled_options(labelled_as)), show
 
@@ -120,7 +122,8 @@ def change_settings(
     "Settings with some fields replaced; a field that does not exist, or a value of another kind, is an error"
     kinds = {f.name: f.type for f in fields(config)}
     if unknown := changes.keys() - kinds:
-        raise InputError(f'there is no setting {", ".join(sorted(unknown))} in {type(config).__name__}: its settings are {", ".join(kinds)}')
+        raise InputError(f'there is no setting {", ".join(sorted(unknown))} in {type(config).__name__}: '
+                         f'its settings are {", ".join(kinds)}')
     changes = {k: tuple(v) if isinstance(v, list) else v for k,v in changes.items()}
     for k,v in changes.items():
         old = getattr(config, k)
@@ -134,7 +137,7 @@ def change_settings(
 def outline(
     arch:str,           # timm name
     model_kwargs:dict,  # Arguments for timm
-):                      # Method that it suits, and its stride in pixels; (None, None) if timm does not say or cannot build it
+):                      # Method that it suits, and its stride in pixels; (None, None) if timm does not say
     "What the settings should fit, of a network that is not built yet"
     try: levels = [o['reduction'] for o in timm.create_model(arch, **model_kwargs).feature_info]
     except Exception: return None, None            # the learner will say what is wrong
@@ -144,7 +147,7 @@ def fit_local_views(
     config,             # `FLSLConfig`, `CLoVEConfig`, `DINOConfig`
     preset,             # The settings it comes from
     stride:int,         # Of the network, pixels
-):                      # Settings whose local views are as large, beside the large views, as those of `preset`, and whole patches
+):                      # Settings whose local views are to the large ones as in `preset`, in whole patches
     "Local views that suit the size of the large ones"
     if not config.n_local: return config
     wish = preset.local_size*config.img_size/preset.img_size
@@ -155,7 +158,8 @@ ENOUGH_STEPS, FEW_PHOTOGRAPHS = 500, 1000   # below these a word of warning
 
 def _check_numbers(job):
     "Numbers that would be noticed late"
-    for name,least in dict(workers=0, score_every=0, bs=2, img_size=1).items(): check_whole(name, getattr(job, name), least)
+    for name,least in dict(workers=0, score_every=0, bs=2, img_size=1).items():
+        check_whole(name, getattr(job, name), least)
     check_whole('epochs', job.epochs, 1, 10**6)
     check_whole('seed', job.seed, 0, 2**32-1)
     for name in ('lr', 'save_minutes'):
@@ -179,10 +183,12 @@ def _decide(job):
     if job.method is None:
         job.method = suits or 'flsl'
         if suits: job.notes.append(f'{suits}, which suits {job.arch}; --method chooses another')
-    if job.method not in methods: raise InputError(f'there is no method {job.method!r}: use one of {", ".join(methods)}')
+    if job.method not in methods:
+        raise InputError(f'there is no method {job.method!r}: use one of {", ".join(methods)}')
     m = methods[job.method]
     job.preset = job.preset or ('scenes' if drawn else 'paper')
-    if job.preset not in m.presets: raise InputError(f'there is no preset {job.preset!r}: use one of {", ".join(m.presets)}')
+    if job.preset not in m.presets:
+        raise InputError(f'there is no preset {job.preset!r}: use one of {", ".join(m.presets)}')
     if drawn and job.arch is None: job.arch, kwargs = m.scene_arch, kwargs or parse_kwargs(m.scene_kwargs)
     job.arch = job.arch or m.arch
     if stride is None: _, stride = outline(job.arch, kwargs)
@@ -192,7 +198,9 @@ def _decide(job):
     job.config = change_settings(preset, changes)
     if stride and 'local_size' not in changes:
         old, job.config = job.config.local_size, fit_local_views(job.config, preset, stride)
-        if job.config.local_size!=old: job.notes.append(f'local views of {job.config.local_size} px, to go with {job.config.img_size} px and patches of {stride} px')
+        if job.config.local_size!=old:
+            job.notes.append(f'local views of {job.config.local_size} px, '
+                             f'to go with {job.config.img_size} px and patches of {stride} px')
     if job.pretrained and job.init: raise InputError(f'pretrained=True and init={job.init} are two starts: give one')
     if job.pretrained: job.init = job.arch
     job.kwargs, job.where = kwargs, find_device(job.device) if job.device else None
@@ -204,14 +212,16 @@ def _open(job, m):
     set_seed(job.seed)
     recipe = m.recipe(job.config)
     if job.folder:
-        dls, pair, photos = photo_data(job.folder, recipe, job.bs, job.workers, job.seed, job.labelled, job.where, job.max_bad,
-                                       job.labelled_as)
+        dls, pair, photos = photo_data(job.folder, recipe, job.bs, job.workers, job.seed, job.labelled, job.where,
+                                       job.max_bad, job.labelled_as)
     else: dls, pair, photos = scene_data(recipe, job.bs or 32, job.seed, job.n_scenes, job.where)
     job.bs, job.images, job.steps = dls.train.bs, len(dls.train.dataset), len(dls.train)//max(1, num_distrib())
-    if job.epochs is None: job.epochs = max(100, math.ceil(ENOUGH_STEPS/max(1, job.steps))) if job.folder else m.scene_epochs
+    if job.epochs is None:
+        job.epochs = max(100, math.ceil(ENOUGH_STEPS/max(1, job.steps))) if job.folder else m.scene_epochs
     if job.score_every is None: job.score_every = max(1, job.epochs//(10 if job.folder else 4))
     if job.bf16 is None: job.bf16 = dls.device.type=='cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
-    learn = m.learner(dls, job.arch, job.config, model_kwargs=job.kwargs, bf16=job.bf16, **(dict(init=job.init) if job.init else {}))
+    init = dict(init=job.init) if job.init else {}
+    learn = m.learner(dls, job.arch, job.config, model_kwargs=job.kwargs, bf16=job.bf16, **init)
     other = open_backbone(job.baseline, job.config.img_size) if job.baseline else None
     return learn, pair, photos, other
 
@@ -248,7 +258,8 @@ def try_step(
     except Exception as e:
         if not is_out_of_memory(e): raise
         c = learn.model.config
-        raise InputError(f'{device} is out of memory: {memory_advice(dls.bs, c.img_size, c.n_local, half=bf16)}') from None
+        advice = memory_advice(dls.bs, c.img_size, c.n_local, half=bf16)
+        raise InputError(f'{device} is out of memory: {advice}') from None
     finally: set_random_states(states)
     return max(computing, reading) if dls.train.num_workers else computing+reading, memory
 
@@ -257,16 +268,17 @@ def _duration(seconds):
     "In the unit that suits"
     for unit,size in (('days', 86400), ('hours', 3600), ('minutes', 60)):
         if seconds>=2*size: return f'{seconds/size:.0f} {unit}'
-    return f'{seconds:.0f} seconds'
+    return _counted(round(seconds), 'second')
 
-def _expected(learn, steps, bf16):
-    "What the run will take"
+def _expected(learn, steps, bf16, rest=False):
+    "What the run, or the rest of it, will take"
     seconds, memory = try_step(learn, bf16)
-    return f'expected: about {_duration(seconds*steps)} and the scoring, {seconds:.2g} s a step; {memory} of memory'
+    what = 'expected for the rest' if rest else 'expected'
+    return f'{what}: about {_duration(seconds*steps)} and the scoring, {seconds:.2g} s a step; {memory} of memory'
 
 def _counted(n, what): return f'{n:,} {what}' + ('' if n==1 else 's')
 
-def _opening(job, learn):
+def _opening(job, learn, done=0):
     "What the run will do, and what speaks against it"
     dls, drawn, total = learn.dls, job.folder is None, job.steps*job.epochs
     weights = sum(p.numel() for p in learn.model.product.parameters())/1e6
@@ -278,8 +290,8 @@ def _opening(job, learn):
         f'{job.images:,} {what}, {_counted(job.steps, "step")} an epoch in batches of {job.bs}, '
         f'{_counted(job.epochs, "epoch")}: {_counted(total, "step")}',
         f'{apart}views of {sizes} px, on {dls.device} in {"bfloat16" if job.bf16 else "float32"}',
-        *job.notes,
-        _expected(learn, total, job.bf16)]
+        *job.notes]
+    if done<total: lines.append(_expected(learn, total-done, job.bf16, done>0))
     if total<ENOUGH_STEPS:
         enough = math.ceil(ENOUGH_STEPS/max(1, job.steps))
         lines.append(f'short: below some {ENOUGH_STEPS} steps features hardly change (--epochs {enough})')
@@ -303,6 +315,7 @@ def _report(learn, score, out, photos, seconds, method, epochs, others, say):
     after = [replace(s, model=last) for s in score.scores if s.model==f'epoch {epochs}' and s.probe in SCORES]
     scores = [*starts, *others, *after]
     write_scores(scores, out/'scores.json')
+    write_scores(score.scores, out/'scores_by_epoch.json')     # again: it may be lost, or the disk was full
     shown = {name: net for name,net in dict(before=start, after=trained).items() if net is not None}
     dense_picture(photos, shown, model.mask_beta, recipe).savefig(out/'picture.png', dpi=144)
     similarity_picture(photos, shown, recipe).savefig(out/'similarity.png', dpi=144)
@@ -345,7 +358,8 @@ def check_places(
         place = arguments.get(k)
         if place and not os.path.exists(place):
             again = f'densessl_pretrain {option}NEW_PLACE --resume --out {shlex.quote(str(out))}'
-            raise InputError(f'the run in {str(out)!r} reads {place!r}, which is not there now: name its new place, {again}')
+            raise InputError(f'the run in {str(out)!r} reads {place!r}, which is not there now: '
+                             f'name its new place, {again}')
 
 # %% ../nbs/70_cli.ipynb #9e6f00fe
 def _write_json(path, record):
@@ -372,7 +386,8 @@ def note_places(
 # %% ../nbs/70_cli.ipynb #0f6b6427
 def _again(job, out):
     "What resumes the run: typed in a shell or, if the run began there, in Python"
-    return f'densessl_pretrain --resume --out {shlex.quote(str(out))}' if job.shell else f'pretrain(out={str(out)!r}, resume=True)'
+    if job.shell: return f'densessl_pretrain --resume --out {shlex.quote(str(out))}'
+    return f'pretrain(out={str(out)!r}, resume=True)'
 
 @contextmanager
 def _stoppable(job, out):
@@ -386,29 +401,42 @@ def _writable(job, out):
     try: yield
     except (OSError, SafetensorError) as e:
         what, why = getattr(e, 'filename', None) or out, getattr(e, 'strerror', None) or e
-        message = f'{str(what)!r} could not be written ({why}), but training is safe up to {str(run_checkpoints(out/"checkpoints")[0])!r}: make room, then {_again(job, out)}'
-        raise InputError(message) from e
+        safe = str(run_checkpoints(out/'checkpoints')[0])
+        raise InputError(f'{str(what)!r} could not be written ({why}), but training is safe up to {safe!r}: '
+                         f'make room, then {_again(job, out)}') from e
 
 def _train(job, learn, pair, other, out, say):
     "The frozen baselines, then the run; returns its scores, those of the baseline, and seconds"
     dls, first = learn.dls, not rank_distrib()
     score = DenseScore(job.score_every or job.epochs, pair, out=out, linear=pair is not None, say=False)
-    save = SaveRun(out/'checkpoints', minutes=job.save_minutes, resume=job.resume, settings=dict(seed=job.seed), command=_again(job, out))
+    save = SaveRun(out/'checkpoints', minutes=job.save_minutes, resume=job.resume, settings=dict(seed=job.seed),
+                   command=_again(job, out))
     learn.add_cbs([score, save])
     others = []
     if other and first:
         others = [s for s in score.judge(other[0].to(dls.device), job.baseline, **other[1]) if s.probe in SCORES]
         say(f'{job.baseline}: ' + ', '.join(f'{s.probe} {100*s.value:.1f}' for s in others) + ' %')
-    if num_distrib()>1: import fastai.distributed                                   # gives learners `distrib_ctx`
-    with learn.distrib_ctx(cpu=dls.device.type=='cpu') if num_distrib()>1 else nullcontext(): learn.fit(job.epochs)
+    if num_distrib()>1:
+        import fastai.distributed                      # gives learners `distrib_ctx`
+        with learn.distrib_ctx(cpu=dls.device.type=='cpu'): learn.fit(job.epochs)
+    else: learn.fit(job.epochs)
     return score, others, time.time()-save.began       # those before a resume too
 
 def _record(job, arguments, learn):
     "What settings.json says: the run, and the arguments that give it again"
-    decided = {k: getattr(job, k) for k in ('method', 'preset', 'arch', 'model_kwargs', 'bs', 'epochs', 'score_every', 'bf16')}
+    names = 'method', 'preset', 'arch', 'model_kwargs', 'bs', 'epochs', 'score_every', 'bf16'
+    decided = {k: getattr(job, k) for k in names}
     kept = {k: v for k,v in arguments.items() if k not in ('device', 'shell')}   # a run may be resumed on another
-    return decided | dict(version=__version__, folder=job.folder and str(job.folder), model_kwargs=job.kwargs, seed=job.seed, images=job.images, init=job.init,
-                device=str(learn.dls.device), config=asdict(learn.model.config), arguments=kept | decided)
+    return decided | dict(
+        version=__version__, folder=job.folder and str(job.folder), model_kwargs=job.kwargs, seed=job.seed,
+        images=job.images, init=job.init, device=str(learn.dls.device), config=asdict(learn.model.config),
+        arguments=kept | decided)
+
+def _steps_done(out):
+    "Steps that a run need not take again"
+    for path in run_checkpoints(Path(out)/'checkpoints'):
+        with suppress(DamagedCheckpoint): return read_header(path)['step']
+    return 0
 
 def _begin(job, arguments, learn, out):
     "Write the settings; of a run that is overwritten, what would be taken for this one is removed"
@@ -423,7 +451,8 @@ def _job(**arguments):
     job, first = SimpleNamespace(**arguments), not rank_distrib()
     def say(*lines):
         if first and lines: print(*lines, sep='\n', flush=True)
-    if job.out is None and num_distrib()>1: raise InputError('several processes write to one folder: name it with --out')
+    if job.out is None and num_distrib()>1:
+        raise InputError('several processes write to one folder: name it with --out')
     m = _decide(job)
     if first and not job.resume:
         out = run_folder(job.out, job.method, job.overwrite, make=False)
@@ -433,10 +462,11 @@ def _job(**arguments):
     if job.resume:
         check_data(Path(job.out)/'checkpoints', learn.dls.train.dataset)
         note_places(job.out, arguments)
+    opening = _opening(job, learn, _steps_done(job.out) if job.resume else 0)
     out = Path(job.out) if job.resume or not first else run_folder(job.out, job.method, job.overwrite)
     with one_process(out) if first else nullcontext(), lasting_output(), _stoppable(job, out):
         if first and not job.resume: _begin(job, arguments, learn, out)
-        say(*_opening(job, learn), f'writing to {out}')
+        say(*opening, f'writing to {out}')
         score, others, seconds = _train(job, learn, pair, other, out, say)
         if not first: return out, [], learn
         with _writable(job, out):
@@ -450,7 +480,9 @@ def _how_to_load(encoder, path):
     plain = plain_arguments(encoder)
     kwargs = ''.join(f', {k}={v!r}' for k,v in plain.items())
     nearly = '' if plain==encoder.model_kwargs else ' (with a class token of zeros, so nearly the same features)'
-    return ['Load the backbone with', f'  from densessl.all import load_backbone; encoder = load_backbone({str(path)!r})', f'or without densessl{nearly}',
+    return ['Load the backbone with',
+            f'  from densessl.all import load_backbone; encoder = load_backbone({str(path)!r})',
+            f'or without densessl{nearly}',
             f'  timm.create_model({encoder.arch!r}, checkpoint_path={str(path)!r}{kwargs})']
 
 # %% ../nbs/70_cli.ipynb #82f71418
@@ -463,23 +495,29 @@ def resumed(
     out = Path(args['out']).expanduser()
     try: old = json.loads((out/'settings.json').read_text())['arguments']
     except (OSError, ValueError, KeyError, TypeError):
-        message = f'{str(out)!r} is not the folder of a run that can be resumed: it has no settings.json of densessl_pretrain'
-        raise InputError(message) from None
+        raise InputError(f'{str(out)!r} is not the folder of a run that can be resumed: '
+                         'it has no settings.json of densessl_pretrain') from None
     if (out/'scores.json').exists() and not run_checkpoints(out/'checkpoints'):
-        message = f'the run in {str(out)!r} is complete: there is nothing to resume. To train longer, start another run from its backbone'
-        raise InputError(f'{message}, init={out/"backbone.safetensors"}')
+        raise InputError(f'the run in {str(out)!r} is complete: there is nothing to resume. To train longer, '
+                         f'start another run from its backbone, init={out/"backbone.safetensors"}')
     own = ('out', 'resume', 'overwrite', 'workers', 'save_minutes', 'shell')
     args = absolute_paths(args | dict(out=out))
-    def same(k, v): return v in (defaults[k], old[k]) or k in _PLACES and old[k] and os.path.exists(v)    # it may have moved
-    if differ := [f'{k} was {old[k]!r}, now {v!r}' for k,v in args.items() if k in old and k not in own and not same(k, v)]:
-        raise InputError(f'the run in {str(out)!r} has other settings: {", ".join(differ)}; leave them out, or choose another --out')
-    return {k: v if k in ('out', 'resume', 'overwrite', 'shell') or v!=defaults[k] else old.get(k, v) for k,v in args.items()}
+    def same(k, v):
+        if v in (defaults[k], old[k]): return True
+        return k in _PLACES and old[k] and os.path.exists(v)   # it may have moved
+    given = {k: v for k,v in args.items() if k in old and k not in own}
+    if differ := [f'{k} was {old[k]!r}, now {v!r}' for k,v in given.items() if not same(k, v)]:
+        raise InputError(f'the run in {str(out)!r} has other settings: {", ".join(differ)}; '
+                         'leave them out, or choose another --out')
+    here = 'out', 'resume', 'overwrite', 'shell'
+    return {k: v if k in here or v!=defaults[k] else old.get(k, v) for k,v in args.items()}
 
 # %% ../nbs/70_cli.ipynb #8fb1d596
-def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs=None, settings=None, img_size=None, bs=None, epochs=None, lr=None,
-             seed=0, workers=None, bf16=None, labelled=None, baseline=None, score_every=None, save_minutes=10., resume=False, out=None,
-             overwrite=False, n_scenes=1024, init=None, pretrained=False, device=None, max_bad=.1,
-             labelled_as='', shell=False):
-    "The main job from Python; see `densessl_pretrain` for the arguments. Returns the run folder, the scores and the learner"
+def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs=None, settings=None, img_size=None, bs=None,
+             epochs=None, lr=None, seed=0, workers=None, bf16=None, labelled=None, baseline=None, score_every=None,
+             save_minutes=10., resume=False, out=None, overwrite=False, n_scenes=1024, init=None, pretrained=False,
+             device=None, max_bad=.1, labelled_as='', shell=False):
+    "The main job from Python, with the arguments of `densessl_pretrain`: the run folder, the scores and the learner"
     args = dict(locals())
-    return _job(**(resumed(args, {k: p.default for k,p in inspect.signature(pretrain).parameters.items()}) if resume else args))
+    if not resume: return _job(**args)
+    return _job(**resumed(args, {k: p.default for k,p in inspect.signature(pretrain).parameters.items()}))

@@ -33,19 +33,19 @@ class CLoVEConfig:
     global_scale:tuple=(0.2,1.)      # Area of a global view, share of the photograph
     local_scale:tuple=(0.08,0.3)     # Area of a local view, share of the photograph
     flip:float=0.5                   # Chance of a horizontal flip, each view on its own
-    augment:Augment|None=Augment(solarize_p=0.)  # Colours, each view on its own; blur and solarisation are those below; None leaves the pixels alone
+    augment:Augment|None=Augment(solarize_p=0.)  # Colors, each view on its own, without those below; None: as they are
     blur_p:tuple=(1.,0.1,0.5)        # Chance of blur: first global view, second global view, local views
-    solarize_p:tuple=(0.,0.2,0.)     # Chance of solarisation, likewise
+    solarize_p:tuple=(0.,0.2,0.)     # Chance of solarization, likewise
     hidden_dim:int=4096              # Width of the projector
     out_dim:int=256                  # Features that are compared
     num_heads:int=8                  # Heads of the attention
-    cosine:bool=False                # Cosine attention; False: only the output is normalised, as in the public code
+    cosine:bool=False                # Cosine attention; False: only the output is normalized, as in the public code
     attn_temp:float=0.2              # Temperature of cosine attention
     threshold:float=0.7              # Cells match when nearer than this, in diagonals of the larger cell
     lam:float=2.                     # Weight of the positive similarity
     margin:float=1.5                 # Margin of the hinge; of use between `lam`-1 and `lam`
     k:int=10                         # Hardest negatives of a cell; the first is dropped, the others are averaged
-    reduction:str='pair'             # 'pair': a hinge for each matched pair (poster); 'mean': one for each image (public code)
+    reduction:str='pair'             # 'pair': a hinge a matched pair (poster); 'mean': one an image (public code)
     momentum:tuple=(0.99,1.)         # Weight kept from the teacher, first and last
     lr:float=1.                      # Learning rate of LARS for a batch of 256; scales with the batch
     warmup:float=5/200               # Share of training over which the learning rate rises
@@ -59,21 +59,29 @@ class CLoVEConfig:
                      out_dim='[1, inf)', num_heads='[1, inf)', attn_temp='(0, inf)', threshold='(0, inf)',
                      lam='[0, inf)', margin='(-inf, inf)', lr='(0, inf)', warmup='[0, 1]', lr_floor='[0, 1]',
                      wd='[0, inf)', drop_path_rate='[0, 1)')
-        if self.reduction not in ('pair', 'mean'): raise InputError(f"reduction must be 'pair' or 'mean', got {self.reduction!r}")
+        if self.reduction not in ('pair', 'mean'):
+            raise InputError(f"reduction must be 'pair' or 'mean', got {self.reduction!r}")
         check_ramp('momentum', self.momentum, hi=1)
-        if self.optimizer not in ('lars', 'adamw'): raise InputError(f"optimizer must be 'lars' or 'adamw', got {self.optimizer!r}")
+        if self.optimizer not in ('lars', 'adamw'):
+            raise InputError(f"optimizer must be 'lars' or 'adamw', got {self.optimizer!r}")
         if not (isinstance(self.k, int) and self.k>=2):
-            raise InputError(f'k must be a whole number, at least 2, got {self.k}: the most similar candidate is dropped')
+            raise InputError(f'k must be a whole number, at least 2, got {self.k}: '
+                             'the most similar candidate is dropped')
         for k in ('blur_p', 'solarize_p'):
-            if len(getattr(self, k))!=3: raise InputError(f'{k} needs three numbers (first global view, second, local views), got {getattr(self, k)}')
+            if len(getattr(self, k))!=3:
+                raise InputError(f'{k} needs three numbers (first global view, second, local views), '
+                                 f'got {getattr(self, k)}')
 
 # %% ../nbs/41_clove.ipynb #2c903453
 clove_presets = dict(
     paper = CLoVEConfig(),
     paper_400 = CLoVEConfig(warmup=5/400),
     official = CLoVEConfig(margin=100., reduction='mean', augment=Augment(solarize_p=0., blur_at=0)),
-    scenes = CLoVEConfig(img_size=64, local_size=32, n_local=4, global_scale=(0.3,1.), hidden_dim=256, out_dim=64, num_heads=4, optimizer='adamw', lr=16e-3, warmup=.1, wd=1e-4,
-                         augment=Augment(brightness=0.5, contrast=0.4, saturation=0.4, hue=0.05, gray_p=0.1, solarize_p=0.), solarize_p=(0.,0.,0.), momentum=(0.98,1.)),
+    scenes = CLoVEConfig(img_size=64, local_size=32, n_local=4, global_scale=(0.3,1.), hidden_dim=256, out_dim=64,
+                         num_heads=4, optimizer='adamw', lr=16e-3, warmup=.1, wd=1e-4, momentum=(0.98,1.),
+                         augment=Augment(brightness=0.5, contrast=0.4, saturation=0.4, hue=0.05, gray_p=0.1,
+                                         solarize_p=0.),
+                         solarize_p=(0.,0.,0.)),
 )
 
 # %% ../nbs/41_clove.ipynb #03dd0577
@@ -82,7 +90,9 @@ def clove_recipe(
 )->Recipe:                             # Crops 'global1', 'global2' and 'local'
     "The views of CLoVE: each is cut from the photograph, whatever the others show (CLoVE public code)"
     c = config
-    def crop(i, name, size, scale, count=1): return CropSpec(name, size, scale, count=count, flip=c.flip, augment=c.augment and replace(c.augment, blur_p=c.blur_p[i], solarize_p=c.solarize_p[i]))
+    def crop(i, name, size, scale, count=1):
+        augment = c.augment and replace(c.augment, blur_p=c.blur_p[i], solarize_p=c.solarize_p[i])
+        return CropSpec(name, size, scale, count=count, flip=c.flip, augment=augment)
     crops = [crop(0, 'global1', c.img_size, c.global_scale), crop(1, 'global2', c.img_size, c.global_scale)]
     if c.n_local: crops.append(crop(2, 'local', c.local_size, c.local_scale, c.n_local))
     return Recipe(tuple(crops))
@@ -104,12 +114,19 @@ class CLoVE(nn.Module):
         super().__init__()
         c = self.config = config
         for name,size in (('img_size', c.img_size), *([('local_size', c.local_size)] if c.n_local else [])):
-            if encoder.grid(size, size)==(1, 1): raise InputError(f'{encoder.arch} turns a view of {size} px into one cell, which leaves nothing to tell apart: raise {name}, or take a network of smaller stride (output_stride)')
+            if encoder.grid(size, size)==(1, 1):
+                raise InputError(f'{encoder.arch} turns a view of {size} px into one cell, '
+                                 f'which leaves nothing to tell apart: raise {name}, '
+                                 'or take a network of smaller stride (output_stride)')
         h, w = encoder.grid(c.img_size, c.img_size)
-        if c.k>h*w: raise InputError(f'k is {c.k} but a global view has only {h}x{w} cells to choose negatives from: use k of at most {h*w}, larger views or a network of smaller stride')
+        if c.k>h*w:
+            raise InputError(f'k is {c.k} but a global view has only {h}x{w} cells to choose negatives from: '
+                             f'use k of at most {h*w}, larger views or a network of smaller stride')
         projector = ConvProjector(encoder.embed_dim, c.hidden_dim, c.out_dim)
-        self.teacher = nn.ModuleDict(dict(encoder=copy.deepcopy(encoder), projector=copy.deepcopy(projector))).requires_grad_(False)
-        self.student = nn.ModuleDict(dict(encoder=encoder, projector=projector, context=NMHSA(c.out_dim, c.num_heads, cosine=c.cosine, temp=c.attn_temp)))
+        copies = dict(encoder=copy.deepcopy(encoder), projector=copy.deepcopy(projector))
+        self.teacher = nn.ModuleDict(copies).requires_grad_(False)
+        context = NMHSA(c.out_dim, c.num_heads, cosine=c.cosine, temp=c.attn_temp)
+        self.student = nn.ModuleDict(dict(encoder=encoder, projector=projector, context=context))
 
     mask_beta = 10.   # Inverse temperature of the soft masks in its pictures
 
@@ -119,7 +136,7 @@ class CLoVE(nn.Module):
         return self.student.encoder
 
     def update_teacher(self, momentum):
-        "One step of the moving average, parameters only: the teacher normalises with statistics of its own (CLoVE public code)"
+        "One step of the moving average, parameters only: the teacher has statistics of its own (CLoVE public code)"
         for k,m in self.teacher.items(): ema_update(m, self.student[k], momentum, buffers=False)
 
     def _embed(self, net, images):
@@ -128,17 +145,19 @@ class CLoVE(nn.Module):
 
     def _match(self, v1, v2):
         grids = [self.student.encoder.grid(*v.images.shape[-2:]) for v in (v1, v2)]
-        check = not (v1.boxes.is_cuda or torch.compiler.is_compiling())      # it would wait for the device, or break the graph
+        check = not (v1.boxes.is_cuda or torch.compiler.is_compiling())   # or wait for the device, or break the graph
         return match_cells(v1.boxes, grids[0], v2.boxes, grids[1], self.config.threshold, check=check)
 
     def forward(self, views)->list:
-        glob, local = View(*(torch.cat([getattr(views[k], a) for k in ('global1', 'global2')]) for a in ('images', 'boxes'))), views.get('local')
+        both, local = (views['global1'], views['global2']), views.get('local')
+        glob = View(torch.cat([v.images for v in both]), torch.cat([v.boxes for v in both]))
         with torch.no_grad(): Ft = unit(self._embed(self.teacher, glob.images))                        # (2, B, M, D)
         context = lambda v: self.student.context(self._embed(self.student, v.images))
-        other = View(glob.images, glob.boxes.flip(0))                                          # each global view is asked about the other one; only its box matters
+        other = View(glob.images, glob.boxes.flip(0))   # each global view is asked about the other, by its box
         pairs = [MatchedViews(context(glob).flip(0), Ft, self._match(other, glob))]
         if local is not None:   # every local view with every global one: (2, V, B, ...)
-            pairs.append(MatchedViews(context(local)[None], Ft[:,None], self._match(View(local.images, local.boxes[None]), View(glob.images, glob.boxes[:,None]))))
+            matches = self._match(View(local.images, local.boxes[None]), View(glob.images, glob.boxes[:,None]))
+            pairs.append(MatchedViews(context(local)[None], Ft[:,None], matches))
         return pairs
 
 # %% ../nbs/41_clove.ipynb #88d60a79
@@ -146,7 +165,8 @@ class CLoVELoss(nn.Module):
     "The objective as a loss function; its last parts are kept in `parts` (CLoVE, margin ranking loss)"
     def __init__(self, config:CLoVEConfig=CLoVEConfig()):
         super().__init__()
-        self.kwargs, self.parts = dict(lam=config.lam, margin=config.margin, k=config.k, reduction=config.reduction), None
+        self.kwargs = dict(lam=config.lam, margin=config.margin, k=config.k, reduction=config.reduction)
+        self.parts = None
 
     def forward(self, pairs, *targets)->Tensor:
         total, self.parts = clove_objective(pairs, **self.kwargs)

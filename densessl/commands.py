@@ -61,7 +61,8 @@ class _Mistake:
     def __init__(self, parser): self.parser = parser
     def __call__(self, message):
         kinds = dict(int='a whole number', float='a number')
-        message = re.sub(r'argument ([^/:]+)\S*: invalid (int|float) value: (.*)', lambda m: f'{m[1]} needs {kinds[m[2]]}, got {m[3]}', message)
+        def needs(m): return f'{m[1]} needs {kinds[m[2]]}, got {m[3]}'
+        message = re.sub(r'argument ([^/:]+)\S*: invalid (int|float) value: (.*)', needs, message)
         message = re.sub(r'argument ([^/:]+)\S*:', r'\1:', message)
         if unknown := re.match(r'unrecognized arguments: (\S+)', message):
             word = unknown[1].split('=')[0]
@@ -91,7 +92,8 @@ def in_a_sentence(
     if isinstance(e, KeyboardInterrupt): return str(e) or 'stopped'
     from densessl.core import InputError   # imports torch
     if isinstance(e, InputError): return str(e)
-    if isinstance(e, OSError) and e.strerror: return f'{e.filename!r}: {e.strerror.lower()}' if e.filename else e.strerror.lower()
+    if not isinstance(e, OSError) or not e.strerror: return None
+    return f'{e.filename!r}: {e.strerror.lower()}' if e.filename else e.strerror.lower()
 
 def as_typed(
     message:str,     # Sentence in the words of Python
@@ -109,7 +111,8 @@ def as_typed(
 def _settings_names():
     "Names of the settings of every method, once they are imported"
     learner = sys.modules.get('densessl.learner')
-    return {name for m in learner.methods.values() for name in m.presets['paper'].__dataclass_fields__} if learner else ()
+    if not learner: return ()
+    return {name for m in learner.methods.values() for name in m.presets['paper'].__dataclass_fields__}
 
 def command(
     usage:str,    # What stands after the name of the command
@@ -154,9 +157,11 @@ def check_output(
     from densessl.core import InputError
     path = Path(path).expanduser()
     above = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if above!=path and not above.is_dir(): raise InputError(f'{str(path)!r} cannot be written: {str(above)!r} is a file')
+    if above!=path and not above.is_dir():
+        raise InputError(f'{str(path)!r} cannot be written: {str(above)!r} is a file')
     try: tempfile.TemporaryFile(dir=path.parent if path.is_file() else above).close()
-    except OSError as e: raise InputError(f'{str(path)!r} cannot be written ({e.strerror.lower()}): choose another place') from None
+    except OSError as e:
+        raise InputError(f'{str(path)!r} cannot be written ({e.strerror.lower()}): choose another place') from None
     return path
 
 def check_whole(
@@ -168,14 +173,16 @@ def check_whole(
     "See that a number is whole and in range, or not given"
     from densessl.core import InputError
     if value is None or isinstance(value, int) and least<=value<=most: return
-    raise InputError(f'{name} must be a whole number, at least {least}{"" if most==math.inf else f" and at most {most}"}, got {value!r}')
+    limit = '' if most==math.inf else f' and at most {most}'
+    raise InputError(f'{name} must be a whole number, at least {least}{limit}, got {value!r}')
 
 # %% ../nbs/04_commands.ipynb #034c7487
 @command('[FOLDER] [options]', 'photos/ --arch vit_small_patch16_224 --out runs/photos')
 def densessl_pretrain(
-    folder:option(str, 'Folder of photographs, searched recursively, or of shards; without it, drawn scenes', opt=False, nargs='?')=None,
-    method:str=None,        # flsl for a ViT, clove for a CNN, or dino, the baseline; by default the one that fits --arch
-    preset:str=None,        # Settings to start from: paper, official, scenes; clove also paper_400; by default paper, for drawn scenes scenes
+    folder:option(str, 'Folder of photographs, searched recursively, or of shards; without it, drawn scenes',
+                  opt=False, nargs='?')=None,
+    method:str=None,        # flsl for a ViT, clove for a CNN, or dino, the baseline; by default what fits --arch
+    preset:str=None,        # Settings: paper, official or scenes, clove also paper_400; by default paper
     arch:str=None,          # timm name of the network; by default vit_small_patch16_224, with clove resnet50
     model_kwargs:str=None,  # Arguments for timm, as patch_size=8,depth=3
     settings:str=None,      # Settings of the method, as beta_sa=5,augment=none
@@ -193,7 +200,7 @@ def densessl_pretrain(
     labelled:str=None,      # Folder of labelled photographs to score on, in any layout of densessl.labelled
     labelled_as:str='',     # How to read them, as layout=folder,ignore_index=0
     baseline:str=None,      # A backbone to compare with: a file, or a timm name (published weights)
-    score_every:int=None,   # Epochs between two scorings, 0: only before and after; by default a tenth of all, scenes a quarter
+    score_every:int=None,   # Epochs between two scorings, 0: only before and after; by default a tenth of all
     save_minutes:float=10., # Minutes between two checkpoints, above 0
     resume:bool=False,      # Resume the run in --out
     out:str=None,           # Folder to write to; by default runs/<method>-<number>
@@ -221,7 +228,7 @@ def densessl_evaluate(
     "Score a frozen backbone beside its random starts, and say whether training was worth it"
     args = dict(locals())
     for name,value,least in (('size', size, 1), ('limit', limit, 1), ('seed', seed, 0)): check_whole(name, value, least)
-    if out and check_output(out).exists(): _later('evaluation').read_scores(out)   # or an error: scores cannot be added to it
+    if out and check_output(out).exists(): _later('evaluation').read_scores(out)   # an error if it takes no more scores
     scores, said = _later('report').evaluate(**args)
     print(f'\n{_later("evaluation").scores_table(scores)}\n\n{said}')
     if out: print(f'written to {out} and {Path(out).with_suffix(".png")}')
@@ -232,7 +239,7 @@ def densessl_show(
     backbone:str,          # File that export_backbone wrote, or a timm name (published weights)
     images:option(str, 'Image files, or folders of them', opt=False, nargs='+'),
     other:str=None,        # A second backbone, shown beside the first
-    picture:str=None,      # ass, probing, segments, tsne, pca, correspondence or retrieval; by default all on a page, ass in a PNG file
+    picture:str=None,      # ass, probing, segments, tsne, pca, correspondence or retrieval; by default all
     patch:str='0.5,0.5',   # The patch that looks and is looked for, x,y in [0,1]
     layer:int=-1,          # Block of the attention, from 0; -1 is the last
     size:int=None,         # Side to which photographs are brought; by default that of the backbone
@@ -266,4 +273,6 @@ def densessl_shard(
     print(f'{index["images"]} photographs in {len(index["shardlist"])} shards, {index["bytes"]/1e6:.1f} MB, '
           f'{speed:.0f} photographs a second. Written to {out}')
     bad = index['left_out']
-    if bad: print(f'{len(bad)} files could not be read and were left out (all are in index.json):', *(f'{f}: {why}' for f,why in bad[:20]), sep='\n  ')
+    if not bad: return
+    first = (f'{f}: {why}' for f,why in bad[:20])
+    print(f'{len(bad)} files could not be read and were left out (all are in index.json):', *first, sep='\n  ')

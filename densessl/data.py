@@ -31,7 +31,8 @@ from .views import Recipe, _to
 # %% ../nbs/22_data.ipynb #b34b9369
 def _formats_here():
     "Pillow's names of the formats that can be read here, each with its suffixes"
-    formats = dict(JPEG='.jpg .jpeg .jpe .jfif .jif .jfi .mpo', PNG='.png .apng', WEBP='.webp', GIF='.gif', BMP='.bmp .dib', TIFF='.tif .tiff',
+    formats = dict(JPEG='.jpg .jpeg .jpe .jfif .jif .jfi .mpo', PNG='.png .apng', WEBP='.webp', GIF='.gif',
+                   BMP='.bmp .dib', TIFF='.tif .tiff',
                    PPM='.ppm .pgm .pnm')
     if features.check('avif'): formats['AVIF'] = '.avif'
     if features.check('jpg_2000'): formats['JPEG2000'] = '.jp2 .j2k .jpx .jpf .j2c .jpc'
@@ -52,8 +53,10 @@ _NOT_READ = {                                        # what else people keep bes
     'this Pillow cannot read them': '.avif .jp2 .j2k .jpx',
     'camera raw, export them as JPEG or TIFF': '.dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .pef .srw',
     'save them as PNG or TIFF': '.psd .xcf .exr .hdr .tga .svg .ico .icns .pcx .dds .pdf .eps .ai',
-    'scans, convert them to PNG or TIFF': '.dcm .nii .nii.gz .mha .mhd .nrrd .svs .ndpi .mrxs .scn .czi .nd2 .lif .fits .fit .ecw .sid .nitf .ntf',
-    'arrays and tables, save each image as PNG or TIFF': '.npy .npz .mat .h5 .hdf5 .nc .zarr .parquet .tfrecord .lmdb .mdb .pkl .pickle',
+    'scans, convert them to PNG or TIFF': '.dcm .nii .nii.gz .mha .mhd .nrrd .svs .ndpi .mrxs .scn .czi .nd2 .lif '
+                                          '.fits .fit .ecw .sid .nitf .ntf',
+    'arrays and tables, save each image as PNG or TIFF': '.npy .npz .mat .h5 .hdf5 .nc .zarr .parquet .tfrecord .lmdb '
+                                                         '.mdb .pkl .pickle',
     'give them a suffix, as .jpg': 'nosuffix copysuffix',
     'videos': '.mp4 .mov .m4v .avi .mkv .webm .mpg .mpeg .mts .wmv',
     'archives, give the path of a tar file to train on it, or of the folder that several are in': '.tar .tgz .tar.gz',
@@ -62,7 +65,8 @@ _NOT_READ = {                                        # what else people keep bes
 _NOT_READ = {s: why for why,o in _NOT_READ.items() for s in o.split() if s not in IMAGE_SUFFIXES}
 
 # %% ../nbs/22_data.ipynb #1b57da58
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE,
           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 def _orientation(im):
@@ -79,7 +83,7 @@ def _stretched(a, lo, hi):
     return ((a-lo)*(255/max(hi-lo, 1e-12))).round().clip(0, 255).astype(np.uint8)
 
 def _black_and_white(lo, hi):
-    "The numbers that stand for black and for white; a range that would fill less than 32 grays counts as a whole, as in thermal images"
+    "The numbers that stand for black and white; a range of less than 32 grays counts as a whole, as in thermal images"
     white = _white(hi)
     return (lo, hi) if white>255 and 0<hi-lo<white/8 else (0, white)
 
@@ -97,7 +101,8 @@ def _check_planes(im):
     "An error for a TIFF of 16 bits whose colors are stored one after the other: Pillow takes them for bytes"
     if im.format!='TIFF' or im.mode not in ('RGB','RGBA') or im.tag_v2.get(284)!=2: return
     if max(im.tag_v2.get(258, (8,)))>8:
-        raise OSError('a TIFF of 16 bits in separate planes, which Pillow misreads: save it with the bands of a pixel together')
+        raise OSError('a TIFF of 16 bits in separate planes, which Pillow misreads: save it with the bands of a pixel '
+                      'together')
 
 def _is_negative(im):
     "Whether 0 is white; for bytes Pillow sees to it"
@@ -122,7 +127,7 @@ def _rgb(im):
 
 # %% ../nbs/22_data.ipynb #f4155a88
 def _open_file(file):
-    "A file opened to be read, by us so that Pillow never maps it into memory; never a pipe or a device; an open one from its start"
+    "A file opened by us, or Pillow would map it into memory; never a pipe or a device; an open one from its start"
     if hasattr(file, 'read'):
         file.seek(0)
         return nullcontext(file)
@@ -149,7 +154,8 @@ _STARTS = {                                              # of files that are no 
     rb'%PDF': 'a PDF document',
     rb'8BPS': 'a Photoshop document: save it as PNG or TIFF',
     rb'.{128}DICM': 'a DICOM scan: convert it to PNG or TIFF',
-    rb'II[*+]\x00|MM\x00[*+]': 'a TIFF that Pillow cannot read, as of many bands or of colors in floating point: save three bands of 8 bits',
+    rb'II[*+]\x00|MM\x00[*+]': 'a TIFF that Pillow cannot read, as of many bands or of colors in floating point: save '
+                               'three bands of 8 bits',
     rb'\x00+$': 'nothing but zeros',
 }
 
@@ -281,12 +287,12 @@ def load_canvas(
     return x[0].contiguous(), hw
 
 # %% ../nbs/22_data.ipynb #478f05f1
-_MAP_WORDS = MASK_NAMES | frozenset('''instance instances heatmap heatmaps superpixels segs segm segmap panoptic trimap trimaps matte mattes depth depths
-    disparity disp normals labeled labelled'''.split())
+_MAP_WORDS = MASK_NAMES | frozenset('''instance instances heatmap heatmaps superpixels segs segm segmap panoptic trimap
+    trimaps matte mattes depth depths disparity disp normals labeled labelled'''.split())
 _COPY_WORDS = frozenset('thumb thumbs thumbnail thumbnails preview previews tn'.split())
-_PHOTO_WORDS = frozenset('''image images img imgs rgb color colors colour colours photo photos jpeg jpg picture pictures sat
-    full big large small original originals'''.split())
-_OTHER_WORDS = frozenset('ids id color colour colored map maps train raw ground rgb'.split())   # may follow one of those
+_PHOTO_WORDS = frozenset('''image images img imgs rgb color colors colour colours photo photos jpeg jpg picture
+    pictures sat full big large small original originals'''.split())
+_OTHER_WORDS = frozenset('ids id color colour colored map maps train raw ground rgb'.split())   # may follow
 _ROOTS = [o for o in _MAP_WORDS|_COPY_WORDS if not any(p in o for p in _MAP_WORDS|_COPY_WORDS if p!=o)]
 
 def _has_word(text):
@@ -339,7 +345,7 @@ def _look(file):
 _FEW, _COLORED = 64, ('RGB','RGBA','CMYK')                # values of a mask; modes that a depth map has not
 
 def _looks_like(kind, path, photo):
-    "Do the pixels agree that a file is a map or a copy of `photo`, as its name says ('': it does not)? None: unreadable"
+    "Do the pixels agree that a file is a map or a copy of `photo`, as its name says ('': not so)? None: unreadable"
     look, whole = _look(path), photo and _look(photo)
     if look is None or photo and whole is None: return None
     size, mode, n = look
@@ -439,7 +445,7 @@ def _not_photographs(
 # %% ../nbs/22_data.ipynb #c7cf82e5
 def _is_image(name): return name.lower().endswith(IMAGE_SUFFIXES)
 
-_COPY_SUFFIX  = re.compile(r'\.(jpe?g|png|webp|tiff?)([~!_@?&:][^.]*|\.\d+)$')          # as a.jpg_large, a.jpg~, a.jpg.1
+_COPY_SUFFIX  = re.compile(r'\.(jpe?g|png|webp|tiff?)([~!_@?&:][^.]*|\.\d+)$')   # as a.jpg_large, a.jpg~, a.jpg.1
 _IMAGE_STARTS = re.compile(rb'\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|RIFF....WEBP', re.S)
 
 _RUN_PICTURES = {'curves.png', 'picture.png', 'similarity.png'}   # that densessl_pretrain writes beside settings.json
@@ -497,10 +503,11 @@ def _some(counts, n=4):
 
 def _not_read(counts):
     "What is not read, and what to do about it; `counts` of the suffixes"
-    counts, called = sorted(counts.items()), dict(nosuffix='without a suffix', copysuffix='with more after it, as .jpg~')
+    called = dict(nosuffix='without a suffix', copysuffix='with more after it, as .jpg~')
+    counts = sorted(counts.items())
     whys = dict.fromkeys(_NOT_READ[s] for s,_ in counts)
-    parts = [' and '.join(f'{n} {called.get(s, s)}' for s,n in counts if _NOT_READ[s]==why) + f' ({why})' for why in whys]
-    return 'not read: '+', '.join(parts)
+    def some(why): return ' and '.join(f'{n} {called.get(s, s)}' for s,n in counts if _NOT_READ[s]==why)
+    return 'not read: '+', '.join(f'{some(why)} ({why})' for why in whys)
 
 def _remarks(walk, out, kept):
     "What of a folder is not trained on, and why"
@@ -572,7 +579,9 @@ class CanvasDataset:
             except Exception as e: note = note or _bad_note(path, _reason(e))
             else: return x, torch.tensor(hw), note
         name, why, _ = note.split('\0')
-        note = _bad_note('', f'none of the {n} images can be read, the first is {_printable(name)!r} ({why}): check the files')
+        note = _bad_note('',
+                         f'none of the {n} images can be read, the first is {_printable(name)!r} ({why}): check the '
+                         f'files')
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8), torch.ones(2, dtype=torch.int64), note
 
 # %% ../nbs/22_data.ipynb #c0e9d81a
@@ -611,7 +620,9 @@ class BadFiles(list):
             self.append(self.kind(name))
         of = min(self.n or math.inf, max(self.seen, self.enough))
         if self.lost>max(self.few if self.max_bad else 0, self.max_bad*of):
-            raise InputError(f'{self.lost} of {min(self.seen, self.n or self.seen)} photographs read cannot be read, more than max_bad={self.max_bad:g} allows: mend or remove these files, or raise max_bad\n{self.report()}')
+            raise InputError(f'{self.lost} of {min(self.seen, self.n or self.seen)} photographs read cannot be read, '
+                             f'more than max_bad={self.max_bad:g} allows: mend or remove these files, or raise '
+                             f'max_bad\n{self.report()}')
     def state_dict(self): return dict(seen=self.seen, lost=self.lost, reasons=dict(self.reasons))
     def load_state_dict(self, state):
         "Count on from where an interrupted run was"
@@ -626,7 +637,7 @@ class BadFiles(list):
 
 # %% ../nbs/22_data.ipynb #b8bba422
 class MakeViews:
-    "Batch transform (canvas, hw, notes) -> (views, hw), on `device`; collects the notes on files that could not be read"
+    "Batch transform (canvas, hw, notes) -> (views, hw), on `device`; collects the notes on unreadable files"
     def __init__(self,
         recipe:Recipe,                 # What to cut
         bad_files:BadFiles|None=None,  # Collects the unreadable ones
@@ -666,6 +677,12 @@ def _canvas(canvas, recipe):
         raise InputError(f'canvas must be a whole number of pixels, at least 1, got {canvas}')
     return size
 
+def _own_device():
+    "The GPU of this process, as the launcher says, or the CPU"
+    if not torch.cuda.is_available(): return torch.device('cpu')
+    rank = int(os.environ.get('LOCAL_RANK', torch.cuda.current_device()))
+    return torch.device('cuda', rank%torch.cuda.device_count())
+
 def _loaders(train, valid, recipe, bs, num_workers, device, pin_memory, bad, loader):
     "Loaders of a training and a validation set, each made by `loader(ds, train, **kwargs)`; the latter may be empty"
     if not isinstance(bs, int) or bs<2:
@@ -677,10 +694,10 @@ def _loaders(train, valid, recipe, bs, num_workers, device, pin_memory, bad, loa
     if num_workers is None: num_workers = max(0, min(8, defaults.cpus-1))
     if not isinstance(num_workers, int) or num_workers<0:
         raise InputError(f'the number of workers must be a whole number, 0 for none, got {num_workers}')
-    if device is None: device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', torch.cuda.current_device()))%torch.cuda.device_count()) if torch.cuda.is_available() else torch.device('cpu')
-    device = torch.device(device)
+    device = _own_device() if device is None else torch.device(device)
     if pin_memory is None: pin_memory = device.type=='cuda'
-    dls = [loader(ds, is_train, bs=bs, num_workers=num_workers if len(ds) else 0, pin_memory=pin_memory, after_batch=MakeViews(recipe, bad))
+    dls = [loader(ds, is_train, bs=bs, num_workers=num_workers if len(ds) else 0, pin_memory=pin_memory,
+                  after_batch=MakeViews(recipe, bad))
            for ds,is_train in ((train, True), (valid, False))]
     dls = DataLoaders(*dls, device=device)
     dls.recipe, dls.bad_files = recipe, bad
@@ -711,7 +728,7 @@ def _masks_among(files):
     return sorted(flat|gray if len(gray)<len(looks) else flat), len(looks)
 
 def _survey(files, closer=32):
-    "What the headers of some files (name, path or open file), and the pixels of the first of them, say of all: sentences"
+    "What headers of some files (name, path or open file), and pixels of the first of them, say of all: sentences"
     long, pages, says = [], [], []
     for name,file in files:
         with (suppress(Exception), no_pixel_limit(), no_pillow_warnings(), _open_file(file) as f,
@@ -720,15 +737,17 @@ def _survey(files, closer=32):
             if max(w, h)>LONGEST*min(w, h): long.append(name)
             if _has_pages(im): pages.append(name)
     if long:
-        says.append(f'{len(long)} of {len(files)} photographs looked at are panoramas, longer than {LONGEST} : 1, such as '
-                    f'{_printable(min(long))!r}: of each an epoch shows one window of {LONGEST} : 1, another one every time')
+        says.append(f'{len(long)} of {len(files)} photographs looked at are panoramas, longer than {LONGEST} : 1, '
+                    f'such as {_printable(min(long))!r}: of each an epoch shows one window of {LONGEST} : 1, '
+                    'another one every time')
     if pages:
-        says.append(f'{len(pages)} of {len(files)} files looked at hold several pictures, such as {_printable(min(pages))!r}: '
-                    f'the first of each is trained on')
+        says.append(f'{len(pages)} of {len(files)} files looked at hold several pictures, such as '
+                    f'{_printable(min(pages))!r}: the first of each is trained on')
     odd, seen = _masks_among(files[:closer])
     if len(odd)>max(1, seen/20):
-        says.append(f'{len(odd)} of {seen} images looked at have few colors, or are gray beside others in color, as masks and '
-                    f'depth maps are, such as {_printable(odd[0])!r}: take them away if they are no photographs')
+        says.append(f'{len(odd)} of {seen} images looked at have few colors, or are gray beside others in color, as '
+                    f'masks and depth maps are, such as {_printable(odd[0])!r}: take them away if they are no '
+                    'photographs')
     return says
 
 # %% ../nbs/22_data.ipynb #2b26da31
@@ -752,7 +771,8 @@ def image_dls(
     order, k = list(range(len(files))), int(valid_pct*len(files))
     if k: random.Random(seed).shuffle(order)
     valid, train = ([files[i] for i in sorted(o)] for o in (order[:k], order[k:]))
-    dls = _loaders(CanvasDataset(train, size), CanvasDataset(valid, size), recipe, bs, num_workers, device, pin_memory, bad, _seeded(seed, drop_last))
+    dls = _loaders(CanvasDataset(train, size), CanvasDataset(valid, size), recipe, bs, num_workers, device, pin_memory,
+                   bad, _seeded(seed, drop_last))
     for ds in (dls.train_ds, dls.valid_ds):          # one that can be read, or an error before the training starts
         if len(ds) and (note := CanvasDataset(ds.paths, 8)[0][2]).startswith('\0'): bad.add([note])
     some = random.Random(0).sample(files, min(100, len(files)))
@@ -772,4 +792,5 @@ def scene_dls(
 )->DataLoaders:            # Batches (views, hw); `train_ds.images` holds the scenes
     "Batches of views of drawn scenes: training without a single file"
     images = draw_scenes(n, default_canvas(recipe) if canvas is None else canvas, seed, **kwargs)[0]
-    return _loaders(SceneCanvases(images), SceneCanvases(images[:0]), recipe, bs, num_workers, device, False, BadFiles(n), _seeded(seed))
+    return _loaders(SceneCanvases(images), SceneCanvases(images[:0]), recipe, bs, num_workers, device, False,
+                    BadFiles(n), _seeded(seed))

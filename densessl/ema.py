@@ -17,9 +17,9 @@ def ema_update(
     teacher:nn.Module,   # Averaged in place
     student:nn.Module,   # Of the same architecture
     momentum:float,      # Weight kept from the teacher, in [0, 1]
-    buffers:bool=True,   # Average floating buffers (batch-norm statistics) too and copy integer ones; False leaves the teacher its own
+    buffers:bool=True,   # Average floating buffers (batch-norm statistics), copy others; False: the teacher has its own
 ):
-    "One step of the moving average: teacher <- momentum*teacher + (1-momentum)*student (FLSL; CLoVE with `buffers=False`)"
+    "One step of the average: teacher <- momentum*teacher + (1-momentum)*student (FLSL; CLoVE with `buffers=False`)"
     if not 0<=momentum<=1: raise InputError(f'momentum must be in [0, 1], got {momentum}')
     pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
     if buffers:

@@ -27,7 +27,8 @@ def sincos_positions(
     grid,      # Rows and columns of the token grid, (H, W)
 )->Tensor:     # Table, (H*W, dim), rows of the grid one after the other; first half horizontal, second half vertical
     "Fixed two-dimensional sine-cosine positions (FLSL public code)"
-    if dim%4: raise InputError(f'sine-cosine positions need a width that 4 divides, got {dim}: choose another embed_dim')
+    if dim%4:
+        raise InputError(f'sine-cosine positions need a width that 4 divides, got {dim}: choose another embed_dim')
     w = 10000**(-torch.arange(dim//4, dtype=torch.float64)/(dim//4))
     y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing='ij')
     x, y = x.reshape(-1,1)*w, y.reshape(-1,1)*w
@@ -43,7 +44,8 @@ def resample_positions(
 )->Tensor:                # Positions on the new grid, (..., H'*W', D)
     "Resample a table of positions to another grid, bicubic"
     old_grid, new_grid = tuple(old_grid), tuple(new_grid)
-    if math.prod(old_grid)!=table.shape[-2]: raise InputError(f'a table of {table.shape[-2]} positions is not a {old_grid[0]}x{old_grid[1]} grid')
+    if math.prod(old_grid)!=table.shape[-2]:
+        raise InputError(f'a table of {table.shape[-2]} positions is not a {old_grid[0]}x{old_grid[1]} grid')
     if old_grid==new_grid: return table
     maps = table.reshape(-1, *old_grid, table.shape[-1]).permute(0, 3, 1, 2)
     if offset: how = dict(scale_factor=[(n+offset)/o for n,o in zip(new_grid, old_grid)], recompute_scale_factor=False)
@@ -55,7 +57,7 @@ def resample_positions(
 def _sides(size): return (size, size) if isinstance(size, int) else tuple(size)
 
 def _multiplies(net):
-    "Has it depthwise convolutions with more outputs than inputs? FastViT, which has, crashes in torch's backward pass on a CPU with channels last"
+    "Has it depthwise convolutions with more outputs than inputs? They crash torch's backward pass (CPU, channels last)"
     return any(isinstance(m, nn.Conv2d) and 1<m.groups==m.in_channels<m.out_channels for m in net.modules())
 
 def _one_line(e):
@@ -65,7 +67,8 @@ def _one_line(e):
 def _meta_run(net, size, in_chans):
     "Shape of `net`'s features of one image, and the names of the parameters they do not depend on; nothing is computed"
     was, names = net.training, [k for k,p in net.named_parameters() if p.requires_grad]
-    device = 'cpu' if any(isinstance(m, nn.RNNBase) for m in net.modules()) else 'meta'   # recurrent layers take minutes on meta
+    recurrent = any(isinstance(m, nn.RNNBase) for m in net.modules())
+    device = 'cpu' if recurrent else 'meta'   # on meta recurrent layers take minutes
     state = {k: torch.empty_like(v, device=device) for k,v in [*net.named_parameters(), *net.named_buffers()]}
     for k in names: state[k].requires_grad_()
     x = torch.empty(1, in_chans, *size, device=device)
@@ -86,7 +89,7 @@ class DenseEncoder(nn.Module):
     def __init__(self,
         net:nn.Module,      # timm network without classifier
         arch:str,           # timm name
-        model_kwargs:dict,  # `timm.create_model(arch, **model_kwargs)` builds a network into which `net.state_dict()` loads
+        model_kwargs:dict,  # `timm.create_model(arch, **model_kwargs)` takes `net.state_dict()`
         img_size,           # Image size the network was built for, int or (height, width)
     ):
         super().__init__()
@@ -94,23 +97,30 @@ class DenseEncoder(nn.Module):
         h, w = _sides(img_size)
         try: shape, unused = _meta_run(net, (h, w), model_kwargs.get('in_chans', 3))
         except Exception as e:
-            raise InputError(f'{arch} gives no features of an image of {h}x{w}: {_one_line(e)}; choose another img_size, or a ViT or a CNN') from e
+            raise InputError(f'{arch} gives no features of an image of {h}x{w}: {_one_line(e)}; '
+                             'choose another img_size, or a ViT or a CNN') from e
         self.embed_dim, self.n_prefix = net.num_features, getattr(net, 'num_prefix_tokens', 0)
         if shape is None or len(shape) not in (3,4) or self.embed_dim not in (shape[1], shape[-1]):
-            raise InputError(f'{arch} gives neither tokens nor feature maps (its features have shape {shape}): choose a ViT or a CNN')
-        self.layout = 'tokens' if len(shape)==3 else 'maps' if shape[1]==self.embed_dim and getattr(net, 'output_fmt', 'NCHW')!='NHWC' else 'NHWC'
+            raise InputError(f'{arch} gives neither tokens nor feature maps (its features have shape {shape}): '
+                             'choose a ViT or a CNN')
+        first = shape[1]==self.embed_dim and getattr(net, 'output_fmt', 'NCHW')!='NHWC'
+        self.layout = 'tokens' if len(shape)==3 else 'maps' if first else 'NHWC'
         if self.layout=='maps' and not _multiplies(net): net.to(memory_format=torch.channels_last)
-        n = shape[1]-self.n_prefix if self.layout=='tokens' else math.prod(shape[-2:] if self.layout=='maps' else shape[1:3])
-        if self.layout=='tokens' and n<2: raise InputError(f'{arch} gives a single feature for an image of {h}x{w}, not one for each patch: choose a ViT or a CNN')
+        n = dict(tokens=shape[1]-self.n_prefix, maps=math.prod(shape[-2:]), NHWC=math.prod(shape[1:3]))[self.layout]
+        if self.layout=='tokens' and n<2:
+            raise InputError(f'{arch} gives a single feature for an image of {h}x{w}, not one for each patch: '
+                             'choose a ViT or a CNN')
         self.stride = round(math.sqrt(h*w/n))
         if n!=(-(-h//self.stride))*(-(-w//self.stride)):
-            raise InputError(f'{arch} gives {n} features for an image of {h}x{w}, which form no square grid of patches: choose a ViT or a CNN')
+            raise InputError(f'{arch} gives {n} features for an image of {h}x{w}, '
+                             'which form no square grid of patches: choose a ViT or a CNN')
         for k in unused: net.get_parameter(k).requires_grad_(False)
 
     def grid(self, h:int, w:int):
         "Rows and columns of the feature grid of an image of `h` x `w` pixels"
         if h%self.stride or w%self.stride or not h or not w:
-            raise InputError(f'{self.arch} has patches of {self.stride} px, which do not divide an image of {h}x{w}: use multiples of {self.stride}')
+            raise InputError(f'{self.arch} has patches of {self.stride} px, which do not divide an image of {h}x{w}: '
+                             f'use multiples of {self.stride}')
         return h//self.stride, w//self.stride
 
     def check_size(self,
@@ -120,7 +130,8 @@ class DenseEncoder(nn.Module):
         "Refuse an image size that the network cannot take; nothing is computed"
         name = f'{name}={h}' if name else f'an image of {h}x{w}'
         if h%self.stride or w%self.stride:
-            near = sorted({s for o in (h, w) for s in (o//self.stride*self.stride, -(-o//self.stride)*self.stride) if s})
+            s = self.stride
+            near = sorted(({o//s*s for o in (h, w)} | {-(-o//s)*s for o in (h, w)}) - {0})
             raise InputError(f'{self.arch} has patches of {self.stride} px, which do not divide {name}: '
                              f'use {" or ".join(map(str, near))}')
         n = math.prod(self.grid(h, w))
@@ -130,12 +141,13 @@ class DenseEncoder(nn.Module):
         except Exception as e: shape, why = None, _one_line(e)
         if shape==want: return
         if self.model_kwargs.get('in_chans', 3)!=3:
-            raise InputError(f'{self.arch} was built with in_chans={self.model_kwargs["in_chans"]}, but views have 3 colours: '
-                             'leave in_chans out of model_kwargs')
+            raise InputError(f'{self.arch} was built with in_chans={self.model_kwargs["in_chans"]}, '
+                             'but views have 3 colors: leave in_chans out of model_kwargs')
         built = 'x'.join(map(str, _sides(self.img_size)))
-        raise InputError(f'{self.arch} was built for images of {built} and cannot take {name} ({why or f"features of shape {shape}"}): '
-                         'give views of one size (local_size equal to img_size, or n_local=0), or choose a network for any size, '
-                         'as vit_small_patch16_224, resnet50 or convnext_tiny')
+        why = why or f'features of shape {shape}'
+        raise InputError(f'{self.arch} was built for images of {built} and cannot take {name} ({why}): '
+                         'give views of one size (local_size equal to img_size, or n_local=0), '
+                         'or choose a network for any size, as vit_small_patch16_224, resnet50 or convnext_tiny')
 
     def tokens(self, x:Tensor)->Tensor:
         "Features of images (B, 3, height, width) as tokens, (B, N, D), rows of the grid one after the other"
@@ -151,9 +163,12 @@ class DenseEncoder(nn.Module):
     def forward(self, x): return self.tokens(x)
 
 # %% ../nbs/30_encoders.ipynb #3551e8ed
-_LOADS = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_strict', 'checkpoint_path', 'checkpoint_strict',
-           'cache_dir', 'cfg', 'scriptable', 'exportable', 'no_jit')   # arguments of timm that are no part of a network
+_LOADS = (   # arguments of timm that are no part of a network
+    'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_strict', 'checkpoint_path',
+    'checkpoint_strict', 'cache_dir', 'cfg', 'scriptable', 'exportable', 'no_jit')
 _HEADLESS = ('class_token', 'reg_tokens', 'fc_norm', 'global_pool')    # what is changed in a plain ViT
+
+_OFFLINE = 'check the name and the connection, or download its weights elsewhere and give the file'
 
 def _is_vit(arch):
     "Is it one of timm's plain ViTs, which can do without a class token?"
@@ -172,7 +187,7 @@ def _check_name(arch):
 def _unknown(arch):
     "The sentence for a name that timm does not know"
     if re.fullmatch(r'[\w.-]+/[\w.-]+', arch):
-        return InputError(f'timm has no model {arch!r}: write hf-hub:{arch} if it is one of timm on the Hugging Face Hub, '
+        return InputError(f'timm has no model {arch!r}: write hf-hub:{arch} if it is one of timm on the Hub, '
                           'or else download its weights and start from the file (init=FILE)')
     near, family = difflib.get_close_matches(arch, timm.list_models(), n=3), re.match(r'[a-z]*\d*', arch)[0]
     if len(family)>2: near = near or difflib.get_close_matches(arch, timm.list_models(f'*{family}*'), n=3, cutoff=0)
@@ -180,26 +195,28 @@ def _unknown(arch):
     return InputError(f'timm has no model {arch!r}: {said}')
 
 def _resolve(arch, kwargs):
-    "timm's name, arguments and settings of the weights that a name means: of timm, of the Hugging Face Hub or of a folder"
+    "timm's name, arguments and settings of the weights that a name means: of timm, of the Hub or of a folder"
     _check_name(arch)
     source, _, place = arch.partition(':')
     if source in ('hf-hub', 'hf_hub', 'local-dir'):
         hub = timm.models._hub
-        try: cfg, arch, args = (hub.load_model_config_from_path if source=='local-dir' else hub.load_model_config_from_hf)(place)
+        read = hub.load_model_config_from_path if source=='local-dir' else hub.load_model_config_from_hf
+        try: cfg, arch, args = read(place)
         except KeyError as e:
             raise InputError(f'{source}:{place} is no network of timm: download its weights and give the file') from e
         except Exception as e:
-            raise InputError(f'{source}:{place} could not be had ({type(e).__name__}): check the name and the connection, '
-                             'or download its weights elsewhere and give the file') from e
+            raise InputError(f'{source}:{place} could not be had ({type(e).__name__}): {_OFFLINE}') from e
         args = {k: v for k,v in (args or {}).items() if k not in (*_HEADLESS, *_LOADS, 'num_classes', 'img_size')}
-        if not timm.is_model(arch): raise InputError(f'{source}:{place} holds a {arch!r}, which timm {timm.__version__} does not know')
+        if not timm.is_model(arch):
+            raise InputError(f'{source}:{place} holds a {arch!r}, which timm {timm.__version__} does not know')
         return arch, args | kwargs, cfg['input_size']
     if not timm.is_model(arch): raise _unknown(arch)
     try: cfg = timm.get_pretrained_cfg(arch)
     except RuntimeError as e:
         name, _, tag = arch.partition('.')
         tags = [t.partition('.')[2] for t in timm.list_pretrained(f'{name}.*')]
-        raise InputError(f'timm has no weights {tag!r} of {name}: use {" or ".join(tags[:4]) or "the name alone"}') from e
+        known = ' or '.join(tags[:4]) or 'the name alone'
+        raise InputError(f'timm has no weights {tag!r} of {name}: use {known}') from e
     return arch, kwargs, cfg.input_size if cfg else (3, 224, 224)
 
 def _create(arch, kwargs, **more):
@@ -222,7 +239,7 @@ def _load_pretrained(net, source, kwargs):
     try: donor = timm.create_model(source, pretrained=True, **kwargs)
     except Exception as e:
         raise InputError(f'the pretrained weights of {source} could not be had ({type(e).__name__}): '
-                         'check the name and the connection, or download its weights elsewhere and give the file') from e
+                         f'{_OFFLINE}') from e
     state, own = donor.state_dict(), net.state_dict()
     if 'fc_norm.weight' in state and 'fc_norm.weight' not in own:
         state |= {k.replace('fc_norm', 'norm'): v for k,v in state.items() if k.startswith('fc_norm.')}
@@ -248,9 +265,9 @@ _NO_ARGUMENTS = dict(   # of timm, and why a dense encoder has none
     checkpoint_path='use init=FILE')
 
 def dense_encoder(
-    arch:str,                  # Any timm name: `vit_small_patch16_224`, `resnet50`, `convnext_tiny`, ...; or `hf-hub:owner/name`
+    arch:str,                  # Any timm name, as `vit_small_patch16_224` or `resnet50`; or `hf-hub:owner/name`
     img_size=None,             # Image size the positions are made for, int or (height, width); None takes timm's
-    positions:str=None,        # 'sincos' (fixed) or 'learned'; None is 'sincos', but 'learned' for pretrained weights. For ViTs
+    positions:str=None,        # Of a ViT: 'sincos' (fixed) or 'learned'; None: 'sincos', 'learned' if `pretrained`
     drop_path_rate:float=0.,   # Stochastic depth in training mode
     pretrained:bool=False,     # Start from published weights, downloaded
     pos_scale:float=1.,        # Amplitude of the fixed positions; 1 is FLSL's, less where images are tiny
@@ -260,19 +277,23 @@ def dense_encoder(
     "Build a dense encoder from a timm name"
     source = arch
     arch, model_kwargs, input_size = _resolve(arch, model_kwargs)
-    if positions not in (None, 'sincos', 'learned'): raise InputError(f"positions must be 'sincos' or 'learned', got {positions!r}")
+    if positions not in (None, 'sincos', 'learned'):
+        raise InputError(f"positions must be 'sincos' or 'learned', got {positions!r}")
     for k in _NO_ARGUMENTS.keys() & model_kwargs: raise InputError(f'leave {k} out of model_kwargs: {_NO_ARGUMENTS[k]}')
     vit = _is_vit(arch)
     kwargs = dict(num_classes=0)
     if vit: kwargs |= dict(class_token=False, reg_tokens=0, fc_norm=False, global_pool='avg', dynamic_img_size=True)
-    if taken := sorted(kwargs.keys() & model_kwargs): raise InputError(f'dense_encoder sets {", ".join(taken)} itself: leave it out')
+    if taken := sorted(kwargs.keys() & model_kwargs):
+        raise InputError(f'dense_encoder sets {", ".join(taken)} itself: leave it out')
     kwargs |= model_kwargs
     if img_size is None: img_size = input_size[-1]
     kwargs |= dict(img_size=img_size) if vit else _any_size(arch, kwargs, img_size)
     drop = dict(drop_path_rate=drop_path_rate) if drop_path_rate else {}
     net = _create(arch, kwargs, **drop)
     for s,p in zip(_sides(img_size), net.patch_embed.patch_size if vit else (1,1)):
-        if s%p or s<=0: raise InputError(f'{arch} has patches of {p} px, which do not divide the image size {img_size}: use a multiple of {p}')
+        if s%p or s<=0:
+            raise InputError(f'{arch} has patches of {p} px, which do not divide the image size {img_size}: '
+                             f'use a multiple of {p}')
     if pretrained: _load_pretrained(net, source, kwargs)
     if vit and net.pos_embed is not None:
         if (positions or ('learned' if pretrained else 'sincos'))=='sincos':
@@ -293,11 +314,11 @@ def check_exportable(
     for k,v in encoder.model_kwargs.items():
         try: json.dumps(v)
         except TypeError:
-            message = f'model_kwargs has {k}={v!r}, which the header of a file cannot hold, so the network could not be exported'
-            raise InputError(f'{message}: give a name or a number, as act_layer="gelu"') from None
+            raise InputError(f'model_kwargs has {k}={v!r}, which the header of a file cannot hold, '
+                             'so the network could not be exported: give a name, as act_layer="gelu"') from None
     with torch.device('meta'): net = _create(encoder.arch, json.loads(json.dumps(encoder.model_kwargs)))
     got, want = ({k: tuple(v.shape) for k,v in n.state_dict().items()} for n in (net, encoder.net))
     if got!=want:
         differ = [k for k in [*want, *got] if got.get(k)!=want.get(k)]
-        raise InputError(f'timm does not rebuild this {encoder.arch} from its model_kwargs ({differ[0]} differs), so it could not be exported: '
-                         'build the encoder with dense_encoder and leave its layers as they are')
+        raise InputError(f'timm does not rebuild this {encoder.arch} from its model_kwargs ({differ[0]} differs), '
+                         'so it could not be exported: build it with dense_encoder and leave its layers as they are')

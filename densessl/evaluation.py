@@ -38,17 +38,21 @@ def patch_labels(
     grid,                   # Height and width (H,W) of the patch grid
     n_classes:int,          # Number of classes C
     ignore_index:int=None,  # Label that is left out
-):                          # Shares of the classes among the known pixels, float32 (B,C,H,W), sum 1 or 0; share of known pixels (B,H,W)
+):                          # Shares of the classes among known pixels, (B,C,H,W), sum 1 or 0; of known pixels (B,H,W)
     "What a patch shows: the share of each class among those of its pixels that have a label"
     H, W = grid
-    if H>masks.shape[-2] or W>masks.shape[-1]: raise InputError(f'a grid of {H} x {W} is finer than the masks of {masks.shape[-2]} x {masks.shape[-1]}')
+    if H>masks.shape[-2] or W>masks.shape[-1]:
+        raise InputError(f'a grid of {H} x {W} is finer than the masks of {masks.shape[-2]} x {masks.shape[-1]}')
     m, (B,h,w), C = masks.long(), masks.shape, n_classes+1
     if ignore_index is not None: m = m.masked_fill(m==ignore_index, n_classes)
     if h%H==0 and w%W==0:   # count (cell, label) pairs
         y, x = (torch.arange(n, device=m.device)//(n//g) for n,g in ((h,H), (w,W)))
         cell = torch.arange(B, device=m.device)[:,None,None]*H*W + y[:,None]*W + x
-        share = torch.bincount((cell*C+m).flatten(), minlength=B*H*W*C).view(B,H,W,C).permute(0,3,1,2).float()/(h*w//(H*W))
-    else: share = torch.cat([F.adaptive_avg_pool2d(torch.zeros(1,C,h,w, device=m.device).scatter_(1, o[None,None], 1.), (H,W)) for o in m])
+        count = torch.bincount((cell*C+m).flatten(), minlength=B*H*W*C).view(B,H,W,C)
+        share = count.permute(0,3,1,2).float()/(h*w//(H*W))
+    else:
+        share = torch.cat([F.adaptive_avg_pool2d(torch.zeros(1,C,h,w, device=m.device).scatter_(1, o[None,None], 1.),
+                                                 (H,W)) for o in m])
     share = share[:,:-1]
     valid = share.sum(1)
     return share/valid.clamp_min(1e-12)[:,None], valid
@@ -61,11 +65,12 @@ def iou_metric(
 ):                          # torchmetrics metric; feed it with `update(prediction, mask)`
     "The confusion matrix of a whole data set, to be read by `mean_iou`"
     from torchmetrics.classification import MulticlassJaccardIndex  # takes seconds, so only when a score is wanted
-    return MulticlassJaccardIndex(n_classes, average='none', ignore_index=ignore_index, validate_args=False, sync_on_compute=False).to(device)
+    return MulticlassJaccardIndex(n_classes, average='none', ignore_index=ignore_index, validate_args=False,
+                                  sync_on_compute=False).to(device)
 
 def mean_iou(
     metric,  # From `iou_metric`, updated
-):           # Mean IoU (float), IoU of each class (tuple of floats, NaN for a class that occurs neither in masks nor in predictions)
+):           # Mean IoU, IoU of each class (floats; NaN for a class that is neither in masks nor in predictions)
     "Mean IoU over the classes that occur in the masks or in the predictions"
     cm = metric.confmat
     iou = metric.compute().double().masked_fill(cm.sum(0)+cm.sum(1)==0, math.nan)
@@ -107,14 +112,20 @@ def as_feature_map(
     "Read `model` as a function from images to a dense feature map"
     if layer is None and hasattr(model, 'feature_map'): f = model.feature_map
     elif hasattr(model, 'forward_intermediates'):
-        f = lambda x: model.forward_intermediates(x, indices=1 if layer is None else [layer], norm=True, intermediates_only=True)[-1]
+        f = lambda x: model.forward_intermediates(x, indices=1 if layer is None else [layer], norm=True,
+                                                  intermediates_only=True)[-1]
     elif callable(model): f = model
-    else: raise InputError(f'model must be a timm model, an encoder with feature_map, or a function, got {type(model).__name__}')
+    else:
+        raise InputError(f'model must be a timm model, an encoder with feature_map, or a function, got '
+                         f'{type(model).__name__}')
     def feature_map(x):
         try: out = f(x)
-        except AssertionError as e: raise InputError(f'the model refuses images of {x.shape[-2]} x {x.shape[-1]}: {e}') from None
+        except AssertionError as e:
+            raise InputError(f'the model refuses images of {x.shape[-2]} x {x.shape[-1]}: {e}') from None
         if isinstance(out, (list,tuple)): out = out[-1 if layer is None else layer]
-        if out.ndim!=4: raise InputError(f'features must be a map (B,D,H,W), got {tuple(out.shape)}: wrap the model in a function that returns a map')
+        if out.ndim!=4:
+            raise InputError(f'features must be a map (B,D,H,W), got {tuple(out.shape)}: wrap the model in a function '
+                             f'that returns a map')
         return out
     feature_map.model = model if isinstance(model, nn.Module) else getattr(model, '__self__', model)
     return feature_map
@@ -147,7 +158,7 @@ def feature_batches(
     amp=False,                   # True: bfloat16 autocast; or a dtype
     layer:int=None,              # Layer, for `as_feature_map`
     progress:bool=None,          # Progress bar; default in a terminal or notebook, from ten batches on
-):                               # Pairs: maps (B,D,H,W) float32 on the model's device; masks (B,h,w), None for bare images
+):                               # Pairs: maps (B,D,H,W), float32, on the model's device; masks (B,h,w), None without
     "Feature maps batch by batch, the model in eval mode and without gradient"
     f = as_feature_map(model, layer)
     net = f.model
@@ -158,8 +169,11 @@ def feature_batches(
         for x,m in _bar(batches, math.ceil(len(data)/batch_size), progress, getattr(data, 'name', 'images')):
             x = x.to(device or x.device).float()
             a, b = (torch.as_tensor(o, dtype=torch.float32, device=x.device).view(-1,1,1) for o in (mean, std))
-            with torch.autocast(x.device.type, dtype=dtype or torch.bfloat16, enabled=bool(dtype)): z = f((x/255-a)/b).float()
-            if not z.isfinite().all(): raise InputError('the features hold NaN or infinite values: the model has diverged, or amp is too coarse for it')
+            with torch.autocast(x.device.type, dtype=dtype or torch.bfloat16, enabled=bool(dtype)):
+                z = f((x/255-a)/b).float()
+            if not z.isfinite().all():
+                raise InputError('the features hold NaN or infinite values: the model has diverged, or amp is too '
+                                 'coarse for it')
             yield z, m
 
 def extract(
@@ -183,7 +197,7 @@ class Score:
     features:str=''     # The features: layer, grid and dimensions, 'last 14x14x192'
     classes:tuple=None  # Names of the classes
     n_test:int=field(default=None, repr=False, compare=False)     # Images it was measured on, if known
-    resampled:tuple=field(default=(), repr=False, compare=False)  # The value on as many of them, drawn with replacement (page 58)
+    resampled:tuple=field(default=(), repr=False, compare=False)  # The value on as many, drawn with replacement
     @property
     def id(self): return f'{self.protocol} | features {self.features}'
 
@@ -194,15 +208,18 @@ def protocol_id(
 )->str:        # 'data train n -> test n | sizes | settings | densessl version'
     "A line that names everything a score depends on beside the model and its features"
     size = lambda hw: 'x'.join(map(str, hw))
-    return ' | '.join([f'{train.name} ({len(train)}) -> {test.name} ({len(test)})', f'image {size(test.sizes[0])} mask {size(test.sizes[1])}',
+    return ' | '.join([f'{train.name} ({len(train)}) -> {test.name} ({len(test)})',
+                       f'image {size(test.sizes[0])} mask {size(test.sizes[1])}',
                        *[f'{k}={v}' for k,v in settings.items()], f'densessl {__version__}'])
 
 def _common(kwargs):
     "Settings of the extraction that a protocol names"
-    amp, norm = kwargs.get('amp', False), [kwargs.get(k, v) for k,v in (('mean', (.485,.456,.406)), ('std', (.229,.224,.225)))]
+    amp = kwargs.get('amp', False)
+    norm = [kwargs.get(k, v) for k,v in (('mean', (.485,.456,.406)), ('std', (.229,.224,.225)))]
     flat = [float(o) for v in norm for o in torch.as_tensor(v).flatten().tolist()]
     usual = torch.allclose(torch.tensor(flat), torch.tensor([.485,.456,.406,.229,.224,.225])) if len(flat)==6 else False
-    return dict(amp=amp if isinstance(amp, bool) else str(amp).removeprefix('torch.')) | ({} if usual else dict(norm='/'.join(f'{o:g}' for o in flat)))
+    amp = amp if isinstance(amp, bool) else str(amp).removeprefix('torch.')
+    return dict(amp=amp) if usual else dict(amp=amp, norm='/'.join(f'{o:g}' for o in flat))
 
 def _described(shape, layer):
     D, H, W = shape
@@ -210,12 +227,14 @@ def _described(shape, layer):
 
 def _check(train, test):
     for o in ('n_classes', 'ignore_index'):
-        if getattr(train, o)!=getattr(test, o): raise InputError(f'train and test disagree on {o}: {getattr(train, o)} and {getattr(test, o)}')
+        if getattr(train, o)!=getattr(test, o):
+            raise InputError(f'train and test disagree on {o}: {getattr(train, o)} and {getattr(test, o)}')
 
 def _batches(model, data, maps=None, batch_size=32, **kwargs):
     "Maps and masks batch by batch, extracted or cut from `maps`"
     if maps is None: return feature_batches(model, data, batch_size, **kwargs)
-    if len(maps)!=len(data): raise InputError(f'maps must hold one map for each of the {len(data)} images of {data.name}, got {len(maps)}')
+    if len(maps)!=len(data):
+        raise InputError(f'maps must hold one map for each of the {len(data)} images of {data.name}, got {len(maps)}')
     return ((z, m) for z,(_,m) in zip(maps.split(batch_size), data.batches(batch_size)))
 
 def _count(metric, classes, masks, budget=2**24):
@@ -230,14 +249,15 @@ def _count(metric, classes, masks, budget=2**24):
 
 @torch.no_grad()
 def _ious(model, test, name, maps=None, **kwargs):
-    "Mean and class IoUs of each of the functions `name` (maps -> class maps), and on resampled images, in one pass; the shape of the features"
+    "Mean and class IoUs of each function (maps -> class maps), and on resampled images; the shape of the features"
     metric, counts, shape = {}, {k: [] for k in name}, None
     for z,m in _batches(model, test, maps, **kwargs):
         shape = tuple(z.shape[1:])
         for k,f in name.items():
             if k not in metric: metric[k] = iou_metric(test.n_classes, test.ignore_index, z.device)
             counts[k].append(_count(metric[k], f(z), m))
-    if not all(o.confmat.sum() for o in metric.values()): raise InputError(f'{test.name}: every pixel has the ignored label {test.ignore_index}, nothing can be scored')
+    if not all(o.confmat.sum() for o in metric.values()):
+        raise InputError(f'{test.name}: every pixel has the ignored label {test.ignore_index}, nothing can be scored')
     resampled = {k: resampled_mean_iou(torch.cat(c), test.ignore_index) for k,c in counts.items()}
     return {k: (*mean_iou(o), resampled[k]) for k,o in metric.items()}, shape
 
@@ -273,13 +293,18 @@ def patch_bank(
     for z,m in _batches(model, data, maps, **kwargs):
         B,D,H,W = z.shape
         y, known = patch_labels(m.to(z.device), (H,W), C, data.ignore_index)
-        if bank is None: bank = [z.new_empty(min(limit, n*H*W), *s) for s in ((D,), (C,), ())] + [torch.empty(min(limit, n*H*W), dtype=torch.long, device=z.device)]
+        if bank is None:
+            size = min(limit, n*H*W)
+            bank = [z.new_empty(size, *s) for s in ((D,), (C,), ())]
+            bank.append(torch.empty(size, dtype=torch.long, device=z.device))
         usable = known.flatten(1).cpu()>=.5
-        dealt = torch.stack([torch.rand(H*W, generator=torch.Generator().manual_seed(seed*2**32+j)) for j in range(i, i+B)]).masked_fill(~usable, 2.)
+        rngs = [torch.Generator().manual_seed(seed*2**32+j) for j in range(i, i+B)]
+        dealt = torch.stack([torch.rand(H*W, generator=o) for o in rngs]).masked_fill(~usable, 2.)
         order = dealt.argsort(1).argsort(1)*n + turn[i:i+B,None]
         keep = usable & (order<limit)
         left_out, k, keep = left_out or bool((keep!=usable).any()), int(keep.sum()), keep.to(z.device)
-        rows = (F.normalize(z.flatten(2).mT[keep], dim=-1), y.flatten(2).mT[keep], known.flatten(1)[keep], order.to(z.device)[keep])
+        rows = (F.normalize(z.flatten(2).mT[keep], dim=-1), y.flatten(2).mT[keep], known.flatten(1)[keep],
+                order.to(z.device)[keep])
         for o,r in zip(bank, rows): o[at:at+k] = r
         at, i = at+k, i+B
     if not at: raise InputError(f'{data.name}: no patch has labels on half of its pixels')
@@ -311,8 +336,10 @@ def neighbour_labels(
     return torch.cat(out)
 
 # %% ../nbs/60_evaluation.ipynb #caf4dd84
-def _as_rows(z): return F.normalize(z.flatten(2).mT.flatten(0,1), dim=-1)                        # (B,D,H,W) -> (B*H*W,D)
-def _as_map(y, z): return y.view(len(z), *z.shape[-2:], -1).permute(0,3,1,2)                     # (B*H*W,C) -> (B,C,H,W)
+def _as_rows(z):
+    return F.normalize(z.flatten(2).mT.flatten(0,1), dim=-1)                        # (B,D,H,W) -> (B*H*W,D)
+def _as_map(y, z):
+    return y.view(len(z), *z.shape[-2:], -1).permute(0,3,1,2)                     # (B*H*W,C) -> (B,C,H,W)
 
 class _Probe(NamedTuple):
     "A probe with its settings: how a bank becomes a function from maps to class maps"
@@ -324,7 +351,8 @@ class _Probe(NamedTuple):
 
 def _by_neighbours(k, temp, memory):
     if k<1 or temp<=0: raise InputError(f'k must be at least 1 and temp > 0, got k={k} and temp={temp}')
-    return _Probe('nearest neighbour', lambda bank: lambda z: _as_map(neighbour_labels(_as_rows(z), bank.features, bank.shares, k, temp), z),
+    return _Probe('nearest neighbour',
+                  lambda bank: lambda z: _as_map(neighbour_labels(_as_rows(z), bank.features, bank.shares, k, temp), z),
                   lambda bank: dict(probe='nearest-neighbour', k=k, temp=temp, memory=bank.limit or 'all'), memory)
 
 def _run(probes, model, train, test, label, seed, maps=None, **kwargs):
@@ -334,7 +362,9 @@ def _run(probes, model, train, test, label, seed, maps=None, **kwargs):
     banks = {}
     for on in dict.fromkeys(p.on for p in probes):
         data, m = of[on]
-        banks[on] = patch_bank(model, data, max((MAX_PATCHES if p.limit is None else p.limit for p in probes if p.on==on)), seed, m, **kwargs)
+        banks[on] = patch_bank(model, data,
+                               max((MAX_PATCHES if p.limit is None else p.limit for p in probes if p.on==on)), seed, m,
+                               **kwargs)
     own = [banks[p.on].at_most(MAX_PATCHES if p.limit is None else p.limit) for p in probes]
     ious, shape = _ious(model, test, {p.name: p.fit(b) for p,b in zip(probes, own)}, of['test'][1], **kwargs)
     scores, features = [], _described(shape, kwargs.get('layer'))
@@ -380,7 +410,8 @@ def fit_linear(
     with torch.enable_grad():
         for _ in range(steps):
             i = slice(None) if all_at_once else torch.randint(len(x), (batch,), generator=g).to(x.device)
-            loss = (F.cross_entropy(layer(x[i] if all_at_once else (x[i]-mean)/std), y[i], reduction='none')*weight[i]).sum()/weight[i].sum()
+            loss = (F.cross_entropy(layer(x[i] if all_at_once else (x[i]-mean)/std), y[i],
+                                    reduction='none')*weight[i]).sum()/weight[i].sum()
             opt.zero_grad(); loss.backward(); opt.step()
     return layer.requires_grad_(False)
 
@@ -392,7 +423,9 @@ def _by_layer(steps, lr, batch, seed):
         mean, std = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
         layer = fit_linear(x, bank.shares, bank.known, steps, lr, batch, seed, mean, std)
         return lambda z: _as_map(layer((_as_rows(z)-mean)/std), z)
-    return _Probe('linear', fit, lambda bank: dict(probe='linear', steps=steps, lr=lr, batch=batch) | (dict(patches=bank.limit) if bank.limit else {}))
+    return _Probe('linear', fit,
+                  lambda bank: dict(probe='linear', steps=steps, lr=lr,
+                                    batch=batch) | (dict(patches=bank.limit) if bank.limit else {}))
 
 def linear_probe_miou(
     model,               # What `as_feature_map` takes
@@ -412,13 +445,15 @@ def linear_probe_miou(
 # %% ../nbs/60_evaluation.ipynb #27e780c7
 def name_clusters(
     counts:Tensor,             # How much of each class is in each cluster, (K,C)
-    matching:str='hungarian',  # 'hungarian': one cluster a class, largest mean IoU; 'majority': a cluster's most frequent class
+    matching:str='hungarian',  # 'hungarian': one cluster a class, best mean IoU; 'majority': a cluster's main class
 )->Tensor:                     # Class of each cluster, (K,)
     "Names of clusters from the labels in them"
     K, C = counts.shape
-    if matching not in ('hungarian', 'majority'): raise InputError(f"matching must be 'hungarian' or 'majority', got {matching!r}")
+    if matching not in ('hungarian', 'majority'):
+        raise InputError(f"matching must be 'hungarian' or 'majority', got {matching!r}")
     if matching=='majority': return counts.argmax(1)
-    if K!=C: raise InputError(f'one cluster a class needs {C} clusters, got {K}: set clusters={C}, or matching="majority"')
+    if K!=C:
+        raise InputError(f'one cluster a class needs {C} clusters, got {K}: set clusters={C}, or matching="majority"')
     from scipy.optimize import linear_sum_assignment
     counts = counts.double().cpu()
     iou = counts/(counts.sum(1, keepdim=True)+counts.sum(0)-counts).clamp_min(1e-12)
@@ -431,7 +466,8 @@ def cluster_centres(
 )->Tensor:        # Centres (K,D), on the device of `x`
     "k-means by scikit-learn, in batches of 8192 patches, from the best of three starts"
     from sklearn.cluster import MiniBatchKMeans
-    if not 1<=clusters<=len(x): raise InputError(f'clusters must be between 1 and the number of patches, {len(x)}, got {clusters}')
+    if not 1<=clusters<=len(x):
+        raise InputError(f'clusters must be between 1 and the number of patches, {len(x)}, got {clusters}')
     fit = MiniBatchKMeans(clusters, batch_size=2**13, n_init=3, random_state=seed).fit(x.cpu().numpy())
     return torch.from_numpy(fit.cluster_centers_).to(x)
 
@@ -448,18 +484,21 @@ def _by_clusters(clusters, matching, on, seed, name):
     if clusters<1: raise InputError(f'clusters must be at least 1, got {clusters}')
     def fit(bank):
         centres = cluster_centres(bank.features, clusters, seed)
-        counts = bank.shares.new_zeros(clusters, bank.shares.shape[1]).index_add_(0, nearest_centre(bank.features, centres), bank.shares*bank.known[:,None])
+        counts = bank.shares.new_zeros(clusters, bank.shares.shape[1])
+        counts.index_add_(0, nearest_centre(bank.features, centres), bank.shares*bank.known[:,None])
         names = F.one_hot(name_clusters(counts, matching), counts.shape[1]).to(centres)
         return lambda z: _as_map(names[nearest_centre(_as_rows(z), centres)], z)
-    return _Probe(name, fit, lambda bank: dict(probe=name, clusters=clusters, matching=matching, on=on) | (dict(patches=bank.limit) if bank.limit else {}), on=on)
+    return _Probe(name, fit,
+                  lambda bank: dict(probe=name, clusters=clusters, matching=matching,
+                                    on=on) | (dict(patches=bank.limit) if bank.limit else {}), on=on)
 
 def clustering_miou(
     model,                # What `as_feature_map` takes
     train,                # Labelled data whose patches are clustered and name the clusters, up to `MAX_PATCHES` patches
     test,                 # Labelled data that are scored
-    clusters:int=None,    # Number of clusters; default that of the classes, which is 'clustering'; more is 'overclustering'
+    clusters:int=None,    # Their number; default that of the classes, which is 'clustering'; more is 'overclustering'
     matching:str=None,    # 'hungarian' or 'majority'; default hungarian for as many clusters as classes
-    on:str='train',       # 'test' clusters and names the test patches instead, as Leopart does: not comparable, and flattering with many clusters
+    on:str='train',       # 'test' clusters and names the test patches, as Leopart does: flattering with many clusters
     seed:int=0,           # Of k-means
     label:str='model',    # Name of the model in tables
     maps=None,            # (train maps, test maps) if already extracted
@@ -468,7 +507,8 @@ def clustering_miou(
     "Name every test patch by its nearest cluster"
     K = test.n_classes if clusters is None else clusters
     matching = matching or ('hungarian' if K==test.n_classes else 'majority')
-    return _run([_by_clusters(K, matching, on, seed, 'clustering' if matching=='hungarian' else 'overclustering')], model, train, test, label, seed, maps, **kwargs)[0]
+    return _run([_by_clusters(K, matching, on, seed, 'clustering' if matching=='hungarian' else 'overclustering')],
+                model, train, test, label, seed, maps, **kwargs)[0]
 
 # %% ../nbs/60_evaluation.ipynb #51655137
 def foreground_data(
@@ -476,18 +516,22 @@ def foreground_data(
     background:int=0,   # Class that is the background
 ):                      # The same images with two classes: 0 background, 1 foreground
     "All classes but one as one class"
-    if not 0<=background<data.n_classes: raise InputError(f'background must be one of the {data.n_classes} classes, got {background}')
+    if not 0<=background<data.n_classes:
+        raise InputError(f'background must be one of the {data.n_classes} classes, got {background}')
     other = dict(n_classes=2, classes=('background', 'foreground'), name=f'{data.name} foreground')
-    if isinstance(data, SegmentationFiles): return replace(data, table={k: None if v is None else int(v!=background) for k,v in data.table.items()}, **other)
+    if isinstance(data, SegmentationFiles):
+        return replace(data, table={k: None if v is None else int(v!=background) for k,v in data.table.items()},
+                       **other)
     m = (data.masks!=background).byte()
-    return replace(data, masks=m if data.ignore_index is None else m.masked_fill(data.masks==data.ignore_index, 255), ignore_index=None if data.ignore_index is None else 255, **other)
+    return replace(data, masks=m if data.ignore_index is None else m.masked_fill(data.masks==data.ignore_index, 255),
+                   ignore_index=None if data.ignore_index is None else 255, **other)
 
 # %% ../nbs/60_evaluation.ipynb #3949560f
 def carry_centres(
     boxes1:Tensor,  # Boxes of the first views, (B,4), mirrored or not
     boxes2:Tensor,  # Boxes of the second views, (B,4)
     grid,           # Height and width of the patch grid
-)->Tensor:          # (B,H*W,2): (x,y) of the first view's patch centres in [0,1] of the second; outside of that where it does not show them
+)->Tensor:          # (B,H*W,2): (x,y) of the first view's patch centres in [0,1] of the second, or outside
     "Where the patches of one view lie in another view of the same photograph"
     y, x = ((torch.arange(n, device=boxes1.device)+.5)/n for n in grid)
     c = torch.stack([x.expand(len(y),-1), y[:,None].expand(-1,len(x))], -1).flatten(0,1)
@@ -512,8 +556,10 @@ def correspondence_score(
 )->Score:                   # `per_class` is empty
     "Share of patches that find their place in another view of the same photograph"
     if not len(canvas): raise InputError(f'{data}: there is no photograph to score')
-    if len(hw)!=len(canvas): raise InputError(f'hw must give height and width of all {len(canvas)} photographs, got {tuple(hw.shape)}')
-    if pairs<1 or tolerance<=0: raise InputError(f'pairs must be at least 1 and tolerance > 0, got pairs={pairs} and tolerance={tolerance}')
+    if len(hw)!=len(canvas):
+        raise InputError(f'hw must give height and width of all {len(canvas)} photographs, got {tuple(hw.shape)}')
+    if pairs<1 or tolerance<=0:
+        raise InputError(f'pairs must be at least 1 and tolerance > 0, got pairs={pairs} and tolerance={tolerance}')
     g = torch.Generator().manual_seed(seed)
     right, asked = (torch.zeros(len(canvas), dtype=torch.float64) for _ in range(2))
     for _ in range(pairs):
@@ -531,10 +577,13 @@ def correspondence_score(
             right[i] += (off<=tolerance).sum().item()
             asked[i] += len(off)
     if not asked.any(): raise InputError('no two views overlap: raise scale, or pairs')
-    p = ' | '.join([f'{data} ({len(canvas)})', f'image {size}x{size}', 'probe=correspondence', f'scale={tuple(scale)}', f'tolerance={tolerance}', f'pairs={pairs}', f'seed={seed}', *(f'{k}={v}' for k,v in _common(kwargs).items()), f'densessl {__version__}'])
+    p = ' | '.join([f'{data} ({len(canvas)})', f'image {size}x{size}', 'probe=correspondence', f'scale={tuple(scale)}',
+                    f'tolerance={tolerance}', f'pairs={pairs}', f'seed={seed}',
+                    *(f'{k}={v}' for k,v in _common(kwargs).items()), f'densessl {__version__}'])
     r, n = resampled_sums(torch.stack([right, asked], 1)).unbind(1)
     features, resampled = _described(f1.shape[1:], kwargs.get('layer')), tuple((r/n.clamp_min(1)).tolist())
-    return Score(label, 'correspondence', (right.sum()/asked.sum()).item(), (), p, features, None, len(canvas), resampled)
+    return Score(label, 'correspondence', (right.sum()/asked.sum()).item(), (), p, features, None, len(canvas),
+                 resampled)
 
 # %% ../nbs/60_evaluation.ipynb #6dd3685d
 def dense_scores(
@@ -554,25 +603,31 @@ def dense_scores(
 )->list:                  # Scores in the order of `probes`
     "Several probes, each image going through the network once"
     probes = (probes,) if isinstance(probes, str) else tuple(probes)
-    made = {'nearest neighbour': lambda: _by_neighbours(k, temp, memory), 'linear': lambda: _by_layer(steps, lr, 2**13, seed),
+    made = {'nearest neighbour': lambda: _by_neighbours(k, temp, memory),
+            'linear': lambda: _by_layer(steps, lr, 2**13, seed),
             'clustering': lambda: _by_clusters(test.n_classes, 'hungarian', 'train', seed, 'clustering'),
-            'overclustering': lambda: _by_clusters(clusters or 10*test.n_classes, 'majority', 'train', seed, 'overclustering')}
-    if bad := [p for p in probes if p not in made] or (not probes and ['none']): raise InputError(f'there is no probe {bad[0]!r}: use {", ".join(made)}')
+            'overclustering': lambda: _by_clusters(clusters or 10*test.n_classes, 'majority', 'train', seed,
+                                                   'overclustering')}
+    if bad := [p for p in probes if p not in made] or (not probes and ['none']):
+        raise InputError(f'there is no probe {bad[0]!r}: use {", ".join(made)}')
     return _run([made[p]() for p in dict.fromkeys(probes)], model, train, test, label, seed, **kwargs)
 
 def scores_table(
     scores,             # Scores of any models and probes
     protocol:bool=True, # Print the features and the protocols below
-)->str:                 # Aligned markdown; mIoU in percent, mean +- standard deviation where a model has several scores of one protocol
+)->str:                 # Aligned markdown; mIoU in percent, mean +- deviation where a model has several scores
     "A row a model, a column a probe"
     cols, rows, names, cell = _grid(scores)
     many = len({p for p,_ in cols})<len(cols)
-    head = ['%' if any(p not in MIOU for p,_ in cols) else 'mIoU, %', *[f'{p} [{i+1}]' if many else p for i,(p,_) in enumerate(cols)]]
-    body = [[names[r], *['' if not (v := cell(r,c)) else f'{_mean(v):.1f}' + (f' +- {_std(v):.1f} ({len(v)})' if len(v)>1 else '') for c in cols]] for r in rows]
+    head = ['%' if any(p not in MIOU for p,_ in cols) else 'mIoU, %',
+            *[f'{p} [{i+1}]' if many else p for i,(p,_) in enumerate(cols)]]
+    def written(v): return f'{_mean(v):.1f}' + (f' +- {_std(v):.1f} ({len(v)})' if len(v)>1 else '') if v else ''
+    body = [[names[r], *[written(cell(r, c)) for c in cols]] for r in rows]
     w = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
     line = lambda row: '| ' + ' | '.join([row[0].ljust(w[0]), *[o.rjust(n) for o,n in zip(row[1:], w[1:])]]) + ' |'
     rule = '|' + '|'.join(['-'*(w[0]+2), *['-'*(n+1)+':' for n in w[1:]]]) + '|'
-    notes = ['features: ' + ', '.join(f'{m} {f}' for m,f in rows), *[f'{f"[{i+1}] " if many else ""}{p}: {id}' for i,(p,id) in enumerate(cols)]] if protocol else []
+    notes = ['features: ' + ', '.join(f'{m} {f}' for m,f in rows),
+             *[f'{f"[{i+1}] " if many else ""}{p}: {id}' for i,(p,id) in enumerate(cols)]] if protocol else []
     return '\n'.join([line(head), rule, *map(line, body), *([''] if notes else []), *notes])
 
 MIOU = ('nearest neighbour', 'linear', 'clustering', 'overclustering')  # Probes whose value is a mean IoU
@@ -583,10 +638,12 @@ def _grid(scores):
     "Columns (probe, protocol), rows (model, features), names of the rows, and the values of a cell in percent"
     scores = list(scores)
     if not scores: raise InputError('scores is empty: there is nothing to tabulate')
-    cols, rows = list(dict.fromkeys((s.probe, s.protocol) for s in scores)), list(dict.fromkeys((s.model, s.features) for s in scores))
+    cols, rows = list(dict.fromkeys((s.probe, s.protocol) for s in scores)), list(dict.fromkeys((s.model,
+        s.features) for s in scores))
     models = [m for m,_ in rows]
     names = {r: r[0] if models.count(r[0])==1 else f'{r[0]} ({r[1]})' for r in rows}
-    return cols, rows, names, lambda r, c: [100*s.value for s in scores if (s.model, s.features)==r and (s.probe, s.protocol)==c]
+    return cols, rows, names, lambda r, c: [100*s.value for s in scores if (s.model, s.features)==r and (s.probe,
+        s.protocol)==c]
 
 # %% ../nbs/60_evaluation.ipynb #7c1811d8
 def scores_plot(
@@ -598,14 +655,18 @@ def scores_plot(
     import matplotlib.pyplot as plt
     cols, rows, names, cell = _grid(scores)
     many = len({p for p,_ in cols})<len(cols)
-    if axes is None: _, axes = plt.subplots(figsize=(min(10, 1.9+len(cols)*max(.95, .3*len(rows))), 2.4), dpi=70, layout='constrained')
+    if axes is None:
+        _, axes = plt.subplots(figsize=(min(10, 1.9+len(cols)*max(.95, .3*len(rows))), 2.4), dpi=70,
+                               layout='constrained')
     width = .8/len(rows)
     for i,r in enumerate(rows):
         at = [(j, v) for j,c in enumerate(cols) if (v := cell(r,c))]
         bars = axes.bar([j+(i-(len(rows)-1)/2)*width for j,_ in at], [_mean(v) for _,v in at], .9*width, label=names[r],
-                        yerr=[_std(v) if len(v)>1 else 0 for _,v in at] if any(len(v)>1 for _,v in at) else None, error_kw=dict(lw=1, capsize=2))
+                        yerr=[_std(v) if len(v)>1 else 0 for _,v in at] if any(len(v)>1 for _,v in at) else None,
+                        error_kw=dict(lw=1, capsize=2))
         axes.bar_label(bars, fmt='%.0f', fontsize=7, padding=1)
-    axes.set_xticks(range(len(cols)), [p.replace(' ', '\n') + (f' [{j+1}]' if many else '') for j,(p,_) in enumerate(cols)], fontsize=8)
+    axes.set_xticks(range(len(cols)),
+                    [p.replace(' ', '\n') + (f' [{j+1}]' if many else '') for j,(p,_) in enumerate(cols)], fontsize=8)
     axes.set_ylabel('%' if any(p not in MIOU for p,_ in cols) else 'mIoU, %', fontsize=8)
     axes.tick_params(axis='y', labelsize=7); axes.spines[['top','right']].set_visible(False); axes.margins(y=.15)
     if title: axes.set_title(title, fontsize=9)
@@ -645,6 +706,9 @@ def read_scores(
     path,         # File from `write_scores`
 )->list:          # Scores
     "Read what `write_scores` wrote"
-    back = lambda d: Score(**{**d, 'per_class': tuple(math.nan if v is None else v for v in d['per_class']), 'classes': d['classes'] and tuple(d['classes'])})
+    back = lambda d: Score(**{**d, 'per_class': tuple(math.nan if v is None else v for v in d['per_class']),
+                              'classes': d['classes'] and tuple(d['classes'])})
     try: return [back(d) for d in json.loads(Path(path).expanduser().read_text(encoding='utf-8'))]
-    except (OSError, ValueError, TypeError, KeyError) as e: raise InputError(f'{path} is no results file of write_scores ({e}): give another file, or move this one away') from None
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        message = f'{path} is no results file of write_scores ({e}): give another file, or move this one away'
+        raise InputError(message) from None

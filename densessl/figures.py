@@ -11,7 +11,7 @@ __all__ = ['Layer', 'layer_tokens', 'ass', 'show_ass', 'attention_maps', 'show_p
 import warnings
 
 # %% ../nbs/63_figures.ipynb #aa14708a
-warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')   # libraries talking to each other, not to the user
+warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')   # among libraries
 
 # %% ../nbs/63_figures.ipynb #adb7322c
 import base64, io, math
@@ -45,13 +45,18 @@ def _pick(layers, n, arch):
     "Indices of layers, from 0"
     if layers is None: return list(range(n))
     bad = [l for l in layers if not -n<=l<n]
-    if bad or not len(layers): raise InputError(f'{arch} has {n} layers, there is no layer {bad[0] if bad else "in an empty list"}: use 0 to {n-1}, or -1 for the last')
+    if bad or not len(layers):
+        raise InputError(f'{arch} has {n} layers, there is no layer {bad[0] if bad else "in an empty list"}: use 0 to '
+                         f'{n-1}, or -1 for the last')
     return [l%n for l in layers]
 
 def _checked(encoder, images):
     "The images on the encoder's device"
-    if not isinstance(encoder, DenseEncoder): raise InputError(f'an encoder must be a DenseEncoder, got {type(encoder).__name__}: build it with dense_encoder or load_backbone')
-    if images.ndim!=4 or not images.is_floating_point(): raise InputError(f'images must be normalised floats (B,3,h,w), got {images.dtype} {tuple(images.shape)}')
+    if not isinstance(encoder, DenseEncoder):
+        raise InputError(f'an encoder must be a DenseEncoder, got {type(encoder).__name__}: build it with '
+                         f'dense_encoder or load_backbone')
+    if images.ndim!=4 or not images.is_floating_point():
+        raise InputError(f'images must be normalised floats (B,3,h,w), got {images.dtype} {tuple(images.shape)}')
     encoder.grid(*images.shape[-2:])
     return images.to(next(encoder.parameters()).device)
 
@@ -63,17 +68,20 @@ def layer_tokens(
 )->list:                   # A `Layer` for each
     "Features of each layer for each patch, in eval mode and without gradient"
     images, net = _checked(encoder, images), encoder.net
-    if not hasattr(net, 'forward_intermediates'): raise InputError(f'{encoder.arch} does not give the features of its layers: choose a network that has forward_intermediates in timm')
+    if not hasattr(net, 'forward_intermediates'):
+        raise InputError(f'{encoder.arch} does not give the features of its layers: choose a network that has '
+                         f'forward_intermediates in timm')
     with _eval_mode(encoder): maps = net.forward_intermediates(images, norm=True, intermediates_only=True)
     kind = 'block' if encoder.layout=='tokens' else 'stage'
-    return [Layer(f'{kind} {i+1}', maps[i].flatten(2).mT, tuple(maps[i].shape[-2:])) for i in _pick(layers, len(maps), encoder.arch)]
+    picked = _pick(layers, len(maps), encoder.arch)
+    return [Layer(f'{kind} {i+1}', maps[i].flatten(2).mT, tuple(maps[i].shape[-2:])) for i in picked]
 
 # %% ../nbs/63_figures.ipynb #f40d51c8
 @fp32
 def ass(
     tokens:Tensor,  # (..., N, D), any norm
 )->Tensor:          # (..., N), in [-1, 1]; the mean over N is the squared norm of the mean unit token; gradient flows
-    "Aggregated similarity score: the mean cosine similarity of each token with all tokens, itself among them (FLSL poster, our definition)"
+    "Aggregated similarity score: the mean cosine similarity of each token with all (FLSL poster, our definition)"
     z = unit(tokens)
     return torch.einsum('...nd,...d->...n', z, z.mean(-2))
 
@@ -81,13 +89,15 @@ def ass(
 def _titled(encoders):
     "Name -> encoder"
     encoders = dict(backbone=encoders) if isinstance(encoders, DenseEncoder) else encoders
-    if not isinstance(encoders, dict) or not encoders: raise InputError('encoders must be a DenseEncoder, or name some: dict(random=encoder1, trained=encoder2)')
+    if not isinstance(encoders, dict) or not encoders:
+        raise InputError('encoders must be a DenseEncoder, or name some: dict(random=encoder1, trained=encoder2)')
     return encoders
 
 def _photos(photos):
     "Photographs (B,3,h,w)"
     photos = torch.as_tensor(photos)
-    if photos.dtype!=torch.uint8 or photos.ndim!=4 or photos.shape[1]!=3 or not len(photos): raise InputError(f'photographs must be uint8 (B,3,h,w), got {photos.dtype} {tuple(photos.shape)}')
+    if photos.dtype!=torch.uint8 or photos.ndim!=4 or photos.shape[1]!=3 or not len(photos):
+        raise InputError(f'photographs must be uint8 (B,3,h,w), got {photos.dtype} {tuple(photos.shape)}')
     return photos
 
 def _normalised(photos, mean, std):
@@ -106,7 +116,8 @@ def _layers(encoder, photos, layers, mean, std):
 
 def _figure(rows, cols, size, dpi=60, extra=.3):
     "Figure and axes without ticks"
-    fig, axs = plt.subplots(rows, cols, figsize=(size*cols, size*rows+extra), dpi=dpi, squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(rows, cols, figsize=(size*cols, size*rows+extra), dpi=dpi, squeeze=False,
+                            layout='constrained')
     plt.close(fig)
     for ax in axs.flat:
         ax.set(xticks=[], yticks=[])
@@ -129,10 +140,11 @@ def show_ass(
     size:float=1.15,           # Side of one picture, inches
     mean=(.485,.456,.406),     # Normalisation that the encoders expect, or name -> normalisation
     std=(.229,.224,.225),
-):                             # Figure; the number is the mean of the map, colours go from its smallest to its largest value
-    "Maps of the aggregated similarity score, layer by layer: bright patches are like the rest of the photograph, dark ones stand out"
+):                             # Figure; the number is the mean of the map, colours go from its least to its greatest
+    "Maps of the aggregated similarity score, layer by layer: bright patches are like the rest, dark ones stand out"
     photos = _photos(photos)
-    cols = [(name, l) for name,e in _titled(encoders).items() for l in _layers(e, photos, layers, _of(mean, name), _of(std, name))]
+    cols = [(name, l) for name,e in _titled(encoders).items()
+            for l in _layers(e, photos, layers, _of(mean, name), _of(std, name))]
     fig, axs = _figure(len(photos), 1+len(cols), size, extra=.45)
     for r,p in enumerate(photos):
         _photo(axs[r,0], p)
@@ -148,7 +160,7 @@ def attention_maps(
     encoder:DenseEncoder,  # A ViT
     images:Tensor,         # Normalised images, (B,3,h,w)
     layer:int=-1,          # Block, from 0; -1 is the last
-)->Tensor:                 # (B, heads, N, N), float32, rows sum to 1; a network with class or register tokens has them first, as further rows and columns
+)->Tensor:                 # (B, heads, N, N), float32, rows sum to 1; class and register tokens come first
     "The attention weights that a block uses, of each head, in eval mode and without gradient"
     images, blocks = _checked(encoder, images), getattr(encoder.net, 'blocks', [])
     attns = [getattr(b, 'attn', None) for b in blocks]
@@ -162,14 +174,16 @@ def attention_maps(
         with _eval_mode(encoder): encoder.tokens(images)
     finally: hook.remove(); attn.fused_attn = fused
     N = math.prod(encoder.grid(*images.shape[-2:]))+encoder.n_prefix
-    if len(kept)!=1 or kept[0].shape[-2:]!=(N, N): raise InputError(f'{encoder.arch} has no attention between all patches: attention maps need a ViT')
+    if len(kept)!=1 or kept[0].shape[-2:]!=(N, N):
+        raise InputError(f'{encoder.arch} has no attention between all patches: attention maps need a ViT')
     return kept[0].float()
 
 # %% ../nbs/63_figures.ipynb #b5ae8d39
 def _cell(xy, grid):
     "Index of the patch at (x, y) in [0,1]"
     x, y = xy
-    if not (0<=x<=1 and 0<=y<=1): raise InputError(f'a patch is given by its place (x, y) in [0,1] of the photograph, got {tuple(xy)}')
+    if not (0<=x<=1 and 0<=y<=1):
+        raise InputError(f'a patch is given by its place (x, y) in [0,1] of the photograph, got {tuple(xy)}')
     h, w = grid
     return min(int(y*h), h-1)*w + min(int(x*w), w-1)
 
@@ -188,7 +202,8 @@ def show_probing(
 ):                          # Figure; the number says over how many patches the attention spreads, exp of its entropy
     "The attention of one patch to all patches: mean over the heads, then every head; each scaled to its largest weight"
     photos = _photos(photo[None])
-    maps = {n: attention_maps(e, _normalised(photos, _of(mean, n), _of(std, n)), layer)[0].cpu() for n,e in _titled(encoders).items()}
+    maps = {n: attention_maps(e, _normalised(photos, _of(mean, n), _of(std, n)),
+                              layer)[0].cpu() for n,e in _titled(encoders).items()}
     fig, axs = _figure(len(maps), 2+max(len(a) for a in maps.values()), size)
     for row,(name,a) in zip(axs, maps.items()):
         e, grid = _titled(encoders)[name], _titled(encoders)[name].grid(*photo.shape[-2:])
@@ -253,17 +268,21 @@ class Agreement(NamedTuple):
 def neighbour_agreement(
     tokens:Tensor,        # (N, D), any norm
     labels:Tensor,        # Class of each token, (N,)
-    groups:Tensor=None,   # Photograph of each token, (N,): the neighbour is sought in the others; default each token its own
+    groups:Tensor=None,   # Photograph of each token, (N,): the neighbour is in another; default each token its own
 )->Agreement:
     "Share of tokens whose most similar token, in another group, has their class; an exact search"
     N = len(tokens)
     groups = torch.arange(N) if groups is None else groups
-    if tokens.ndim!=2 or labels.shape!=(N,) or groups.shape!=(N,): raise InputError(f'tokens must be (N,D), labels and groups (N,), got {tuple(tokens.shape)}, {tuple(labels.shape)} and {tuple(groups.shape)}')
+    if tokens.ndim!=2 or labels.shape!=(N,) or groups.shape!=(N,):
+        raise InputError(f'tokens must be (N,D), labels and groups (N,), got {tuple(tokens.shape)}, '
+                         f'{tuple(labels.shape)} and {tuple(groups.shape)}')
     other = groups[:,None]!=groups
-    if not N or not other.any(-1).all(): raise InputError('all tokens are of one photograph: their neighbours are sought in others, so give two or more')
+    if not N or not other.any(-1).all():
+        raise InputError('all tokens are of one photograph: their neighbours are sought in others, so give two or more')
     z, same = unit(tokens), labels[:,None]==labels
     near = (z@z.mT).masked_fill(~other, -torch.inf).argmax(-1)
-    return Agreement((labels[near]==labels).double().mean().item(), ((same&other).sum(-1)/other.sum(-1)).double().mean().item())
+    return Agreement((labels[near]==labels).double().mean().item(),
+                     ((same&other).sum(-1)/other.sum(-1)).double().mean().item())
 
 # %% ../nbs/63_figures.ipynb #ae83708d
 def _segments(encoder, photos, mean, std):
@@ -281,14 +300,15 @@ def _within(z, y, image):
 def _tsne(z, perplexity, seed):
     "t-SNE of (n,D) -> (n,2)"
     try: from sklearn.manifold import TSNE   # slow to import
-    except ImportError: raise InputError('t-SNE needs scikit-learn, which is not installed: pip install scikit-learn') from None
+    except ImportError:
+        raise InputError('t-SNE needs scikit-learn, which is not installed: pip install scikit-learn') from None
     return TSNE(perplexity=perplexity, init='pca', learning_rate='auto', random_state=seed).fit_transform(z.numpy())
 
 # %% ../nbs/63_figures.ipynb #5e1c07d4
 def tsne_layers(
     encoders,                # DenseEncoder, or name -> DenseEncoder; one a row
     photos:Tensor,           # uint8 (B,3,h,w); with `masks` two or more
-    masks:Tensor=None,       # Class of each pixel, integer (B,H,W); default the segments of the encoder's last layer: patches that share a mode
+    masks:Tensor=None,       # Class of each pixel, integer (B,H,W); default segments of the last layer: shared modes
     classes=None,            # Names of the classes in `masks`, or their number; default one above the largest label
     layers=None,             # Indices, from 0; default at most four, from the first to the last
     ignore_index:int=None,   # Label that is left out
@@ -299,8 +319,9 @@ def tsne_layers(
     size:float=1.7,          # Side of one picture, inches
     mean=(.485,.456,.406),   # Normalisation that the encoders expect, or name -> normalisation
     std=(.229,.224,.225),
-):                           # Figure; its numbers are `neighbour_agreement` on the features of the patches drawn, and chance: neighbours in other photographs if coloured by class, within the photograph if by segment
-    "t-SNE of the patches' features, layer by layer, coloured by class or by segment, and how often the nearest patch has the same"
+):                           # Figure; its numbers: `neighbour_agreement` of the patches drawn, and chance; classes
+                             # have neighbours in other photographs, segments in their own
+    "t-SNE of the patches' features, layer by layer, coloured by class or segment, and how often the nearest shares it"
     photos, encoders, own = _photos(photos), _titled(encoders), masks is None
     if own and classes is not None: raise InputError('classes are the names of the labels in masks: give masks too')
     found = {n: _layers(e, photos, layers, _of(mean, n), _of(std, n)) for n,e in encoders.items()}
@@ -317,13 +338,18 @@ def tsne_layers(
             share = patch_labels(m, l.grid, len(names), ignore_index)[0].flatten(2).mT.flatten(0, 1).max(-1)
             at = (share.values>=purity).nonzero()[:,0]
             at = at[torch.randperm(len(at), generator=torch.Generator().manual_seed(seed))[:n_tokens]]
-            if len(at)<=perplexity: raise InputError(f'{len(at)} patches are too few for a perplexity of {perplexity:g}: give more or larger photographs, or a lower purity or perplexity')
+            if len(at)<=perplexity:
+                raise InputError(f'{len(at)} patches are too few for a perplexity of {perplexity:g}: give more or '
+                                 f'larger photographs, or a lower purity or perplexity')
             z, y, image = l.tokens.flatten(0, 1)[at], share.indices[at], at//l.tokens.shape[1]
             value, chance = (_within if own else neighbour_agreement)(z, y, image)
-            ax.scatter(*_tsne(unit(z), perplexity, seed).T, c=y%LABELS.N, cmap=LABELS, vmin=0, vmax=LABELS.N-1, s=5+500/len(at), lw=0)
+            ax.scatter(*_tsne(unit(z), perplexity, seed).T, c=y%LABELS.N, cmap=LABELS, vmin=0, vmax=LABELS.N-1,
+                       s=5+500/len(at), lw=0)
             ax.set_title(f'{l.name}: {value:.2f}'+' within'*own+f'\nchance {chance:.2f}', fontsize=8)
             shown |= set(y.tolist())
-    if not own: fig.legend([plt.Line2D([], [], marker='o', ls='', ms=4, c=LABELS(c%LABELS.N)) for c in sorted(shown)], [names[c] for c in sorted(shown)], fontsize=7, loc='outside right center', frameon=False)
+    if not own:
+        fig.legend([plt.Line2D([], [], marker='o', ls='', ms=4, c=LABELS(c%LABELS.N)) for c in sorted(shown)],
+                   [names[c] for c in sorted(shown)], fontsize=7, loc='outside right center', frameon=False)
     return fig
 
 # %% ../nbs/63_figures.ipynb #ddfa5f97
@@ -336,7 +362,8 @@ def nearest_patches(
 )->tuple:           # Photographs (k,), their best patches (k,) and cosine similarities (k,), falling
     "The best patch of each of the `k` nearest other photographs"
     B, N = tokens.shape[:2]
-    if not (0<=image<B and 0<=patch<N): raise InputError(f'there is no patch {patch} of photograph {image}: use 0 to {N-1} and 0 to {B-1}')
+    if not (0<=image<B and 0<=patch<N):
+        raise InputError(f'there is no patch {patch} of photograph {image}: use 0 to {N-1} and 0 to {B-1}')
     if not 1<=k<B: raise InputError(f'k must be 1 to {B-1}, the number of other photographs, got {k}')
     z = unit(tokens)
     sim, at = (z@z[image,patch]).max(-1)
@@ -356,7 +383,7 @@ def show_retrieval(
     mean=(.485,.456,.406),   # Normalisation that the encoders expect, or name -> normalisation
     std=(.229,.224,.225),
 ):                           # Figure; the numbers are cosine similarities
-    "A patch and the most similar patches of other photographs; with masks a frame is blue where the class is the query's and red where not"
+    "A patch and the most similar patches of other photographs; with masks a frame is blue for its class, else red"
     photos, encoders = _photos(photos), _titled(encoders)
     if len(photos)<2: raise InputError('retrieval looks in other photographs: give two or more')
     fig, axs = _figure(len(encoders), 1+k, size)
@@ -369,8 +396,11 @@ def show_retrieval(
             dh, dw = photos.shape[-2]//h, photos.shape[-1]//w
             pad = F.pad(photos[b], (context*dw,)*2+(context*dh,)*2, value=255)
             _photo(ax, pad[:, i//w*dh:(i//w+1+2*context)*dh, i%w*dw:(i%w+1+2*context)*dw])
-            c = 'anchor' if s is None else 'other' if label is None else 'positive' if label[b,i]==label[image,q] else 'negative'
-            for lw,ec in ((4, 'w'), (2, colour(c))): ax.add_patch(Rectangle((context*dw-.5, context*dh-.5), dw, dh, fill=False, ec=ec, lw=lw))
+            if s is None: c = 'anchor'
+            elif label is None: c = 'other'
+            else: c = 'positive' if label[b,i]==label[image,q] else 'negative'
+            for lw,ec in ((4, 'w'), (2, colour(c))):
+                ax.add_patch(Rectangle((context*dw-.5, context*dh-.5), dw, dh, fill=False, ec=ec, lw=lw))
             ax.set_title('query' if s is None else f'{s:.2f}', fontsize=8)
         row[0].set_ylabel(name, fontsize=8)
     return fig
@@ -390,7 +420,8 @@ def show_pca(
     for ax,p in zip(axs[:,0], photos): _photo(ax, p)
     for col,(name,e) in zip(axs.T[1:], encoders.items()):
         (_, z, grid), = _layers(e, photos, [layer], _of(mean, name), _of(std, name))
-        for ax,im in zip(col, pca_rgb(unit(z).mT.unflatten(-1, grid))): ax.imshow(im.permute(1,2,0), interpolation='nearest')
+        for ax,im in zip(col, pca_rgb(unit(z).mT.unflatten(-1, grid))):
+            ax.imshow(im.permute(1,2,0), interpolation='nearest')
         col[0].set_title(name, fontsize=8)
     return fig
 
@@ -406,9 +437,10 @@ def show_correspondence(
     mean=(.485,.456,.406),   # Normalisation that the encoders expect, or name -> normalisation
     std=(.229,.224,.225),
 ):                           # Figure; the numbers count all patches that both views show
-    "Patches of one view joined with the most similar patch of another view of the photograph: blue where that is right, red where not"
+    "Patches of one view joined with the most similar patch of another view: blue where that is right, red where not"
     photo, encoders = _photos(photo[None]), _titled(encoders)
-    if photo.shape[-1]!=photo.shape[-2]: raise InputError(f'the photograph must be squashed to a square, got {tuple(photo.shape[-2:])}')
+    if photo.shape[-1]!=photo.shape[-2]:
+        raise InputError(f'the photograph must be squashed to a square, got {tuple(photo.shape[-2:])}')
     g, S = torch.Generator().manual_seed(seed), photo.shape[-1]
     b1, b2 = random_boxes(torch.ones(2, 2), scale, (3/4,4/3), g).split(1)
     (v1, b1), (v2, b2) = (crop_resize(photo, b, S) for b in (b1, flip_boxes(b2, torch.tensor([True]))))
@@ -419,7 +451,8 @@ def show_correspondence(
         (_, z, (h, w)), = _layers(e, torch.cat([v1, v2]), [-1], _of(mean, name), _of(std, name))
         cells, at = torch.tensor([w, h]), carry_centres(b1, b2, (h, w))[0]
         both = ((at>0)&(at<1)).all(-1).nonzero()[:,0]
-        if not len(both): raise InputError(f'the two views of seed {seed} do not overlap: choose another seed or a larger scale')
+        if not len(both):
+            raise InputError(f'the two views of seed {seed} do not overlap: choose another seed or a larger scale')
         best = (unit(z[0,both])@unit(z[1]).mT).argmax(-1)
         start, found = (torch.stack([i%w, i//w], -1)+.5 for i in (both, best))
         right = (found-at[both]*cells).abs().amax(-1)<=tolerance
@@ -432,20 +465,28 @@ def show_correspondence(
 
 # %% ../nbs/63_figures.ipynb #e6cdd030
 _captions = dict(
-    ass='How similar each patch is to the rest of its photograph, layer by layer: bright patches are like the rest, dark ones stand out. The number is the mean.',
-    probing='Where the marked patch looks: the attention of the chosen block. The number says over how many patches it spreads.',
+    ass='How similar each patch is to the rest of its photograph, layer by layer: bright patches are like the rest, '
+        'dark ones stand out. The number is the mean.',
+    probing='Where the marked patch looks: the attention of the chosen block. The number says over how many patches '
+            'it spreads.',
     segments='The soft mask of the marked patch, and the patches that share a mode of the density, in one colour each.',
-    tsne='t-SNE of the patches of the first three photographs, coloured by the segments of the last layer. The first number says how often the most similar patch of the photograph is of the same segment, which is often in any network, the second how often a patch drawn blindly would be. Where both are 1 each photograph is one segment, and there is nothing to tell apart.',
+    tsne='t-SNE of the patches of the first three photographs, coloured by the segments of the last layer. The first '
+         'number says how often the most similar patch of the photograph is of the same segment, which is often in '
+         'any network, the second how often a patch drawn blindly would be. Where both are 1 each photograph is one '
+         'segment, and there is nothing to tell apart.',
     pca='The three directions in which the features vary most, over all photographs, as red, green and blue.',
-    correspondence='Patches of one view and the most similar patch of another view of the photograph: blue where it shows the same place, red where not. The numbers count all patches that both views show.',
-    retrieval='The marked patch of the first photograph and the most similar patches of the others, with their cosine similarity.')
+    correspondence='Patches of one view and the most similar patch of another view of the photograph: blue where it '
+                   'shows the same place, red where not. The numbers count all patches that both views show.',
+    retrieval='The marked patch of the first photograph and the most similar patches of the others, with their cosine '
+              'similarity.')
 
 # %% ../nbs/63_figures.ipynb #d5f09b34
 def _photo_names(paths):
     "Photographs by the shortest ends of their paths that are all different"
     stems = [p.stem for p in paths]
     if len(set(stems))==len(stems): return stems
-    return next((n for k in (1, 2, 3) if len(set(n := ['/'.join(p.parts[-k:]) for p in paths]))==len(n)), [str(p) for p in paths])
+    return next((n for k in (1, 2, 3) if len(set(n := ['/'.join(p.parts[-k:]) for p in paths]))==len(n)),
+                [str(p) for p in paths])
 
 _MOST = 12                                                       # photographs of a folder
 
@@ -454,21 +495,24 @@ def _some_of(folder, notes):
     from densessl.data import find_images
     files = find_images(folder)
     if len(files)<=_MOST: return files
-    notes.append(f'{_MOST} of the {len(files)} photographs in {str(folder)!r} are shown, evenly spread: name files to choose others')
+    notes.append(f'{_MOST} of the {len(files)} photographs in {str(folder)!r} are shown, evenly spread: name files to '
+                 f'choose others')
     return [files[i*len(files)//_MOST] for i in range(_MOST)]
 
 def _read_photos(paths, size):
     "Photographs as squares, their names, and notes: how many of a folder, and which cannot be read"
     from densessl.data import load_canvas   # loads fastai, which the pictures do without
     paths = [Path(p).expanduser() for p in paths]
-    if missing := [str(p) for p in paths if not p.exists()]: raise InputError(f'an image cannot be read: there is no file {missing[0]!r}')
+    if missing := [str(p) for p in paths if not p.exists()]:
+        raise InputError(f'an image cannot be read: there is no file {missing[0]!r}')
     notes = []
     files = list(dict.fromkeys(q for p in paths for q in (_some_of(p, notes) if p.is_dir() else [p])))
     if not files: raise InputError('no image was given: name image files or folders of them')
     photos, kept = [], []
     for p in files:
         try: photos.append(load_canvas(p, size)[0])
-        except Exception as e: notes.append(f'left out, an image cannot be read: {p} ({str(e).replace(str(p), p.name)})')
+        except Exception as e:
+            notes.append(f'left out, an image cannot be read: {p} ({str(e).replace(str(p), p.name)})')
         else: kept.append(p)
     if not photos: raise InputError('; '.join(notes))
     return torch.stack(photos), _photo_names(kept), notes
@@ -481,7 +525,8 @@ def _draw(kind, encoders, photos, names, xy, layer, norm):
                  tsne=lambda e, p: tsne_layers(e, p[:3], **norm),
                  retrieval=lambda e, p: show_retrieval(e, p, 0, xy, min(5, max(1, len(p)-1)), **norm))
     if kind in whole: return [('', whole[kind](encoders, photos))]
-    each = dict(probing=lambda e, p: show_probing(e, p, xy, layer, **norm), segments=lambda e, p: show_segments(e, p, [xy], **norm),
+    each = dict(probing=lambda e, p: show_probing(e, p, xy, layer, **norm),
+                segments=lambda e, p: show_segments(e, p, [xy], **norm),
                 correspondence=lambda e, p: show_correspondence(e, p, **norm))[kind]
     return [(n, each(encoders, p)) for p,n in zip(photos, names)]
 
@@ -493,26 +538,37 @@ def _page(figures, notes, title):
         png = io.BytesIO()
         fig.savefig(png, format='png', dpi=120)
         if kind!=last: rows.append(f'<h2>{kind}</h2>\n<p>{_captions[kind]}</p>')
-        rows.append(f'<figure><img alt="{kind} {escape(name)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"><figcaption>{escape(name)}</figcaption></figure>')
+        data = base64.b64encode(png.getvalue()).decode()
+        rows.append(f'<figure><img alt="{kind} {escape(name)}" src="data:image/png;base64,{data}">'
+                    f'<figcaption>{escape(name)}</figcaption></figure>')
         last = kind
     rows += [f'<p>{escape(n)}</p>' for n in notes]
-    return f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n<style>body {{font-family: sans-serif; margin: 2em}} img {{max-width: 100%}}</style>\n<h1>{escape(title)}</h1>\n' + '\n'.join(rows) + '\n'
+    head = ['<!doctype html>', '<meta charset="utf-8">', f'<title>{escape(title)}</title>',
+            '<style>body {font-family: sans-serif; margin: 2em} img {max-width: 100%}</style>',
+            f'<h1>{escape(title)}</h1>']
+    return '\n'.join([*head, *rows]) + '\n'
 
 # %% ../nbs/63_figures.ipynb #3e7a61d0
-def show_backbone(backbone, images, other=None, picture=None, patch='0.5,0.5', layer=-1, size=None, out='show.html', overwrite=False):
+def show_backbone(backbone, images, other=None, picture=None, patch='0.5,0.5', layer=-1, size=None, out='show.html',
+                  overwrite=False):
     "What `densessl_show` does; returns the path written, and what could not be drawn"
     out, kinds = Path(out).expanduser(), list(_captions)
-    if (kind := out.suffix.lower()) not in ('.html', '.png'): raise InputError(f'--out must end in .html (a page) or .png (one picture), got {str(out)!r}')
-    if out.exists() and not overwrite: raise InputError(f'{str(out)!r} exists: choose another --out, or pass --overwrite to replace it')
-    if picture is not None and picture not in kinds: raise InputError(f'--picture must be one of {", ".join(kinds)}, got {picture!r}')
+    if (kind := out.suffix.lower()) not in ('.html', '.png'):
+        raise InputError(f'--out must end in .html (a page) or .png (one picture), got {str(out)!r}')
+    if out.exists() and not overwrite:
+        raise InputError(f'{str(out)!r} exists: choose another --out, or pass --overwrite to replace it')
+    if picture is not None and picture not in kinds:
+        raise InputError(f'--picture must be one of {", ".join(kinds)}, got {picture!r}')
     try: x, y = (float(o) for o in patch.split(','))
-    except (ValueError, AttributeError): raise InputError(f'--patch must be two numbers x,y in [0,1], as 0.5,0.5, got {patch!r}') from None
+    except (ValueError, AttributeError):
+        raise InputError(f'--patch must be two numbers x,y in [0,1], as 0.5,0.5, got {patch!r}') from None
     _cell((x,y), (1,1))
     wanted = [picture or 'ass'] if kind=='.png' else [picture] if picture else kinds
     first, first_norm = open_backbone(backbone, size)
     side = size or (first.img_size if isinstance(first.img_size, int) else first.img_size[0])
     both = [str(backbone), str(other)] if other else [str(backbone)]
-    if len(set(both))<len(both): raise InputError(f'--other is the backbone itself, {other!r}: name another one, or leave it out')
+    if len(set(both))<len(both):
+        raise InputError(f'--other is the backbone itself, {other!r}: name another one, or leave it out')
     opened = [(first, first_norm), *(open_backbone(n, side) for n in both[1:])]
     labels = backbone_labels(both)
     encoders = {l: e for l,(e,_) in zip(labels, opened)}
@@ -533,5 +589,6 @@ def show_backbone(backbone, images, other=None, picture=None, patch='0.5,0.5', l
         out.parent.mkdir(parents=True, exist_ok=True)
         if kind=='.png': figures[0][2].savefig(out, dpi=120)
         else: out.write_text(_page(figures, notes, ' and '.join(encoders)), encoding='utf-8')
-    except OSError as e: raise InputError(f'{str(out)!r} cannot be written ({e.strerror or e}): choose another --out') from None
+    except OSError as e:
+        raise InputError(f'{str(out)!r} cannot be written ({e.strerror or e}): choose another --out') from None
     return out, notes

@@ -14,8 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 # %% ../nbs/05_files.ipynb #f1900007
-MASK_NAMES = frozenset('''mask masks label labels labelids annotation annotations annot annots ann gt gtfine gtcoarse truth
-    groundtruth seg segmentation segmentations semantic stuffthingmaps pixelmaps'''.split())
+MASK_NAMES = frozenset('''mask masks label labels labelids annotation annotations annot annots ann gt gtfine gtcoarse
+    truth groundtruth seg segmentation segmentations semantic stuffthingmaps pixelmaps'''.split())
 
 # %% ../nbs/05_files.ipynb #f190000a
 _PRIVATE = frozenset('''@eadir __macosx #recycle #snapshot @recycle @recycle.bin $recycle.bin recycler recycled

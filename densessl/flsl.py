@@ -32,10 +32,10 @@ class FLSLConfig:
     student_scale:tuple=(0.5,1.)  # Area of the student view, share of the teacher view
     local_scale:tuple=(0.05,0.4)  # Area of a local view, share of the teacher view
     flip:float=0.5                # Chance of a horizontal flip, each view on its own
-    augment:Augment|None=Augment()  # Colour, blur and solarisation, each view on its own; None leaves the pixels alone
+    augment:Augment|None=Augment()  # Color, blur and solarization, each view on its own; None leaves the pixels alone
     normalize:bool=True           # Unit tokens, as the poster has them; False: raw ones, as the public code
     beta_sa:float=2.              # Inverse temperature of the self-attention, > 0
-    beta_ca:float=4.              # Inverse temperature of the cross-attention, > 0; below `beta_sa` it collapses (public code)
+    beta_ca:float=4.              # Inverse temperature of the cross-attention, > 0; below `beta_sa` it collapses
     window:int=2                  # Window of random pooling in the student view, tokens
     local_window:int=2            # Window of random pooling in the local views, tokens
     random_query:bool=True        # A random token of each window; False: the top-left one
@@ -77,9 +77,12 @@ class FLSLConfig:
 # %% ../nbs/40_flsl.ipynb #268c5e7e
 flsl_presets = dict(
     paper = FLSLConfig(),
-    official = FLSLConfig(normalize=False, beta_sa=0.1/384**.5, beta_ca=0.2/384**.5, flip=0., augment=Augment(blur_at=0), random_query=False, pos_offset=0.1),
-    scenes = FLSLConfig(img_size=64, local_size=32, local_scale=(0.1,0.4), beta_sa=10., beta_ca=20., hidden_dim=192, bottleneck_dim=64,
-                        augment=Augment(brightness=0.5, contrast=0.4, saturation=0.4, hue=0.05, gray_p=0.1, solarize_p=0.), momentum=(0.98,1.), lr=24e-3,
+    official = FLSLConfig(normalize=False, beta_sa=0.1/384**.5, beta_ca=0.2/384**.5, flip=0.,
+                          augment=Augment(blur_at=0), random_query=False, pos_offset=0.1),
+    scenes = FLSLConfig(img_size=64, local_size=32, local_scale=(0.1,0.4), beta_sa=10., beta_ca=20., hidden_dim=192,
+                        bottleneck_dim=64, momentum=(0.98,1.), lr=24e-3,
+                        augment=Augment(brightness=0.5, contrast=0.4, saturation=0.4, hue=0.05, gray_p=0.1,
+                                        solarize_p=0.),
                         drop_path_rate=0., pos_scale=0.25, freeze_epochs=0, temp_t=(0.04,0.04), wd=(0.04,0.04)),
 )
 
@@ -91,7 +94,9 @@ def flsl_recipe(
     c = config
     crops = [CropSpec('teacher', c.img_size, c.teacher_scale, flip=c.flip, augment=c.augment),
              CropSpec('student', c.img_size, c.student_scale, within='teacher', flip=c.flip, augment=c.augment)]
-    if c.n_local: crops.append(CropSpec('local', c.local_size, c.local_scale, count=c.n_local, within='teacher', flip=c.flip, augment=c.augment))
+    if c.n_local:
+        crops.append(CropSpec('local', c.local_size, c.local_scale, count=c.n_local, within='teacher',
+                              flip=c.flip, augment=c.augment))
     return Recipe(tuple(crops))
 
 # %% ../nbs/40_flsl.ipynb #538e0245
@@ -102,7 +107,9 @@ def count_queries(
     "Queries that random pooling takes from one photograph (FLSL, random pooling)"
     def one(size, window):
         h, w = encoder.grid(size, size)
-        if not 1<=window<=min(h, w): raise InputError(f'a window of {window} tokens does not fit the {h}x{w} tokens of a {size} px view: use a window of at most {min(h, w)} or larger views')
+        if not 1<=window<=min(h, w):
+            raise InputError(f'a window of {window} tokens does not fit the {h}x{w} tokens of a {size} px view: '
+                             f'use a window of at most {min(h, w)} or larger views')
         return (h//window)*(w//window)
     n = one(config.img_size, config.window)
     return n + config.n_local*one(config.local_size, config.local_window) if config.n_local else n
@@ -149,9 +156,10 @@ class FLSL(nn.Module):
     ):
         super().__init__()
         c = self.config = config
-        if c.n_prototypes is None: raise InputError('n_prototypes is not set: use choose_prototypes(queries in a step), as flsl_learner does')
+        if c.n_prototypes is None:
+            raise InputError('n_prototypes is not set: use choose_prototypes(queries in a step), as flsl_learner does')
         count_queries(c, encoder)
-        head = PrototypeHead(encoder.embed_dim, c.n_prototypes, hidden_dim=c.hidden_dim, bottleneck_dim=c.bottleneck_dim)
+        head = PrototypeHead(encoder.embed_dim, c.n_prototypes, c.hidden_dim, c.bottleneck_dim)
         self.student = nn.ModuleDict(dict(encoder=encoder, head=head))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
 
@@ -197,20 +205,24 @@ class FLSL(nn.Module):
         z, mode = torch.cat(zs, 1), torch.cat(modes, 1)
         scale = z.shape[-1]**.5 if c.normalize else 1.
         s, t = self.student.head, self.teacher.head
-        with torch.no_grad(): u_pos, mu_pos = t.embed(mean_shift(z, Zt, c.beta_ca).flatten(0, 1)*scale), t.scaled_prototypes()
+        with torch.no_grad():
+            u_pos = t.embed(mean_shift(z, Zt, c.beta_ca).flatten(0, 1)*scale)
+            mu_pos = t.scaled_prototypes()
         z, mode = z.flatten(0, 1), mode.flatten(0, 1)
         return FLSLOutput(z, mode, s.embed(mode*scale), s.scaled_prototypes(), u_pos, mu_pos)
 
 # %% ../nbs/40_flsl.ipynb #f41a5048
 class FLSLLoss(nn.Module):
-    "The objective as a loss function; its weights and temperatures may be scheduled, its last parts are kept in `parts` (FLSL, full objective)"
+    "The objective as a loss function; its weights and temperatures may be scheduled, `parts` are its last terms (FLSL)"
     def __init__(self, config:FLSLConfig=FLSLConfig()):
         super().__init__()
-        self.upsilon, self.eta, self.gamma, self.temp_s, self.temp_t = config.upsilon, config.eta, config.gamma, config.temp_s, config.temp_t[0]
+        self.upsilon, self.eta, self.gamma = config.upsilon, config.eta, config.gamma
+        self.temp_s, self.temp_t = config.temp_s, config.temp_t[0]
         self.parts = None
 
     def forward(self, out:FLSLOutput, *targets)->Tensor:
         intra = mode_loss(out.z, out.mode)
-        second, (inter, volume) = prototype_objective(out.u, out.mu, out.u_pos, out.mu_pos, self.eta, self.gamma, self.temp_s, self.temp_t)
+        second, (inter, volume) = prototype_objective(out.u, out.mu, out.u_pos, out.mu_pos,
+                                                      self.eta, self.gamma, self.temp_s, self.temp_t)
         self.parts = ObjectiveParts(intra.detach(), inter, volume)
         return self.upsilon*intra + second

@@ -36,7 +36,7 @@ def rank_share(
 @fp32
 def position_share(
     z:Tensor,  # Tokens of several photographs, (B, N, D), a grid cell in each column
-)->float:      # At most 1: within a view, tokens depend on nothing but their cell; 0 on average where they do not depend on it
+)->float:      # 1: within a view, tokens depend on nothing but their cell; 0 on average: not on it
     "Share of the tokens' variance within views that their cell explains, corrected for chance"
     B = len(z)
     if B<2: raise InputError(f'what photographs have in common needs at least 2 of them, got {B}')
@@ -53,7 +53,9 @@ def prototype_share(
     "Prototypes that tokens tell apart, as a share of the largest possible number"
     logits = logits.flatten(0, -2)
     most = min(logits.shape)
-    if most<2: raise InputError(f'telling prototypes apart takes 2 of them and 2 tokens, got logits of shape {tuple(logits.shape)}')
+    if most<2:
+        raise InputError(f'telling prototypes apart takes 2 of them and 2 tokens, got logits of shape '
+                         f'{tuple(logits.shape)}')
     use = prototype_use(logits, temp)
     return min(1., max(0., (use['perplexity']/math.exp(use['entropy'])-1)/(most-1)))
 
@@ -85,10 +87,12 @@ def token_clusters(
 )->Tensor:        # Integers (B, N), on the device of `Z`
     "Cluster the tokens of each view by themselves: k-means"
     from sklearn.cluster import KMeans
-    if not 1<k<=Z.shape[1]: raise InputError(f'things must be above 1 and at most {Z.shape[1]}, the number of tokens in a view, got {k}')
+    if not 1<k<=Z.shape[1]:
+        raise InputError(f'things must be above 1 and at most {Z.shape[1]}, the number of tokens in a view, got {k}')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')   # fewer different tokens than clusters: some stay empty, which is right
-        found = [torch.as_tensor(KMeans(k, n_init=1, random_state=seed).fit_predict(z)) for z in Z.float().cpu().numpy()]
+        found = [torch.as_tensor(KMeans(k, n_init=1,
+                                        random_state=seed).fit_predict(z)) for z in Z.float().cpu().numpy()]
     return torch.stack(found).long().to(Z.device)
 
 # %% ../nbs/64_gauges.ipynb #b9421db1
@@ -126,11 +130,18 @@ class Gauge(NamedTuple):
     fooled:str  # When it lies
 
 GAUGES = {
-    'correspondence': Gauge('higher', 'does a patch find its place in another view?', 'about 4 cells of N for noise', 'by flat colour and fine detail, and by a little position added to either; says nothing about what things are'),
-    'separation': Gauge('higher', 'does the soft mask of a patch fall on its own thing in another view?', '0 for noise', 'by flat colour, and by position where views show nearly the same part'),
-    'token rank': Gauge('higher', 'along how many directions do tokens vary?', '0 for constant features', 'by noise, which has the highest'),
-    'position': Gauge('lower', 'how much of a token says only where in the view it is?', '0 for noise and for constant features', 'by photographs that are alike in each place, as roads under skies are'),
-    'prototype use': Gauge('higher', 'how many prototypes do tokens tell apart?', '0 for constant features and for a head that does not decide', 'by noise, and by colour'),
+    'correspondence': Gauge('higher', 'does a patch find its place in another view?',
+                            'about 4 cells of N for noise', 'by flat colour and fine detail, and by a little position '
+                                                            'added to either; says nothing about what things are'),
+    'separation': Gauge('higher', 'does the soft mask of a patch fall on its own thing in another view?',
+                        '0 for noise', 'by flat colour, and by position where views show nearly the same part'),
+    'token rank': Gauge('higher', 'along how many directions do tokens vary?',
+                        '0 for constant features', 'by noise, which has the highest'),
+    'position': Gauge('lower', 'how much of a token says only where in the view it is?',
+                      '0 for noise and for constant features', 'by photographs that are alike in each place, as roads '
+                                                               'under skies are'),
+    'prototype use': Gauge('higher', 'how many prototypes do tokens tell apart?',
+                           '0 for constant features and for a head that does not decide', 'by noise, and by colour'),
 }
 
 # %% ../nbs/64_gauges.ipynb #95ebbf37
@@ -142,7 +153,7 @@ def label_free_gauges(
     size:int,               # Side of the views, pixels
     things:int=4,           # Separation: clusters in a view
     beta:float=None,        # Separation: inverse temperature; default each model's own
-    head=None,              # Prototype use: function of the tokens (n,N,D) of views that gives logits (..., K); default leave it out
+    head=None,              # For prototype use: function of tokens (n,N,D) that gives logits (..., K); default without
     temp:float=.1,          # Prototype use: temperature that divides the logits
     label:str='model',      # Name of the model in tables
     data:str='photographs', # Name of the photographs in the protocol
@@ -151,10 +162,11 @@ def label_free_gauges(
     tolerance:float=1.,     # Correspondence: how far off a match may be, cells
     seed:int=0,             # Of boxes and clusters
     **kwargs,               # Arguments of `extract`
-)->list:                    # Scores: correspondence, separation, token rank, position, and prototype use if there is a head
+)->list:                    # Scores: correspondence, separation, token rank, position; with a head prototype use
     "What photographs alone say of a frozen encoder"
     if len(photos)<2: raise InputError(f'{data}: the gauges need at least 2 photographs, got {len(photos)}')
-    if len(hw)!=len(photos): raise InputError(f'hw must give height and width of all {len(photos)} photographs, got {tuple(hw.shape)}')
+    if len(hw)!=len(photos):
+        raise InputError(f'hw must give height and width of all {len(photos)} photographs, got {tuple(hw.shape)}')
     g = torch.Generator().manual_seed(seed)
     boxes = [random_boxes(hw, scale, (3/4,4/3), g) for _ in range(2)]
     boxes[1] = flip_boxes(boxes[1], torch.rand(len(hw), generator=g)<.5)
@@ -163,10 +175,13 @@ def label_free_gauges(
     z1, z2 = (m.flatten(2).mT for m in (m1, m2))
     first = correspondence_score(model, photos, hw, size, label, data, scale, tolerance, pairs, seed, **kwargs)
     def score(probe, value, **settings):
-        p = [f'{data} ({len(photos)})', f'image {size}x{size}', f'probe={probe.replace(" ", "-")}', f'scale={tuple(scale)}', *[f'{k}={v}' for k,v in settings.items()],
+        p = [f'{data} ({len(photos)})', f'image {size}x{size}', f'probe={probe.replace(" ", "-")}',
+             f'scale={tuple(scale)}', *[f'{k}={v}' for k,v in settings.items()],
              f'seed={seed}', f"amp={bool(kwargs.get('amp'))}", f'densessl {__version__}']
         return Score(label, probe, value, (), ' | '.join(p), first.features)
-    res = [first, score('separation', soft_mask_separation(z1, z2, b1, b2, m1.shape[-2:], things, beta, seed), things=things, beta='own' if beta is None else beta),
+    res = [first,
+           score('separation', soft_mask_separation(z1, z2, b1, b2, m1.shape[-2:], things, beta, seed), things=things,
+                 beta='own' if beta is None else beta),
            score('token rank', rank_share(unit(z1))), score('position', position_share(unit(z1)))]
     return res + ([score('prototype use', prototype_share(head(z1), temp), temp=temp)] if head is not None else [])
 
@@ -180,12 +195,14 @@ def gauge_correlations(
     scores = list(scores)
     table = {p: {s.model: s.value for s in scores if s.probe==p} for p in dict.fromkeys(s.probe for s in scores)}
     if target not in table: raise InputError(f'there is no score {target!r}: there are {", ".join(table)}')
-    if any(len(v)<sum(s.probe==p for s in scores) for p,v in table.items()): raise InputError('a model has two scores of one probe: give each checkpoint a name of its own')
+    if any(len(v)<sum(s.probe==p for s in scores) for p,v in table.items()):
+        raise InputError('a model has two scores of one probe: give each checkpoint a name of its own')
     res = {}
     for p,v in table.items():
         if p==target: continue
         both = [m for m in table[target] if m in v]
-        if len(both)<3: raise InputError(f'{p} and {target} have {len(both)} models in common: an order needs at least 3')
+        if len(both)<3:
+            raise InputError(f'{p} and {target} have {len(both)} models in common: an order needs at least 3')
         a, b = [v[m] for m in both], [table[target][m] for m in both]
         res[p] = float(spearmanr(a, b).statistic) if len(set(a))>1 and len(set(b))>1 else math.nan
     return res

@@ -25,7 +25,7 @@ from .masks import MASK_SUFFIXES, VOID, find_classes, open_image, option, read_m
 class Found(NamedTuple):
     "What a reader finds in a folder"
     splits:dict              # Name of the part -> (photograph, where its mask is) of each
-    table:dict=None          # Label in the files -> class; None where it is left out. Default: the labels themselves decide
+    table:dict=None          # Label in the files -> class, None where it is left out; default: the labels decide
     classes:tuple=None       # Names of the classes
     read:object=read_mask    # Function that reads a mask
     lists:tuple=()           # Lists of classes that lie beside the masks
@@ -85,14 +85,18 @@ def match_stems(
     return tuple((photos[k], masks[k]) for k in keys if k in masks), [k for k in keys if k not in masks]
 
 # %% ../nbs/26_layouts.ipynb #ff3f46cd
-PHOTO_WORDS = set('image images img imgs photo photos picture pictures rgb jpegimages leftimg8bit input inputs frames'.split())
+PHOTO_WORDS = set('''image images img imgs photo photos picture pictures rgb jpegimages leftimg8bit input inputs
+    frames'''.split())
 MASK_WORDS  = MASK_NAMES | set('lbl lbls gts segs segmentationclass target targets groundtruths parsing manual'.split())
 PARTS = dict(train='train training trn tr', val='val valid validation dev va', test='test testing tst te ts')
 _PART = {w: k for k,v in PARTS.items() for w in v.split()}
 _FILL = set('dir folder ground set sets data dataset split part'.split())
-_COPIES = set('color colors colour colours colormap colormaps colored rgb visualization viz vis overlay overlays human'.split())
-_MASK_ENDS = ('masks?|labels?|lbl|label(train)?ids|train_?ids?|(label)?color|gt|gtfine|gtcoarse|segs?|segmentations?|'
-              'annotations?|annot|anno|semantic|truth|manual1?|l|m|jpe?g|png|tiff?|bmp')
+_COPIES = set('''color colors colour colours colormap colormaps colored rgb visualization viz vis overlay overlays
+    human'''.split())
+_MASK_ENDS = ('masks?|labels?|lbl|label(train)?ids|train_?ids?|gt|gtfine|gtcoarse|segs?|segmentations?|annotations?|'
+              'annot|anno|semantic|truth|manual1?|jpe?g|png|tiff?|bmp')
+_SHORT_ENDS = f'{_MASK_ENDS}|l|m'                  # Not trusted of a JPEG beside others: a_m.jpg may be a small copy
+_FOLDER_ENDS = f'{_SHORT_ENDS}|(label)?color'      # Of files in a folder of masks
 _PHOTO_ENDS = 'images?|img|photo|rgb|rgb_anon|sat|leftimg8bit|orig|original|training|test|0000'
 
 def part_of(
@@ -118,7 +122,7 @@ def _role(name, images=None, labels=None):
     return ''
 
 def _part_folders(names, parts=()):
-    "Name of a folder -> its part: named alone (Training Set), or by the word that tells it from another (uavid_train, uavid_val)"
+    "Name of a folder -> its part: named alone (Training Set), or telling it from another (uavid_train, uavid_val)"
     alike, out = {}, {}
     for name in names:
         words = _words(name)
@@ -127,7 +131,7 @@ def _part_folders(names, parts=()):
         others = tuple(w for w in words if w!=its[0])
         alike.setdefault(others, {})[name] = its[0]
     for others,own in alike.items():
-        filling = all(w in _FILL or len(w)==1 or w.isdigit() for w in others)
+        filling = all(w in _FILL|PHOTO_WORDS|MASK_WORDS or len(w)==1 or w.isdigit() for w in others)
         if filling or len({*map(part_of, own.values())})>1: out |= own
     return out | {n: n for n in parts}
 
@@ -141,10 +145,8 @@ def _place(folders, part_folders, role_of=_role):
     role, part, rest = '', '', []
     for name in folders:
         words, kind = _words(name), role_of(name)
-        named = {w for w in words if part_of(w)} if kind else ()
-        its = part_folders.get(name) or (next(iter(named)) if len(named)==1 else '')
-        new = bool(its) and not part
-        if new: part = its
+        new = name in part_folders and not part
+        if new: part = part_folders[name]
         if kind and role in ('', 'other'): role = kind
         elif not new:
             rest.append(name)
@@ -160,7 +162,7 @@ def _bare(stem, ends):
     return stem if short==stem else _bare(short, ends)
 
 # %% ../nbs/26_layouts.ipynb #13ec72a6
-_BEST = ('labelids', 'labeltrainids', 'mask', 'masks', 'label', 'labels')   # Which of several masks of one photograph to take
+_BEST = ('labelids', 'labeltrainids', 'mask', 'masks', 'label', 'labels')   # Of several masks, the first of these
 
 def _one_mask(root, masks):
     "The mask of a photograph, if several fit; one of numbers before its colored copies"
@@ -194,7 +196,9 @@ def _sort_files(root, images, labels, parts):
     photos = photos or plain                                 # side by side: a word at the end of the name
     stems = {(w, p.stem) for w,p in photos}
     bare = {(w, _bare(s, _PHOTO_ENDS)) for w,s in stems}
-    is_mask = lambda w, p: (b := _bare(p.stem, _MASK_ENDS))!=p.stem and ((w, b) in stems or (w, b) in bare)
+    def is_mask(w, p):
+        b = _bare(p.stem, _MASK_ENDS if p.suffix.lower() in ('.jpg', '.jpeg') else _SHORT_ENDS)
+        return b!=p.stem and ((w, b) in stems or (w, b) in bare)
     masks = [o for o in photos if is_mask(*o)]
     if len(masks)<2: return photos, [], []
     return [o for o in photos if not is_mask(*o)], masks, []
@@ -210,7 +214,7 @@ def _by_place(masks, name, around):
     of = {}
     for w,m in masks:
         stem = name(m)
-        names = {stem, _bare(stem, _MASK_ENDS)}
+        names = {stem, _bare(stem, _FOLDER_ENDS)}
         if around:
             before, after = around
             fits = stem.startswith(before) and stem.endswith(after)
@@ -278,7 +282,7 @@ def _list_part(stem):
     return its[0] if len(its)==1 and {*words}-{*its}<=filling else ''
 
 def _read_list(file, known):
-    "Names of photographs in a list, and how many of its lines name none of these; the first word of a line is a path or a name"
+    "Names of photographs in a list, and how many of its lines name none; the first word of a line is a path or a name"
     names, lost = [], 0
     for line in map(str.strip, read_text(file).splitlines()):
         if not line: continue
@@ -293,7 +297,7 @@ def _by_lists(root, pairs):
     known, lists = {}, {}
     for w,p,m in pairs: known.setdefault(p.stem, []).append((p, m))
     for folder in _LISTS:
-        files = sorted(f for f in (root/folder).glob('*') if f.suffix in ('.txt', '.csv', '.lst'))
+        files = [f for end in ('txt', 'lst', 'csv') for f in sorted((root/folder).glob(f'*.{end}'))]
         for f in files: lists.setdefault(_list_part(f.stem), f)
         lists.pop('', None)
         if lists: break
@@ -305,8 +309,8 @@ def _by_lists(root, pairs):
     if not named or max(map(len, known.values()))>1 or strangers:
         return {}, [f'{files} name other files or folders and are not used']
     if both := [o for o,n in named.items() if n>1]:
-        raise InputError(f'{len(both)} photographs stand in more than one of the lists {files}, as {both[0]}: each may be '
-                         f'in one part only')
+        raise InputError(f'{len(both)} photographs stand in more than one of the lists {files}, as {both[0]}: each may '
+                         f'be in one part only')
     splits = {k: tuple(known[o][0] for o in names) for k,(names,_) in read.items() if names}
     notes, rest = [f'parts are those of {files}'], [o for o in known if o not in named]
     if rest and len(splits)==1:
@@ -335,8 +339,8 @@ def _check_public(root, pairs):
         raise InputError(f'{root} is the full release of ADE20K, whose masks ({m.name}) hold objects in colors: use '
                          f'ADEChallengeData2016, which has its 150 classes')
     if w.rest and {'JPEGImages', 'Annotations'} <= {*p.parts, *m.parts}:
-        raise InputError(f'{root} holds videos in the layout of DAVIS, whose masks number the objects of each: they are '
-                         f'scored by davis_score; {option("layout=folder")} if labels mean the same in all')
+        raise InputError(f'{root} holds videos in the layout of DAVIS, whose masks number the objects of each: they '
+                         f'are scored by davis_score; {option("layout=folder")} if labels mean the same in all')
 
 def _class_lists(root, pairs):
     "Lists of classes beside the masks; in COCO's stuffthingmaps the label 0 is the class 1 of its list"
@@ -344,6 +348,24 @@ def _class_lists(root, pairs):
     if 'stuffthingmaps' not in pairs[0][2].parts: return lists
     later = lambda o: o._replace(names={l-1: n for l,n in o.names.items() if l}, colors={})
     return [later(o) if o.names.get(0, '').lower() in VOID else o for o in lists]
+
+def _spare_masks(root, pairs, masks, left):
+    "What to say of masks that are in no pair; an error if so many, or those of a part, have no photograph"
+    names = {s for _,p,_ in pairs for s in (_name(p), _bare(_name(p), _PHOTO_ENDS))}
+    more = [m for m in left if _bare(_name(m), _FOLDER_ENDS) in names]          # another mask of a photograph
+    lost = {*left} - {*more}
+    some = [m for m in left if m in lost]
+    if len(lost)>len(masks)/2:
+        raise InputError(f'{len(lost)} of {len(masks)} masks have no photograph, as {some[0].relative_to(root)}: name '
+                         f'both alike, or remove these masks')
+    having = {part_of(w.part) for w,*_ in pairs}
+    if gone := [w.part for w,m in masks if m in lost and part_of(w.part) and part_of(w.part) not in having]:
+        raise InputError(f'{root} has masks for {gone[0]}, but none of their photographs: add them, or remove these '
+                         f'masks')
+    notes = []
+    if more: notes.append(f'{len(more)} more masks of these photographs are left out (as {more[0].relative_to(root)})')
+    if some: notes.append(f'{len(some)} masks without a photograph are left out ({_some(p.name for p in some)})')
+    return notes
 
 def plain_folder(
     root,             # Folder
@@ -358,16 +380,7 @@ def plain_folder(
     pairs, lone, left, around = _pair_somehow(root, photos, masks)
     if not pairs: raise _no_pairs(root, photos, masks)
     if not sure: _check_public(root, pairs)
-    names = {s for _,p,_ in pairs for s in (_name(p), _bare(_name(p), _PHOTO_ENDS))}
-    more = [m for m in left if _bare(_name(m), _MASK_ENDS) in names]          # another mask of a photograph
-    left = [m for m in left if m not in {*more}]
-    if len(left)>len(masks)/2:
-        raise InputError(f'{len(left)} of {len(masks)} masks have no photograph, as {left[0].relative_to(root)}: name '
-                         f'both alike, or remove these masks')
-    having, lost = {part_of(w.part) for w,*_ in pairs}, {*left}
-    if gone := [w.part for w,m in masks if m in lost and part_of(w.part) and part_of(w.part) not in having]:
-        raise InputError(f'{root} has masks for {gone[0]}, but none of their photographs: add them, or remove these '
-                         f'masks')
+    spare = _spare_masks(root, pairs, masks, left)
     known, splits, without = any(w.part for w,*_ in pairs), {}, {}
     listed, says = ({}, []) if known or parts else _by_lists(root, pairs)
     name = lambda w: w.part or (w.rest[0] if known and w.rest else 'all')
@@ -377,15 +390,10 @@ def plain_folder(
     for k,v in without.items():
         if k not in splits and not listed: notes.append(f'no masks in {k}, which is skipped')
         else: notes.append(f'{len(v)} photographs of {k} without a mask are left out ({_some(p.name for p in v)})')
-    if more: notes.append(f'{len(more)} more masks of these photographs are left out (as {more[0].relative_to(root)})')
-    if left: notes.append(f'{len(left)} masks without a photograph are left out ({_some(p.name for p in left)})')
     splits = {k: tuple(v) for k,v in splits.items()} | listed
-    return Found(splits, lists=tuple(_class_lists(root, pairs)), notes=tuple(notes))
+    return Found(splits, lists=tuple(_class_lists(root, pairs)), notes=(*notes, *spare))
 
 # %% ../nbs/26_layouts.ipynb #02e57915
-VOC_CLASSES = tuple('background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor'.split())
-CITYSCAPES_CLASSES = {7: 'road', 8: 'sidewalk', 11: 'building', 12: 'wall', 13: 'fence', 17: 'pole', 19: 'traffic light', 20: 'traffic sign', 21: 'vegetation', 22: 'terrain', 23: 'sky',
-                      24: 'person', 25: 'rider', 26: 'car', 27: 'truck', 28: 'bus', 31: 'train', 32: 'motorcycle', 33: 'bicycle'}  # Label id -> name
 _ADE = {i: i-1 if i else None for i in range(151)}
 
 def ade20k(root, sure=False, **kw):
@@ -393,27 +401,44 @@ def ade20k(root, sure=False, **kw):
     if not ((root/'images/training').is_dir() and (root/'annotations/training').is_dir()): return
     info = root/'objectInfo150.txt'
     named = any(p.name.startswith('ADE_') for p in photos_of(root/'images/training')[:1])
-    if not (sure or named or info.is_file() or (root/'sceneCategories.txt').is_file()) or not (found := plain_folder(root)): return
+    if not (sure or named or info.is_file() or (root/'sceneCategories.txt').is_file()): return
+    if not (found := plain_folder(root)): return
     rows = [l.split('\t') for l in read_text(info).splitlines()[1:]] if info.is_file() else []
     names = tuple(r[-1].split(',')[0].strip() for r in rows if len(r)>1)
-    return found._replace(table=_ADE, classes=names if len(names)==150 else None, lists=(), notes=('label 0 is no class', *found.notes))
+    if len(names)!=150: names = None
+    return found._replace(table=_ADE, classes=names, lists=(), notes=('label 0 is no class', *found.notes))
+
+# %% ../nbs/26_layouts.ipynb #817011a5
+VOC_CLASSES = tuple('''background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
+    motorbike person pottedplant sheep sofa train tvmonitor'''.split())
+
+def _add_part(splits, notes, name, pairs, lone):
+    "A part of a public set, and what to say of photographs without a mask"
+    if pairs: splits[name] = pairs
+    if lone and pairs: notes.append(f'{len(lone)} photographs of {name} without a mask are left out ({_some(lone)})')
+    if lone and not pairs: notes.append(f'no masks in {name}, which is skipped')
 
 def voc(root, **kw):
     "Pascal VOC"
     lists = root/'ImageSets/Segmentation'
-    if not (lists.is_dir() and (root/'JPEGImages').is_dir() and (root/'SegmentationClass').is_dir()): return
+    if not all(d.is_dir() for d in (lists, root/'JPEGImages', root/'SegmentationClass')): return
     photos, masks = by_stem(photos_of(root/'JPEGImages')), by_stem(files_of(root/'SegmentationClass', MASK_SUFFIXES))
     splits, notes, named = {}, [], find_classes([root, root/'SegmentationClass'])
     for f in sorted(lists.glob('*.txt')):
         if f.stem not in ('train', 'val', 'test', 'default'): continue
-        keys = [Path(l.split()[-1]).name if l.split()[-1] not in photos else l.split()[-1] for l in read_text(f).splitlines() if l.strip()]
-        pairs, lone = match_stems(photos, masks, f, keys)
-        if lone: notes.append(f'{len(lone)} photographs of {f.name} without a mask are left out ({_some(lone)})' if pairs else f'no masks for {f.name}, which is skipped')
-        if pairs: splits['all' if f.stem=='default' else f.stem] = pairs
+        lines = [l.split()[-1] for l in read_text(f).splitlines() if l.strip()]
+        pairs, lone = match_stems(photos, masks, f, [l if l in photos else Path(l).name for l in lines])
+        _add_part(splits, notes, 'all' if f.stem=='default' else f.stem, pairs, lone)
     if not splits: raise InputError(f'{lists} names no photograph that has a mask in SegmentationClass')
     own = named or not all(re.fullmatch(r'\d{4}_\d{6}', p.stem) for p in photos.values())
     if own: return Found(splits, lists=tuple(named), notes=tuple(notes))
     return Found(splits, {i: i for i in range(21)} | {255: None}, VOC_CLASSES, notes=tuple(notes))
+
+# %% ../nbs/26_layouts.ipynb #b53eb2ee
+CITYSCAPES_CLASSES = {   # Label id -> name
+    7: 'road', 8: 'sidewalk', 11: 'building', 12: 'wall', 13: 'fence', 17: 'pole', 19: 'traffic light',
+    20: 'traffic sign', 21: 'vegetation', 22: 'terrain', 23: 'sky', 24: 'person', 25: 'rider', 26: 'car', 27: 'truck',
+    28: 'bus', 31: 'train', 32: 'motorcycle', 33: 'bicycle'}
 
 def divided_mask(
     path,              # Image file
@@ -430,16 +455,17 @@ def cityscapes(root, **kw):
     key = lambda kind, p: (p.parent.name, re.sub(rf'_{kind}$', '', p.stem))
     ends = [e for e in ('labelIds', 'labelTrainIds', 'instanceIds') if next(truth.glob(f'*/*/*_{e}.png'), None)]
     if not ends: return
-    kind, splits, notes = f'{truth.name}_{ends[0]}', {}, [f'masks are {ends[0]}']
+    end, splits, notes = ends[0], {}, [f'masks are {ends[0]}']
     for d in sorted(p for p in (root/'leftImg8bit').iterdir() if p.is_dir() and not is_private(p.name)):
         photos = by_stem(photos_of(d), partial(key, 'leftImg8bit'))
-        masks = by_stem((p for p in files_of(truth/d.name, ('.png',)) if p.stem.endswith(ends[0])), partial(key, kind))
-        pairs, lone = match_stems(photos, masks, d)
-        if pairs: splits[d.name] = pairs
-        if lone: notes.append(f'{len(lone)} photographs of {d.name} without a mask are left out' if pairs else f'no masks in {d.name}, which is skipped')
+        files = [p for p in files_of(truth/d.name, ('.png',)) if p.stem.endswith(end)]
+        pairs, lone = match_stems(photos, by_stem(files, partial(key, f'{truth.name}_{end}')), d)
+        _add_part(splits, notes, d.name, pairs, ['/'.join(k) for k in lone])
     if not splits: raise InputError(f'no photograph of {root/"leftImg8bit"} has its mask in {truth}')
-    ids = {i: i for i in range(19)} if ends[0]=='labelTrainIds' else {i: None for i in range(34)} | {l: i for i,l in enumerate(CITYSCAPES_CLASSES)}
-    return Found(splits, {255: None} | ids, tuple(CITYSCAPES_CLASSES.values()), divided_mask if ends[0]=='instanceIds' else read_mask, notes=tuple(notes))
+    ids = {l: i for i,l in enumerate(CITYSCAPES_CLASSES)}
+    table = {i: i for i in range(19)} if end=='labelTrainIds' else {i: None for i in range(34)} | ids
+    read = divided_mask if end=='instanceIds' else read_mask
+    return Found(splits, {255: None} | table, tuple(CITYSCAPES_CLASSES.values()), read, notes=tuple(notes))
 
 # %% ../nbs/26_layouts.ipynb #ec1934f9
 def _json_files(root, kind):
@@ -501,8 +527,8 @@ def _without_lost(splits):
     there = {k: tuple(o for o in v if o[0].is_file()) for k,v in splits.items()}
     lost = [p for k,v in splits.items() for p,_ in v if not p.is_file()]
     if lost and not any(there.values()): raise InputError(f'{lost[0]} is not there, and no other listed photograph is')
-    notes = [f'{len(lost)} listed photographs that are not there are left out ({_some(p.name for p in lost)})'] if lost else []
-    return {k: v for k,v in there.items() if v}, notes
+    said = f'{len(lost)} listed photographs that are not there are left out ({_some(p.name for p in lost)})'
+    return {k: v for k,v in there.items() if v}, [said] if lost else []
 
 def coco(
     root,
@@ -521,8 +547,8 @@ def coco(
             raise InputError(f'{f} is no COCO {kind} file: {e!r}') from None
     for part,pairs in splits.items():
         if twice := [p for p,n in Counter(p for p,_ in pairs).items() if n>1]:
-            raise InputError(f'{twice[0]} is listed twice for the part {part} in {", ".join(f.name for f in files)}: list '
-                             f'each photograph once')
+            raise InputError(f'{twice[0]} is listed twice for the part {part} in {", ".join(f.name for f in files)}: '
+                             f'list each photograph once')
     splits, notes = _without_lost(splits)
     ids = sorted(names)
     if kind=='panoptic':
@@ -536,12 +562,14 @@ def coco(
     things = [c for c in ids if c not in ground]
     table = {BACKGROUND: 0} | {c: 0 for c in ground} | {c: i+1 for i,c in enumerate(things)}
     notes.append('what is in no instance is the class background')
-    if bare := outlined.count(False): notes.append(f'{bare} of {len(outlined)} instances have no outline and are not drawn')
+    if not all(outlined):
+        notes.append(f'{outlined.count(False)} of {len(outlined)} instances have no outline and are not drawn')
     return Found(splits, table, ('background', *(names[c] for c in things)), read_instances, notes=tuple(notes))
 
 # %% ../nbs/26_layouts.ipynb #a085b613
 _YOLO = re.compile(r'\s*\d+(\s+[-+.\deE]+){4,}\s*')
 
+_NEEDED = 'boxes are not scored here, a mask for each photograph is needed'
 _ARRAYS = ('.npy', '.npz', '.mat', '.nii', '.nii.gz', '.dcm', '.h5', '.hdf5')
 
 def _starts(file, n=4096):
@@ -556,13 +584,14 @@ def other_labels(
     for p in files:
         end = next((o for o in _ARRAYS if p.name.lower().endswith(o)), '')
         above = p.relative_to(root).parts[:-1]
-        if end and (any(_role(n)=='mask' for n in above) or _bare(p.name[:-len(end)], _MASK_ENDS) in stems):
-            return f'masks in {end} files (as {p.name}): save each as a PNG file of one number a pixel, named as its photograph'
+        if end and (any(_role(n)=='mask' for n in above) or _bare(p.name[:-len(end)], _FOLDER_ENDS) in stems):
+            return (f'masks in {end} files (as {p.name}): save each as a PNG file of one number a pixel, named as its '
+                    f'photograph')
     first = lambda suffix: [(p, _starts(p)) for p in files if p.suffix.lower()==suffix][:20]
     for p,text in first('.xml'):
         if '<annotations>' in text: return f'CVAT outlines ({p.name}): export them as "Segmentation mask 1.1"'
         if '<annotation' in text:
-            return f'boxes of Pascal VOC (as {p.name}): boxes are not scored here, a mask for each photograph is needed (SegmentationClass)'
+            return f'boxes of Pascal VOC (as {p.name}): {_NEEDED} (SegmentationClass)'
     for p,text in first('.json'):
         if '"shapes"' in text or '"imagePath"' in text:
             return f'outlines of LabelMe (as {p.name}): convert them to masks, for example with labelme2voc'
@@ -571,14 +600,14 @@ def other_labels(
         if '"objects"' in text and '"polygon"' in text:
             return f'polygons of Cityscapes (as {p.name}): make label images of them with cityscapesscripts'
         if '"bbox"' in text and '"categories"' in text or '"image_id"' in text:
-            return f'boxes of COCO (as {p.name}): boxes are not scored here, a mask for each photograph is needed'
+            return f'boxes of COCO (as {p.name}): {_NEEDED}'
         if '"regions"' in text and '"shape_attributes"' in text:
             return f'outlines of the VGG annotator (as {p.name}): convert them to masks or to COCO instances'
     for p,text in first('.txt'):
         lines = [l for l in text.splitlines()[:-1] or text.splitlines() if l.strip()]
         if lines and p.stem not in ('classes', 'labels') and all(_YOLO.fullmatch(l) for l in lines):
             kind = 'boxes' if all(len(l.split())==5 for l in lines) else 'outlines'
-            return f'{kind} of YOLO (as {p.name}): {kind} in text files are not scored here, a mask for each photograph is needed'
+            return f'{kind} of YOLO (as {p.name}): {_NEEDED.replace("boxes", f"{kind} in text files")}'
 
 def seems_mask(
     file,               # Image file
@@ -602,12 +631,17 @@ def _masks_among(root):
 
 # %% ../nbs/26_layouts.ipynb #4693a43b
 LAYOUTS = {
-    'ade20k':         ('images/{training,validation} and annotations/{training,validation}, with objectInfo150.txt or files named ADE_', ade20k),
+    'ade20k':         ('images/{training,validation} and annotations/{training,validation}, with objectInfo150.txt or '
+                       'files named ADE_', ade20k),
     'voc':            ('JPEGImages, SegmentationClass and ImageSets/Segmentation/{train,val}.txt', voc),
-    'cityscapes':     ('leftImg8bit/{train,val}/CITY and gtFine/{train,val}/CITY with labelIds, labelTrainIds or instanceIds', cityscapes),
-    'coco-panoptic':  ('panoptic*.json, here or in annotations, with a folder of PNG files of the same name beside it', partial(coco, kind='panoptic')),
-    'coco-instances': ('instances*.json (or any COCO file with outlines), here, in annotations or in train and val, and the folder of the images', partial(coco, kind='instances')),
-    'folder':         ('images and labels (or masks, annotations, gt ...), inside or around train and val or without; or a.jpg and a_mask.png side by side', plain_folder),
+    'cityscapes':     ('leftImg8bit/{train,val}/CITY and gtFine/{train,val}/CITY with labelIds, labelTrainIds or '
+                       'instanceIds', cityscapes),
+    'coco-panoptic':  ('panoptic*.json, here or in annotations, with a folder of PNG files of the same name beside it',
+                       partial(coco, kind='panoptic')),
+    'coco-instances': ('instances*.json (or any COCO file with outlines), here, in annotations or in train and val, '
+                       'and the folder of the images', partial(coco, kind='instances')),
+    'folder':         ('images and labels (or masks, annotations, gt ...), inside or around train and val or without; '
+                       'or a.jpg and a_mask.png side by side', plain_folder),
 }  # Name -> what the folder holds, reader
 
 def find_layout(
@@ -621,10 +655,13 @@ def find_layout(
     if layout is not None and layout not in LAYOUTS:
         raise InputError(f'there is no layout {layout!r}: use one of {", ".join(LAYOUTS)}')
     inside = sorted(p for p in root.iterdir() if not is_private(p.name))
-    if len(inside)==1 and inside[0].is_dir() and not _role(inside[0].name):
+    if len(inside)==1 and inside[0].is_dir() and (
+            not _role(inside[0].name) or any(p.is_dir() for p in inside[0].iterdir())):
         return find_layout(inside[0], layout, **kwargs)
     sets = [p.name for p in inside if (p/'SegmentationClass').is_dir() and not part_of(p.name)]
-    if len(sets)>1: raise InputError(f'{path} holds {len(sets)} sets, {_some(sets)}: give the folder of one')
+    if len(sets)>1 and layout is None and not kwargs.get('parts'):
+        raise InputError(f'{path} holds {len(sets)} sets, {_some(sets)}: give the folder of one, or '
+                         f'{option(f"splits={sets[0]}:{sets[1]}")} to learn from one and score the other')
     named = any(kwargs.get(k) for k in ('images', 'labels'))
     for name,(_,reader) in LAYOUTS.items():
         if layout not in (None, name) or named and name!='folder': continue

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOR', 'MASK_SUFFIXES', 'MAX_PIXELS', 'CLASS_FILES', 'VOID', 'MAX_CLASSES', 'color_label', 'label_name', 'option',
            'open_image', 'read_mask', 'palette_colors', 'ClassList', 'read_text', 'read_classes', 'find_classes',
-           'class_table', 'mask_classes', 'several']
+           'class_table', 'several', 'mask_classes']
 
 # %% ../nbs/24_masks.ipynb #72f1ae15
 import json, re
@@ -93,8 +93,8 @@ def _without_hidden(labels, hidden, path):
     if hidden.all() or not hidden.any(): return labels
     black = labels.dtype.type(0 if labels.dtype==np.uint8 else COLOR)
     if (labels[~hidden]==black).all():
-        raise InputError(f'{path} is black where it is not transparent, so that only its transparency tells the classes: '
-                         f"save that as the mask, with Pillow as Image.open(file).getchannel('A').save(file)")
+        raise InputError(f'{path} is black where it is not transparent, so that only its transparency tells the '
+                         f"classes: save that as the mask, with Pillow as Image.open(file).getchannel('A').save(file)")
     return np.where(hidden, black, labels)
 
 def _values(im, path, by_color):
@@ -134,7 +134,8 @@ def palette_colors(
     return {i: int(color_label(colors[i])) for i in used if i<len(colors)}
 
 # %% ../nbs/24_masks.ipynb #655ceb2c
-CLASS_FILES = ('classes.tsv', 'classes.txt', 'classes.csv', 'classes.json', 'class_names.txt', 'label_names.txt', 'codes.txt', 'obj.names', 'id2label.json', '_classes.csv', 'class_dict.csv', 'label_colors.txt',
+CLASS_FILES = ('classes.tsv', 'classes.txt', 'classes.csv', 'classes.json', 'class_names.txt', 'label_names.txt',
+               'codes.txt', 'obj.names', 'id2label.json', '_classes.csv', 'class_dict.csv', 'label_colors.txt',
                'labelmap.txt', 'labels.txt', 'palette.txt', 'palette.csv', 'palette.json')
 
 class ClassList(NamedTuple):
@@ -178,25 +179,31 @@ def _json_rows(d):
     of = lambda i, k, v: (int(k), None, v) if k.isdigit() else (v, None, k) if isinstance(v, int) else (i, v, k)
     return [of(i, *o) for i,o in enumerate(d.items())]
 
+def _text_rows(file):
+    "The same of a text file; if lines of a .txt file are of several kinds, numbers are part of the names"
+    lines = [l for l in read_text(file).splitlines() if l.strip() and not l.startswith(('# ', '//'))]
+    if lines and lines[0].strip()=='__ignore__': lines = lines[1:]      # LabelMe's own -1, before class 0
+    rows = [_row(l) for l in lines]
+    kinds = [(label is not None, color is not None) for label,color,_ in rows]
+    if len(rows)>1 and kinds[0]==(False, False)!=kinds[1]: rows, kinds = rows[1:], kinds[1:]     # a heading
+    mixed = len({*kinds})>1
+    if mixed and file.suffix=='.txt': return [(None, None, l.strip()) for l in lines]
+    if file.suffix=='.tsv' and not (rows and kinds[0][0]):
+        raise InputError(f'{file} must hold a label, a tab and a name in each line')
+    if mixed or not rows:
+        raise InputError(f'{file} must hold a name a line, alone, or with its label, its color or both')
+    return rows
+
 def read_classes(
     file,         # Text, TSV, CSV or JSON
 )->ClassList:
     "A list of classes"
     file = Path(file)
-    needs = f'{file} must hold a label, a tab and a name in each line' if file.suffix=='.tsv' else f'{file} must hold a name a line, alone, or with its label, its color or both'
     if file.suffix=='.json':
         try: rows = _json_rows(json.loads(read_text(file)))
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise InputError(f'{file} is no list of classes: {e}') from None
-    else:
-        lines = [l for l in read_text(file).splitlines() if l.strip() and not l.startswith(('# ', '//'))]
-        if lines and lines[0].strip()=='__ignore__': lines = lines[1:]      # LabelMe's own -1, before class 0
-        rows = [_row(l) for l in lines]
-        kind = lambda r: (r[0] is not None, r[1] is not None)
-        if len(rows)>1 and kind(rows[0])==(False, False)!=kind(rows[1]): rows = rows[1:]                 # a heading
-        if len(set(map(kind, rows)))>1 and file.suffix=='.txt': rows = [(None, None, l.strip()) for l in lines]  # numbers are part of the names
-        if not rows or len(set(map(kind, rows)))>1 or file.suffix=='.tsv' and not kind(rows[0])[0]:
-            raise InputError(needs)
+    else: rows = _text_rows(file)
     names, colors = {}, {}
     for i,(label,color,name) in enumerate(rows):
         label = i if label is None else label
@@ -248,11 +255,14 @@ def _listed_classes(found, listed, none=False):
         return table, names, f'the values {_listing(found)} stand for them in order'
     if extra and found=={l+1 for l in listed.names} and 0 in listed.names:
         table, names = class_table({l+1: o for l,o in listed.names.items()})
-        return table, names, f'whose first class has the label 1'
-    if lost := extra - (set() if none else {255}):
+        return table, names, 'whose first class has the label 1'
+    void = set() if none or len(listed.names)==1 else {255}
+    if lost := extra - void:
+        advice = '' if len(extra)>1 else ' (the background is its first line, if 0 is that)'
         raise InputError(f'masks hold the labels {_listing(lost)}, which are no class of {listed.file.name} (labels '
-                         f'{_listing(listed.names)}): add them there, or {option(f"ignore_index={min(lost)}")}')
-    return {255: None} | class_table(listed.names)[0], class_table(listed.names)[1], ''
+                         f'{_listing(listed.names)}): add them there{advice}, or {option(f"ignore_index={min(lost)}")}')
+    table, names = class_table(listed.names)
+    return {255: None} | table, names, ''
 
 def _free_classes(found, ignored):
     "Labels that no list explains"
@@ -267,10 +277,12 @@ def _free_classes(found, ignored):
                          f'{option(f"ignore_index={min(void)}")}; if it is, {option("ignore_index=none")}')
     if even or apart and top<256: return *_in_order(rest), f'the values {_listing(rest)} are classes in order'
     if top>=256 and top>2*len(rest):
-        advice = option('divisor=1000')+' if they are class*1000 + instance' if top>=1000 else option(f'n_classes={top+1}')+' if there are so many classes'
+        advice = f'{option(f"n_classes={top+1}")} if there are so many classes'
+        if top>=1000: advice = f'{option("divisor=1000")} if they are class*1000 + instance'
         raise InputError(f'masks hold labels up to {top}, but only {len(rest)} of them ({_listing(rest)}): {advice}, '
                          f'or add classes.tsv with a label, a tab and a name in each line')
-    return {v: None for v in void} | {l: l for l in range(top+1)}, None, f'the labels {min(rest) if 0 in ignored else 0} to {top} are classes'
+    first = min(rest) if 0 in ignored else 0
+    return {v: None for v in void} | {l: l for l in range(top+1)}, None, f'the labels {first} to {top} are classes'
 
 def _color_classes(found, lists):
     "Colors, by a list or in order"
@@ -309,11 +321,44 @@ def _refuse_blurred(counts):
     main = _main_labels(counts)
     rest = len(counts) - len(main)
     if top<256 and top-max(main)<=32 and _least_gap(main)>=10 and rest>=max(16, 4*len(main)):
-        raise InputError(f'masks hold mostly the values {_listing(main)} and {rest} more at few pixels, as if smoothed: '
-                         f'save them as PNG files, resized to the nearest pixel, or {option(f"n_classes={top+1}")} if '
-                         f'all are classes')
+        raise InputError(f'masks hold mostly the values {_listing(main)} and {rest} more at few pixels, as if '
+                         f'smoothed: save them as PNG files, resized to the nearest pixel, or '
+                         f'{option(f"n_classes={top+1}")} if all are classes')
 
 # %% ../nbs/24_masks.ipynb #b0718131
+def several(x):
+    "One thing or several, or none, as a tuple"
+    return () if x is None else (x,) if isinstance(x, (int, str)) else tuple(x)
+
+def _plain_values(labels):
+    "Label -> itself, where black and white files stand among colors, or grey colors among numbers, as their like"
+    if not any(l>=COLOR for l in labels): return {l: l for l in labels}
+    if all(map(_is_grey, labels)): return {l: (l-COLOR)//0x10101 if l>=COLOR else l for l in labels}
+    if mixed := {l for l in labels if l<COLOR} - {0, 255}:
+        raise InputError(f'some masks hold colors and some numbers ({_listing(mixed)}): save all in one way')
+    return {l: l if l>=COLOR else COLOR+l*0x10101 for l in labels}
+
+def _as_masks_write(label, colored):
+    "A label that the user gives: 0 and #000000 mean the same"
+    if colored and 0<=label<256: return COLOR+label*0x10101
+    return (label-COLOR)//0x10101 if not colored and label>=COLOR and _is_grey(label) else label
+
+def _numbered_classes(found, n_classes):
+    "As many classes as the user says"
+    table = {255: None} | {l: l for l in range(n_classes)}
+    lost = found - {*table}
+    if not lost: return table, None, f'n_classes={n_classes}'
+    if len(found)==n_classes and _least_gap(found)>=10:
+        return *_in_order(found), f'the values {_listing(found)} in order'
+    raise InputError(f'masks hold the labels {_listing(lost)}, outside 0 to {n_classes-1}: choose another '
+                     f'n_classes, or {option(f"ignore_index={min(lost)}")}')
+
+def _all_classes(found):
+    "No label is left out"
+    top = max(found)
+    if top>255 or _least_gap(found)>=10: return *_in_order(found), f'the values {_listing(found)} in order'
+    return {l: l for l in range(top+1)}, None, f'the labels 0 to {top}'
+
 def mask_classes(
     counts:dict,            # Label -> how many pixels have it, over all masks
     lists=(),               # `ClassList`s that lie beside the masks
@@ -322,39 +367,23 @@ def mask_classes(
 ):                          # Label -> class index or None; names or None; how it was decided, in words
     "Decide what the labels of masks mean"
     none = ignore_index in ((), [], 'none')
-    ignored = set() if none else {int(color_label(_numbers(l))) if isinstance(l, str) else l for l in several(ignore_index)}
-    if any(l>=COLOR for l in counts) and any(not _is_grey(l) for l in counts):
-        if mixed := {*counts} - {0, 255} - {l for l in counts if l>=COLOR}:
-            raise InputError(f'some masks hold colors and some numbers ({_listing(mixed)}): save all in one way')
-        value = {l: l if l>=COLOR else COLOR+l*0x10101 for l in counts}                # black and white are colors here
-    else: value = {l: (l-COLOR)//0x10101 if l>=COLOR else l for l in counts}           # colors that are all grey are numbers
-    colored = max(value.values(), default=0)>=COLOR
+    out = () if none else several(ignore_index)
+    value = _plain_values(counts)
+    colored = max(value.values())>=COLOR
+    ignored = {_as_masks_write(int(color_label(_numbers(l))) if isinstance(l, str) else l, colored) for l in out}
     found = {*value.values()} - ignored
     if not found: raise InputError(f'every pixel has the ignored label {_listing(ignored)}, nothing can be scored')
     if (low := min(found))<0:
         raise InputError(f'masks hold the label {low}: labels begin at 0; {option(f"ignore_index={low}")} to leave it '
                          f'out')
     if colored: table, names, how = _color_classes(found, lists)
-    elif lists and n_classes is None:
+    elif n_classes is not None: table, names, how = _numbered_classes(found, n_classes)
+    elif lists:
         table, names, how = _listed_classes(found, lists[0], none)
         how = '; '.join(filter(None, (lists[0].file.name, how)))
-    elif n_classes is not None:
-        table, names, how = {255: None} | {l: l for l in range(n_classes)}, None, f'n_classes={n_classes}'
-        if lost := found - {*table}:
-            if len(found)!=n_classes or _least_gap(found)<10:
-                raise InputError(f'masks hold the labels {_listing(lost)}, outside 0 to {n_classes-1}: choose another '
-                                 f'n_classes, or {option(f"ignore_index={min(lost)}")}')
-            table, names, how = *_in_order(found), f'the values {_listing(found)} in order'
-    elif none and (max(found)>255 or _least_gap(found)>=10): table, names, how = *_in_order(found), f'the values {_listing(found)} in order'
-    elif none: table, names, how = {l: l for l in range(max(found)+1)}, None, f'the labels 0 to {max(found)}'
+    elif none: table, names, how = _all_classes(found)
     else:
         _refuse_blurred({value[l]: n for l,n in counts.items()})
         table, names, how = _free_classes(found, ignored)
     table = table | {l: None for l in ignored}
-    if not colored: table = {COLOR+l*0x10101: c for l,c in table.items() if 0<=l<256} | table
-    else: table = table | {l: table[v] for l,v in value.items()}
-    return table, names, how
-
-def several(x):
-    "One thing or several, or none, as a tuple"
-    return () if x is None else (x,) if isinstance(x, (int, str)) else tuple(x)
+    return table | {l: table[v] for l,v in value.items()}, names, how

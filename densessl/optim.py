@@ -29,7 +29,7 @@ def split_decay(
 
 # %% ../nbs/51_optim.ipynb #1509e7a1
 class DecayWrapper(OptimWrapper):
-    "fastai's wrapper of a torch optimiser, whose weight decay goes to the last parameter group only"
+    "fastai's wrapper of a torch optimizer, whose weight decay goes to the last parameter group only"
     @property
     def hypers(self):
         "As fastai's, without those that are not set: `TensorBoardCallback` writes every one as a number"
@@ -71,7 +71,7 @@ def clip_per_parameter_(
     params,              # Parameters; those without gradient are passed over
     max_norm:float=3.,   # Largest norm a gradient may keep
 ):
-    "Scale each parameter's gradient by itself down to `max_norm`, in place, without waiting for the device (FLSL public code)"
+    "Scale each gradient by itself down to `max_norm`, in place, without waiting for the device (FLSL public code)"
     grads = [p.grad for p in params if p.grad is not None]
     if not grads: return
     scale = torch._foreach_add(torch._foreach_norm(grads), 1e-6)
@@ -86,7 +86,8 @@ class ClipGrad(Callback):
     order, run_valid = MixedPrecision.order+1, False   # gradients are unscaled by then
     def __init__(self, max_norm:float=3., per_parameter:bool=True):
         super().__init__()
-        if not max_norm>0: raise InputError(f'max_norm must be > 0, got {max_norm}: leave the callback out to train without clipping')
+        if not max_norm>0:
+            raise InputError(f'max_norm must be > 0, got {max_norm}: leave the callback out to train without clipping')
         self.max_norm, self.per_parameter = max_norm, per_parameter
     def before_step(self):
         "Scale the gradients"
@@ -97,7 +98,7 @@ class ClipGrad(Callback):
 # %% ../nbs/51_optim.ipynb #9a92bd93
 class FreezeLastLayer(Callback):
     "Leave the prototypes of every `PrototypeHead` alone in the first epochs (FLSL: 1)"
-    order, run_valid = MixedPrecision.order+2, False   # after clipping, so that a global norm counts them as the public code's would
+    order, run_valid = MixedPrecision.order+2, False   # after clipping: a global norm counts them
     def __init__(self, n_epochs:float=1):
         super().__init__()
         self.n_epochs = n_epochs
@@ -106,13 +107,13 @@ class FreezeLastLayer(Callback):
         self.frozen = [p for m in self.learn.model.modules() if isinstance(m, PrototypeHead) for p in m.last_layer()]
         if not self.frozen: raise InputError('FreezeLastLayer finds no PrototypeHead in the model: leave it out')
     def before_step(self):
-        "Drop their gradients: a parameter without gradient is passed over by the optimiser, weight decay included"
+        "Drop their gradients: a parameter without gradient is passed over by the optimizer, weight decay included"
         if self.epoch + self.iter/self.n_iter < self.n_epochs:
             for p in self.frozen: p.grad = None
 
 # %% ../nbs/51_optim.ipynb #e54ca358
 class Lars(torch.optim.Optimizer):
-    "SGD with momentum whose steps are proportional to the norm of each weight; one-dimensional parameters neither adapt nor decay"
+    "SGD with momentum, its steps proportional to the norm of each weight; one-dimensional ones neither adapt nor decay"
     def __init__(self,
         params,                         # Parameters or groups
         lr:float=1.,                    # Learning rate
@@ -121,7 +122,8 @@ class Lars(torch.optim.Optimizer):
         trust_coefficient:float=0.001,  # Step length over weight norm, at lr 1
         eps:float=1e-8,                 # Added to the gradient's norm; FLSL's public code has 0
     ):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient, eps=eps))
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
+                                      trust_coefficient=trust_coefficient, eps=eps))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -135,7 +137,8 @@ class Lars(torch.optim.Optimizer):
             if wide := [p for p in ps if p.ndim>1]:
                 dw = torch._foreach_add([p.grad for p in wide], wide, alpha=g['weight_decay'])
                 norms = zip(torch._foreach_norm(wide), torch._foreach_norm(dw))
-                torch._foreach_mul_(dw, [torch.where((a>0)&(b>0), g['trust_coefficient']*a/(b+g['eps']), 1.) for a,b in norms])
+                trust, eps = g['trust_coefficient'], g['eps']
+                torch._foreach_mul_(dw, [torch.where((a>0)&(b>0), trust*a/(b+eps), 1.) for a,b in norms])
                 d.update(zip(wide, dw))
             torch._foreach_mul_(m, g['momentum'])
             torch._foreach_add_(m, list(d.values()))

@@ -9,7 +9,7 @@ __all__ = ['is_davis', 'judge_for', 'images_to_gather', 'evaluate']
 import warnings
 
 # %% ../nbs/66_report.ipynb #78d764b2
-warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')   # libraries talking to each other, not to the user
+warnings.filterwarnings('ignore', category=FutureWarning, module='torch.jit')   # among libraries
 
 # %% ../nbs/66_report.ipynb #ab38da22
 import copy, json
@@ -25,7 +25,8 @@ from .encoders import dense_encoder
 from .evaluation import Score, dense_scores, scores_plot, write_scores
 from .gauges import label_free_gauges
 from .labelled import Unlabelled, labelled_data, labelled_options
-from densessl.verdict import (confirmed, fixed_positions, gather_statistics, has_batch_norm, judge_training, random_start,
+from densessl.verdict import (confirmed, fixed_positions, gather_statistics, has_batch_norm, judge_training,
+                              random_start,
     worth_training)
 from .transfer import backbone_labels, load_backbone
 from .video import davis_score, davis_sequences
@@ -49,13 +50,14 @@ def _unlabelled(path, size, limit, say=print):
     for i in range(n):
         try: kept.append(load_canvas(files[i*len(files)//n], size))
         except Exception: continue
-    if len(kept)<2: raise InputError(f'{path}: the gauges need at least 2 photographs that can be read, got {len(kept)}')
+    if len(kept)<2:
+        raise InputError(f'{path}: the gauges need at least 2 photographs that can be read, got {len(kept)}')
     bad = f', {n-len(kept)} cannot be read' if len(kept)<n else ''
     if say: say(f'read as photographs without labels: {len(kept)} of {len(files)}{bad}')
     return torch.stack([x for x,_ in kept]), torch.tensor([hw for _,hw in kept])
 
 def judge_for(
-    data,                                     # Folder: labelled photographs in any layout of `densessl.labelled`, DAVIS, or photographs alone
+    data,                                     # Folder: labelled photographs, DAVIS, or photographs alone
     size:int=224,                             # Side to which photographs are brought; videos keep their size
     probes=('nearest neighbour', 'linear'),   # For labelled photographs
     limit:int=None,                           # At most so many photographs of each part
@@ -64,14 +66,16 @@ def judge_for(
 ):                                            # Function (model, label, mean=, std=) -> scores
     "How to judge a backbone on a folder; says how the folder is read"
     options = labelled_options(labelled_as)
-    if is_davis(data) and not options: return lambda model, label, **norm: davis_score(model, data, label=label, **kwargs, **norm)
+    if is_davis(data) and not options:
+        return lambda model, label, **norm: davis_score(model, data, label=label, **kwargs, **norm)
     try: train, test = labelled_data(data, size=size, limit=limit, **options)
     except Unlabelled:
         try: photos, hw = _unlabelled(data, size*8//7, limit or 64)
         except InputError as f:
-            message = f'{str(data)!r} has no labels in a layout of densessl.labelled, and as photographs without labels: {f}'
-            raise InputError(message) from None
-        return lambda model, label, **norm: label_free_gauges(model, photos, hw, size, label=label, data=Path(data).resolve().name, **norm)
+            message = f'{str(data)!r} has no labels in a layout of densessl.labelled'
+            raise InputError(f'{message}, and as photographs without labels: {f}') from None
+        return lambda model, label, **norm: label_free_gauges(model, photos, hw, size, label=label,
+                                                              data=Path(data).resolve().name, **norm)
     return lambda model, label, **norm: dense_scores(model, train, test, label=label, probes=probes, **kwargs, **norm)
 
 # %% ../nbs/66_report.ipynb #a4da3851
@@ -112,17 +116,23 @@ def _start_line(label, scores):
 def _told_by_folder(names, labels):
     "The files that every run has by their folder too: one results file takes the scores of many runs"
     of_a_run = ('backbone.safetensors', 'best.safetensors', 'start.safetensors')
-    def told(n, label): return '/'.join(Path(n).absolute().with_suffix('').parts[-2:]) if Path(n).name in of_a_run and '/' not in label else label
+    def told(n, label):
+        if Path(n).name not in of_a_run or '/' in label: return label
+        return '/'.join(Path(n).absolute().with_suffix('').parts[-2:])
     return [told(*o) for o in zip(names, labels)]
 
 def _check_results(out):
     "An error if the picture of the scores would replace a file that is none"
     picture = out.with_suffix('.png')
-    if out.suffix.lower()=='.png': raise InputError(f'{str(out)!r} is the name of a picture: give a JSON file for --out, its picture is drawn beside it')
+    if out.suffix.lower()=='.png':
+        raise InputError(f'{str(out)!r} is the name of a picture: give a JSON file for --out, its picture is drawn '
+                         f'beside it')
     if picture.exists() and not out.exists():
-        raise InputError(f'{str(picture)!r} would be replaced by the picture of the scores: choose another --out, or move this file away')
+        raise InputError(f'{str(picture)!r} would be replaced by the picture of the scores: choose another --out, or '
+                         f'move this file away')
 
-def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,linear', limit=None, seed=0, out=None, device=None, starts=5,
+def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,linear', limit=None, seed=0, out=None,
+             device=None, starts=5,
              labelled_as=''):
     "What `densessl_evaluate` does; returns the scores and what is to be said of them"
     data, names = Path(data).expanduser(), [n.strip() for n in (others or '').split(',') if n.strip()]
@@ -132,7 +142,9 @@ def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,lin
     both = [str(Path(n).expanduser().absolute()) for n in (backbone, *names)]
     if twice := [n for n,p in zip(names, both[1:]) if both.count(p)>1]:
         raise InputError(f'--others names {twice[0]!r}, which is scored already: name each backbone once')
-    if not data.is_dir(): raise InputError(f'{str(data)!r} is not a folder: give labelled photographs, videos in the layout of DAVIS, or photographs')
+    if not data.is_dir():
+        raise InputError(f'{str(data)!r} is not a folder: give labelled photographs, videos in the layout of DAVIS, '
+                         f'or photographs')
     if not 1<=starts<=8: raise InputError(f'starts must be from 1 to 8, got {starts}')
     probes = tuple(p.strip() for p in probes.split(','))
     device = find_device(device)

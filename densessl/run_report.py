@@ -110,6 +110,7 @@ figcaption {color: #555; max-width: 60em}
 table {border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto}
 th, td {padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd}
 th:first-child, td:first-child {text-align: left}
+p {white-space: pre-line}
 pre {background: #f6f6f6; padding: .8em; white-space: pre-wrap}
 .verdict {padding: .8em 1em; border-left: 6px solid #999; background: #f6f6f6; font-size: 1.1em}
 .helped {border-color: #009E73} .harmed {border-color: #D55E00}
@@ -144,25 +145,39 @@ _CAPTIONS = {
                       'shows it again. Bright is similar: a good backbone is bright at the circle and dark elsewhere.',
 }
 
-_MONITORED = {
-    'intra': 'FLSL, first level: squared distance of a token from its mode',
-    'inter': 'FLSL, second level: cross-entropy between the prototypes of a mode and of its positive',
-    'volume': 'FLSL: how far the use of the prototypes is from even',
-    'used': 'prototypes that are the first choice of a query of the batch',
-    'perplexity': 'prototypes in use, weighted by how much; 1 is a collapse',
-    'entropy': 'how undecided a query is between prototypes; 0 is certain',
-    'target_entropy': 'the same for the targets of the teacher',
-    'rank': 'directions along which the features of the batch vary; near 1 is a collapse',
-    'context_rank': 'the same for the contextualized embeddings',
-    'spread': 'mean cosine between the modes of a view; 1 means that all modes are the mean of the view',
-    'positive': 'CLoVE: similarity of matched cells',
-    'negative': 'CLoVE: similarity of the hardest other cells',
-    'gap': 'CLoVE: the first less the second',
-    'contrast': 'CLoVE: similarity of matched cells less that of all others; 0 is chance',
-    'matched': 'CLoVE: share of the cells that have a match',
-    'active': 'CLoVE: share of the pairs inside the margin',
-    'kl': 'DINO: distance of the student from its targets',
-}
+_MONITORED = dict(   # method -> name of a number -> what it is
+    flsl={
+        'intra': 'first level: squared distance of a token from its mode',
+        'inter': 'second level: cross-entropy between the prototypes of a mode and of its positive',
+        'volume': 'how far the use of the prototypes is from even',
+        'used': 'prototypes that are the first choice of a query of the batch',
+        'perplexity': 'prototypes in use, weighted by how much; 1 is a collapse',
+        'entropy': 'how undecided a query is between prototypes; 0 is certain',
+        'target_entropy': 'the same for the targets of the teacher',
+        'rank': 'directions along which the tokens of the batch vary; near 1 is a collapse',
+        'spread': 'mean cosine between the modes of a view; 1: all modes are the mean of the view',
+    },
+    clove={
+        'positive': 'similarity of matched cells',
+        'negative': 'similarity of the hardest other cells',
+        'gap': 'the first less the second',
+        'matched': 'share of the cells that have a match',
+        'active': 'share of the pairs inside the margin',
+        'empty': 'share of the pairs of views without any match',
+        'contrast': 'similarity of matched cells less that of all others; 0 is chance',
+        'rank': 'directions along which the local embeddings vary; near 1 is a collapse',
+        'context_rank': 'the same for the contextualized embeddings',
+    },
+    dino={
+        'information': 'what one view tells of another, in nats; 0 or less is nothing',
+        'alike': 'mean cosine between the average tokens of photographs; near 1 is a collapse',
+        'spread': 'mean cosine between the tokens of a view; near 1: nothing dense is left in them',
+        'centre': 'length of the centre that is taken from the scores of the teacher',
+        'entropy': 'how undecided the targets of the teacher are; 0 is certain',
+        'kl': 'distance of the student from its targets',
+        'perplexity': 'prototypes in use, weighted by how much; 1 is a collapse',
+        'rank': 'directions along which the tokens of the batch vary; near 1 is a collapse',
+    })
 
 def _read_json(path):
     "A JSON file of the run"
@@ -198,6 +213,7 @@ def run_report(
     epochs = f"{settings['epochs']} epoch" + ('' if settings['epochs']==1 else 's')
     title = f"{settings['method']}, {settings['arch']}, {epochs}"
     pictures = [_picture(_png(folder/p), c) for p,c in _CAPTIONS.items() if (folder/p).exists()]
+    monitored = _MONITORED.get(settings['method'], {})
     setting_rows = [[k, str(v)] for k,v in _flat(settings).items()]
     body = [
         H1(title), P(_data_line(settings)),
@@ -211,7 +227,7 @@ def run_report(
         _picture(_svg(score_curves(over_time)), 'Scores over the epochs; a star: the best, dotted: the start.'),
         Ul(*map(Li, _gauge_lines(over_time))),
         _picture(_svg(monitor_curves(rows)), 'The loss, its parts and what the monitor measured, over the steps.'),
-        Ul(*(Li(f'{k}: {_MONITORED[k]}') for k in rows[0] if k in _MONITORED)),
+        Ul(*(Li(f'{k}: {monitored[k]}') for k in rows[0] if k in monitored)),
         H2('Settings'), Details(Summary('All settings of the run'), _table(['setting', 'value'], setting_rows))]
     screen = Meta(name='viewport', content='width=device-width')     # of a telephone
     head = Head(Meta(charset='utf-8'), screen, Title(title), Style(Safe(_CSS)))

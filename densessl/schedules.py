@@ -34,11 +34,12 @@ def linear_ramp(
     start:float,       # Value at the start of training
     end:float,         # Value from `until` on
     until:float,       # Share of training the ramp takes, in [0, 1]
-    n_steps:int=None,  # Values in the whole of training: gives the public code's staircase, whose ramp contains both ends
+    n_steps:int=None,  # Values in all of training: gives the public code's staircase, whose ramp has both ends
 ):                     # Function of progress in [0, 1]
     "Straight from `start` to `end`, then constant (FLSL: temperature of the teacher)"
     if not 0<=until<=1:
-        raise InputError(f'until is a share of training in [0, 1], got {until}: for epochs divide by the number of epochs')
+        raise InputError(f'until is a share of training in [0, 1], got {until}: '
+                         'for epochs divide by the number of epochs')
     return partial(_ramp, start, end, until, n_steps)
 
 # %% ../nbs/50_schedules.ipynb #8cc3a9e6
@@ -55,7 +56,8 @@ def warmup_cosine(
 ):                     # Function of progress in [0, 1]
     "Straight from `start` to `base`, then half a cosine to `final` (FLSL: learning rate)"
     if not 0<=warmup<1:
-        raise InputError(f'warmup is a share of training in [0, 1), got {warmup}: for epochs divide by the number of epochs')
+        raise InputError(f'warmup is a share of training in [0, 1), got {warmup}: '
+                         'for epochs divide by the number of epochs')
     w = warmup if n_steps is None else round(warmup*n_steps)/n_steps
     ramp, fall = linear_ramp(start, base, w, n_steps), cosine(base, final)
     return partial(_ramp_and_fall, ramp, fall, w, n_steps)

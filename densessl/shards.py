@@ -27,8 +27,8 @@ from .commands import densessl_shard
 from .core import InputError
 from .files import is_private
 from .data import (BadFiles, ViewLoader, _bad_note, _canvas, _is_image, _kind, _loaders, _printable,
-                           _not_read, _reason, _split_kind, _survey, _unread_suffix, _Walk, _what_it_is, _window_at, find_images,
-                           load_canvas, read_photo)
+                           _not_read, _reason, _split_kind, _survey, _unread_suffix, _Walk, _what_it_is, _window_at,
+                           find_images, load_canvas, read_photo)
 from .views import Recipe
 
 # %% ../nbs/23_shards.ipynb #0b0fe883
@@ -160,8 +160,8 @@ class _Contents:
         if self.unread: yield f'in the shards: {_not_read(self.unread)}'
         n, what = self.photographs, 'masks, depth maps or further images of a key'
         if whole and 0<self.maps<n:
-            yield (f'{self.maps} of {n} images of the shards are trained on though their names say mask or depth: put the '
-                   'files of a photograph next to each other, as webdataset does, or leave these out')
+            yield (f'{self.maps} of {n} images of the shards are trained on though their names say mask or depth: put '
+                   'the files of a photograph next to each other, as webdataset does, or leave these out')
         if not self.left_out: return
         if whole: yield f'{self.left_out} images of the shards are left out: {what}, beside {n} photographs'
         else: yield f'images of the shards such as {_printable(self.first)!r} are left out: {what}'
@@ -191,7 +191,6 @@ def count_images(
         raise InputError(f'the shard {str(path)!r} is cut short or damaged ({_why(path, e)}): write or copy it again')
     return contents.photographs-before
 
-
 # %% ../nbs/23_shards.ipynb #98bc4cf9
 def _name(url): return re.split(r'[/\s]' if _remote(url) else '/', str(url).strip())[-1]
 
@@ -205,15 +204,19 @@ def _missing(names):
 
 def _in_folder(folder, index):
     "Shards of a folder and their index, if there is one"
-    if (folder/'index.json.part').exists(): raise InputError(f'{str(folder)!r} was not finished by densessl_shard: write it again')
+    if (folder/'index.json.part').exists():
+        raise InputError(f'{str(folder)!r} was not finished by densessl_shard: write it again')
     if images := [o for o in os.listdir(folder) if _is_image(o) and not o.startswith('.')]:
         warnings.warn(f'{len(images)} images beside the shards in {str(folder)!r} are not read')
     names = sorted(o.name for o in folder.iterdir() if _TAR.search(o.name) and not o.name.endswith('.part'))
     if index is None: index = _index_of(folder)
-    if index is None and not names: raise InputError(f'{str(folder)!r} holds no shards: give a folder of .tar files, as densessl_shard writes')
+    if index is None and not names:
+        raise InputError(f'{str(folder)!r} holds no shards: give a folder of .tar files, as densessl_shard writes')
     if index is not None:
         listed = {_name(o) for o in _read_index(index)}
-        if extra := sorted(set(names)-listed): raise InputError(f'{str(folder)!r} holds {extra[0]!r}, which its index.json does not list: take it away, or name the shards one by one')
+        if extra := sorted(set(names)-listed):
+            raise InputError(f'{str(folder)!r} holds {extra[0]!r}, which its index.json does not list: take it away, '
+                             f'or name the shards one by one')
         names = sorted(listed)
     return [str(folder/o) for o in names], index
 
@@ -231,7 +234,6 @@ def _expand(urls, index):
     from braceexpand import braceexpand
     return list(braceexpand(s)), index
 
-
 # %% ../nbs/23_shards.ipynb #3fc4a2b7
 def _listed(urls, index):
     "Counts and sizes by name, as a list says; None if there is no list"
@@ -246,8 +248,8 @@ def _check_names(urls, holes):
         more = f' and {len(gone)-1} more' if len(gone)>1 else ''
         message = f'the list of shards has a hole, {gone[0]!r} is missing{more}'
         if gone[0].startswith('shard-'):                       # as densessl_shard writes them, without holes
-            raise InputError(f'{message}: add what is missing, or if it is meant so pass holes=True, or give a JSON file of the '
-                             'shards to use, {"name.tar": count}')
+            raise InputError(f'{message}: add what is missing, or if it is meant so pass holes=True, or give a JSON '
+                             'file of the shards to use, {"name.tar": count}')
         warnings.warn(f'{message}: training is on those that are there')
     if gone := next((o for o in urls if not _remote(o) and not os.path.isfile(o)), None):
         raise InputError(f'the shard {gone!r} does not exist: add it, or leave it out of the list')
@@ -271,7 +273,7 @@ def _counted_shard(url, contents):
     return Shard(url, count_images(url, contents))
 
 def shard_list(
-    urls,              # Folder of tar files; path or URL of an index; pattern as `data/{000..031}.tar`; or a list of paths and URLs
+    urls,              # Folder of tar files; path or URL of an index; `data/{000..031}.tar`; list of paths or URLs
     index=None,        # JSON file with the counts, for shards that are not local; None: the one beside them
     holes:bool=False,  # Accept numbers that are missing, without a word
 )->list:               # `Shard`s
@@ -288,7 +290,8 @@ def shard_list(
         inside = f' ({_not_read(contents.unread)})' if contents.unread else ''
         raise InputError(f'there is no photograph in {urls[0]!r}{more}{inside}: give tar files of images')
     if known is not None and not _remote(urls[0]):             # a look at the first keys
-        with suppress(Exception), open(urls[0], 'rb') as f, tarfile.open(fileobj=f, mode='r:*') as tar: contents.add(tar, 100)
+        with suppress(Exception), open(urls[0], 'rb') as f, tarfile.open(fileobj=f, mode='r:*') as tar:
+            contents.add(tar, 100)
     for o in contents.remarks(whole=known is None): warnings.warn(o)
     return res
 
@@ -349,23 +352,30 @@ def write_shards(
     "Photographs of a folder as shards"
     files, out = find_images(folder), Path(_local(out))
     for k,v,lo,hi in (('size', size, 1, math.inf), ('quality', quality, 1, 95), ('per_shard', per_shard, 1, math.inf)):
-        if v is not None and not (isinstance(v, int) and lo<=v<=hi): raise InputError(f'{k} must be a whole number from {lo}{"" if hi==math.inf else f" to {hi}"}, got {v}')
+        if v is not None and not (isinstance(v, int) and lo<=v<=hi):
+            raise InputError(f'{k} must be a whole number from {lo}{"" if hi==math.inf else f" to {hi}"}, got {v}')
     if workers is None: workers = max(0, min(8, defaults.cpus-1))
     if not isinstance(workers, int) or workers<0:
         raise InputError(f'the number of workers must be a whole number, 0 for none, got {workers}')
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise InputError(f'{str(out)!r} exists already and is not an empty folder: choose another place for the shards')
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f'{str(out)!r} exists already and is not an empty folder: choose another place for the shards')
     random.Random(seed).shuffle(files)
-    loader = torch.utils.data.DataLoader(_Encode(files, size, quality), batch_size=8, collate_fn=list, num_workers=workers)
+    loader = torch.utils.data.DataLoader(_Encode(files, size, quality), batch_size=8, collate_fn=list,
+                                         num_workers=workers)
     index, bad, n, told = [], [], 0, time.monotonic()
     def good():
         nonlocal n, told
         for suffix,data in (o for b in loader for o in b):
             if suffix is None: bad.append(data)
             else: n += 1; yield f'{n-1:09}', suffix, data
-            if say and time.monotonic()-told>10: say(f'{n+len(bad)} of {len(files)} photographs'); told = time.monotonic()
+            if say and time.monotonic()-told>10:
+                say(f'{n+len(bad)} of {len(files)} photographs')
+                told = time.monotonic()
     samples = good()
     first = next(samples, None)
-    if first is None: raise InputError(f'none of the {len(files)} images in {str(folder)!r} can be read, the first is {bad[0][0]!r} ({bad[0][1]}): check the files')
+    if first is None:
+        raise InputError(f'none of the {len(files)} images in {str(folder)!r} can be read, the first is {bad[0][0]!r} '
+                         f'({bad[0][1]}): check the files')
     try:
         out.mkdir(parents=True, exist_ok=True)
         (part := out/'index.json.part').touch()                      # until all is done
@@ -374,7 +384,8 @@ def write_shards(
             size_of = _write(out/name, chain([first], islice(samples, per_shard-1)))
             index.append(dict(url=name, nsamples=n-before, filesize=size_of))
             first = next(samples, None)
-        d = dict(__kind__='wids-shard-index-v1', wids_version=1, name=_printable(Path(folder).name), images=n, bytes=sum(o['filesize'] for o in index),
+        d = dict(__kind__='wids-shard-index-v1', wids_version=1, name=_printable(Path(folder).name), images=n,
+                 bytes=sum(o['filesize'] for o in index),
                  size=size, quality=quality, seed=seed, shardlist=index, left_out=bad)
         part.write_text(json.dumps(d, indent=1)); os.replace(part, out/'index.json')
     except OSError as e: raise InputError(f'cannot write to {str(out)!r}: {_reason(e)}')
@@ -418,12 +429,16 @@ def _read_stretch(
         try:
             for name,data in reader:
                 more = i==stop-1==shard.n-1 and next(reader, None)
-                if i>=first: yield f'{shard.url}/{name}', data, _bad_note(shard.url, f'holds more images than the {shard.n} of its list', 0) if more else ''
+                if i>=first:
+                    yield f'{shard.url}/{name}', data, _bad_note(shard.url,
+                                                                 f'holds more images than the {shard.n} of its list',
+                                                                 0) if more else ''
                 i += 1
                 if i==stop: break
         except Exception as e: why = f' ({_reason(e)})'
         finally: reader.close()
-        for _ in range(max(i, first), stop): yield '', None, _bad_note(shard.url, f'ends after {i} of {shard.n} images{why}', shard.n-i)
+        for _ in range(max(i, first), stop):
+            yield '', None, _bad_note(shard.url, f'ends after {i} of {shard.n} images{why}', shard.n-i)
 
 def _decode(name, data, note, size, epoch):
     "Canvas or None, (height, width), note"
@@ -439,7 +454,7 @@ def _fill(images, spare):
         yield name, data, note
 
 def _item(sample, others, size, last=None, epoch=None):
-    "Canvas, (height, width) and note of a sample; if it cannot be read, of the first of `others` that can, or `last` again"
+    "Canvas, (height, width) and note of a sample; if unreadable, of the first of `others` that is not, or `last` again"
     x, hw, note = _decode(*sample, size, epoch)
     for o in islice(others, 100):
         if x is not None: break
@@ -447,7 +462,8 @@ def _item(sample, others, size, last=None, epoch=None):
     if x is not None: return x, torch.tensor(hw), note
     if last is not None: return *last[:2], note
     name, why, _ = note.split('\0')
-    return torch.zeros(3, size, size, dtype=torch.uint8), torch.ones(2, dtype=torch.int64), _bad_note('', f'none of the first images can be read, the first is {_printable(name)!r} ({why}): check the shards')
+    return torch.zeros(3, size, size, dtype=torch.uint8), torch.ones(2, dtype=torch.int64), _bad_note('',
+        f'none of the first images can be read, the first is {_printable(name)!r} ({why}): check the shards')
 
 # %% ../nbs/23_shards.ipynb #2768204d
 class ShardImages:
@@ -462,7 +478,9 @@ class ShardImages:
     def __len__(self): return self.n
     def identity(self):
         "What tells these images from others: number, and a hash of the names and counts of the shards"
-        return dict(images=self.n, hash=hashlib.sha256(repr([(_name(o.url), a, b) for o,a,b in self.pieces]).encode()).hexdigest()[:16])
+        return dict(images=self.n,
+                    hash=hashlib.sha256(repr([(_name(o.url), a,
+                                               b) for o,a,b in self.pieces]).encode()).hexdigest()[:16])
     def __getitem__(self, i:int):
         "Canvas, (height, width) and note; one after the other is quick"
         if not 0<=i<self.n: raise IndexError(f'image {i} of {self.n}')
@@ -502,7 +520,9 @@ class ShardLoader(ViewLoader):
     def __len__(self): return sum(map(len, self._share()[0][0])) if self.n else 0
     def get_idxs(self):
         "Numbers of the batches to come; also notes, before the workers start, what they have to know"
-        if self.now is None and num_distrib()>1: raise InputError('a ShardLoader gives each process its own images: train with a learner of densessl, or have `for_rank` called instead of splitting its batches')
+        if self.now is None and num_distrib()>1:
+            raise InputError('a ShardLoader gives each process its own images: train with a learner of densessl, or '
+                             'have `for_rank` called instead of splitting its batches')
         plan, rank = self._share()
         self.key, self.order = self.rng.getrandbits(64), list(self.dataset.pieces)
         if self.block: random.Random(self.key).shuffle(self.order)
@@ -523,7 +543,8 @@ class ShardLoader(ViewLoader):
         def read(block):
             lo, hi = self.edge(block.start), self.edge(block.stop)
             at = int(lo+.618*self.n)%self.n
-            return _fill(islice(images, hi-lo), chain(_read_stretch(self.order, at, self.n), _read_stretch(self.order, 0, at)))
+            return _fill(islice(images, hi-lo),
+                         chain(_read_stretch(self.order, at, self.n), _read_stretch(self.order, 0, at)))
         coming, last, epoch = list(read(blocks[0])), None, self.key if self.block else None
         for block,then in zip(blocks, [*blocks[1:], range(0)]):
             cur, coming, reader = coming, [], read(then)
@@ -552,7 +573,8 @@ class ShardLoader(ViewLoader):
     def order_settings(self):
         "What the order of the images depends on, beside the generator"
         plan, _ = self._share()
-        return dict(images=self.n, bs=self.bs, block=self.block, drop_last=self.drop_last, ranks=len(plan), workers=len(plan[0]))
+        return dict(images=self.n, bs=self.bs, block=self.block, drop_last=self.drop_last, ranks=len(plan),
+                    workers=len(plan[0]))
 
 # %% ../nbs/23_shards.ipynb #69c53e25
 def _first_images(url, n=32):
@@ -583,7 +605,8 @@ def shard_dls(
     shards = shard_list(urls, index, holes)
     n = sum(o.n for o in shards)
     if not 0<=valid_pct<1: raise InputError(f'valid_pct must lie in [0, 1), got {valid_pct}')
-    if not isinstance(shuffle, int) or shuffle<0: raise InputError(f'shuffle must be a whole number of images, 0 for none, got {shuffle}')
+    if not isinstance(shuffle, int) or shuffle<0:
+        raise InputError(f'shuffle must be a whole number of images, 0 for none, got {shuffle}')
     size, bad = _canvas(canvas, recipe), BadFiles(n, max_bad, kind=str)
     train, valid, left = [], [], n-int(valid_pct*n)
     for o in shards:
@@ -592,11 +615,15 @@ def shard_dls(
         if k<o.n: valid.append((o, k, o.n))
         left -= o.n
     def loader(ds, is_train, bs, **kwargs):
-        dl = ShardLoader(ds, bs, shuffle if is_train else 0, drop_last if is_train else len(ds)>=bs*max(1, num_distrib()), **kwargs)
+        dl = ShardLoader(ds, bs, shuffle if is_train else 0,
+                         drop_last if is_train else len(ds)>=bs*max(1, num_distrib()), **kwargs)
         dl.rng = random.Random(seed)
         return dl
-    dls = _loaders(ShardImages(train, size), ShardImages(valid, size), recipe, bs, num_workers, device, pin_memory, bad, loader)
-    if not len(dls.train): raise InputError(f'bs is {bs} on each of {max(1, num_distrib())} ranks but there are only {len(dls.train_ds)} images to train on: choose a smaller bs')
+    dls = _loaders(ShardImages(train, size), ShardImages(valid, size), recipe, bs, num_workers, device, pin_memory,
+                   bad, loader)
+    if not len(dls.train):
+        raise InputError(f'bs is {bs} on each of {max(1, num_distrib())} ranks but there are only {len(dls.train_ds)} '
+                         f'images to train on: choose a smaller bs')
     for ds in (dls.train_ds, dls.valid_ds):          # one that can be read, or an error before the training starts
         if len(ds) and (note := ShardImages(ds.pieces, 8)[0][2]).startswith('\0'): bad.add([note])
     for o in _survey(_first_images(shards[0].url)): warnings.warn(o)

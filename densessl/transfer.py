@@ -34,7 +34,8 @@ def plain_arguments(
 )->dict:                   # `model_kwargs`, for a plain ViT without those that take its class token away
     "The arguments with which `timm.create_model(arch, checkpoint_path=file, **arguments)` loads an exported file"
     if encoder.model_kwargs.get('class_token') is not False: return encoder.model_kwargs
-    kwargs = {k: v for k,v in encoder.model_kwargs.items() if k not in ('class_token', 'reg_tokens', 'fc_norm', 'global_pool')}
+    kwargs = {k: v for k,v in encoder.model_kwargs.items() if k not in ('class_token', 'reg_tokens', 'fc_norm',
+        'global_pool')}
     want, own = _timm_weights(encoder, kwargs).keys(), encoder.net.state_dict().keys()
     return kwargs if own<=want and want-own<={'cls_token', 'reg_token'} else encoder.model_kwargs
 
@@ -46,45 +47,51 @@ def _for_plain_name(encoder, state):
     if n: added['pos_embed'] = nn.functional.pad(state['pos_embed'], (0, 0, n, 0))
     return state | added
 
-_NOTE = ('Exactly the features that were trained: densessl.all.load_backbone(file), or net = timm.create_model(arch, **model_kwargs); own = net.state_dict(); '
-         "net.load_state_dict({k: v[:,-own[k].shape[1]:] if k=='pos_embed' else v for k,v in safetensors.torch.load_file(file).items() if k in own}). "
+_NOTE = ('Exactly the features that were trained: densessl.all.load_backbone(file), or net = timm.create_model(arch, '
+         '**model_kwargs); own = net.state_dict(); '
+         "net.load_state_dict({k: v[:,-own[k].shape[1]:] if k=='pos_embed' else v for k,v in "
+         "safetensors.torch.load_file(file).items() if k in own}). "
          'The plain name of a ViT adds a class token of zeros, and features differ slightly.')
 
 def _compare(encoder, state, part):
     "Read the file back; bits of the tensors, then features on the CPU. Returns the largest difference of features"
     read = load_file(part)
     if differ := [k for k in state if not torch.equal(state[k], read[k])]:
-        raise RuntimeError(f'the file does not hold the weights that were written, {differ[0]} differs: nothing was written')
+        raise RuntimeError(f'the file does not hold the weights that were written, {differ[0]} differs: nothing was '
+                           f'written')
     h, w = (encoder.img_size,)*2 if isinstance(encoder.img_size, int) else encoder.img_size
     x = torch.randn(2, encoder.model_kwargs.get('in_chans', 3), h, w, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast('cpu', enabled=False):
         ours, theirs = (e.float().tokens(x) for e in (_cpu_copy(encoder), load_backbone(part)))
     difference, most = (ours-theirs).abs().max().item(), ours.abs().max().item()
     if not difference<=1e-4*most:
-        raise RuntimeError(f'the exported backbone gives features that differ by {difference} (of at most {most}): nothing was written')
+        raise RuntimeError(f'the exported backbone gives features that differ by {difference} (of at most {most}): '
+                           f'nothing was written')
     return difference
 
 def export_backbone(
-    model,                    # Learner, method, or `DenseEncoder`; of a method its `product` is taken: FLSL's teacher, CLoVE's student
+    model,                    # Learner, method, or `DenseEncoder`; of a method its `product`, as FLSL's teacher
     path,                     # File to write, `.safetensors`
     overwrite:bool=False,     # Replace an existing file
     mean=(0.485,0.456,0.406), # Mean of the input, for the record
     std=(0.229,0.224,0.225),  # Standard deviation of the input
-)->dict:                      # arch and model_kwargs for `timm.create_model`, img_size, mean, std, version, note, largest difference of features
+)->dict:                      # arch and model_kwargs for timm, img_size, mean, std, version, note, difference
     "Write a backbone and check that timm builds the same features from the file"
     path = Path(path).expanduser()
-    if path.exists() and not overwrite: raise InputError(f'{str(path)!r} exists: choose another name or pass overwrite=True')
+    if path.exists() and not overwrite:
+        raise InputError(f'{str(path)!r} exists: choose another name or pass overwrite=True')
     if hasattr(model, 'dls'): mean, std, model = model.dls.recipe.mean, model.dls.recipe.std, model.model
     for wrapper in ('_orig_mod', 'module'): model = getattr(model, wrapper, model)
     enc = model if isinstance(model, DenseEncoder) else model.product
     check_exportable(enc)
-    meta = dict(arch=enc.arch, model_kwargs=enc.model_kwargs, img_size=enc.img_size, mean=mean, std=std, version=__version__, note=_NOTE)
+    meta = dict(arch=enc.arch, model_kwargs=enc.model_kwargs, img_size=enc.img_size, mean=mean, std=std,
+                version=__version__, note=_NOTE)
     state = _for_plain_name(enc, {k: v.detach().cpu() for k,v in enc.net.state_dict().items()})
     state = {k: v.contiguous() for k,v in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name+'.part')
     try:
-        part.write_bytes(save(state, metadata=dict(densessl=json.dumps(meta))))   # `save_file` would hide it from others
+        part.write_bytes(save(state, metadata=dict(densessl=json.dumps(meta))))   # `save_file` would hide it
         difference = _compare(enc, state, part)
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ def _square(target, keys, labels, y0, x0, side, r, k, temp):
     at = [torch.arange(a, min(a+side, n), device=target.device) for a,n in ((y0,H), (x0,W))]
     ky, kx = (slice(max(0, a-r), min(n, a+side+r)) for a,n in ((y0,H), (x0,W)))
     dy, dx = ((torch.arange(s.start, s.stop, device=a.device)-a[:,None]).abs()>r for a,s in zip(at, (ky,kx)))
-    far = (dy[:,None,:,None] | dx[None,:,None,:]).flatten(2).flatten(0,1)                      # (cells, neighbours of a frame)
+    far = (dy[:,None,:,None] | dx[None,:,None,:]).flatten(2).flatten(0,1)               # (cells, neighbours of a frame)
     q = target[:, y0:y0+side, x0:x0+side].flatten(1)
     s = q.T @ keys[:,:,ky,kx].transpose(0,1).flatten(1)
     s.view(len(far), len(keys), -1).masked_fill_(far[:,None], -math.inf)
@@ -55,7 +55,8 @@ def propagate_frame(
     "Labels of one frame from its context (Jabri et al. 2020)"
     n, D, H, W = keys.shape
     if target.shape!=keys.shape[1:] or labels.shape[::2]!=(n,H) or labels.shape[3]!=W:
-        raise InputError(f'target {tuple(target.shape)}, keys {tuple(keys.shape)} and labels {tuple(labels.shape)} must be (D,H,W), (n,D,H,W) and (n,C,H,W)')
+        raise InputError(f'target {tuple(target.shape)}, keys {tuple(keys.shape)} and labels {tuple(labels.shape)} '
+                         f'must be (D,H,W), (n,D,H,W) and (n,C,H,W)')
     _check_settings(radius=radius, k=k, temp=temp)
     r = max(H, W) if radius is None else radius
     need = lambda a: n*a*a*min(H, a+2*r)*min(W, a+2*r)
@@ -67,7 +68,8 @@ def propagate_frame(
 
 def _check_settings(n_last=0, radius=0, k=1, temp=1.):
     if n_last<0: raise InputError(f'n_last must be 0 or more frames, got {n_last}')
-    if radius is not None and radius<0: raise InputError(f'radius must be 0 or more cells, or None for the whole frame, got {radius}')
+    if radius is not None and radius<0:
+        raise InputError(f'radius must be 0 or more cells, or None for the whole frame, got {radius}')
     if k<1: raise InputError(f'k must be at least 1, got {k}')
     if temp<=0: raise InputError(f'temp must be > 0, got {temp}')
 
@@ -78,7 +80,8 @@ def grid_labels(
     n_labels:int=None,   # Number of labels C; default the largest + 1
 )->Tensor:               # One-hot, float32 (C,H,W)
     "Label of each cell: that of the pixel at its centre, as the protocol does"
-    if mask.ndim!=2 or mask.is_floating_point(): raise InputError(f'mask must be integers (h,w), got {mask.dtype} {tuple(mask.shape)}')
+    if mask.ndim!=2 or mask.is_floating_point():
+        raise InputError(f'mask must be integers (h,w), got {mask.dtype} {tuple(mask.shape)}')
     H, W = grid
     y, x = (((torch.arange(n, device=mask.device)+.5)*(m/n)).long() for n,m in zip((H,W), mask.shape))
     C = int(mask.max())+1 if n_labels is None else n_labels
@@ -88,24 +91,27 @@ def grid_labels(
 @torch.no_grad()
 def propagate_labels(
     features,          # (T,D,H,W), or any iterable of maps (D,H,W), one a frame; unit norm along D
-    first_mask:Tensor, # Labels of the first frame: integer (h,w), 0 is background; or shares of its cells, float (C,H,W)
+    first_mask:Tensor, # Labels of the first frame: integer (h,w), 0 is background; or shares of cells, float (C,H,W)
     n_last:int=7,      # Frames before the target in its context, beside the first one
     radius:int=12,     # Neighbourhood, cells; None is the whole frame
     k:int=5,           # Most similar cells that count
     temp:float=.1,     # Temperature that divides the cosine similarities
     budget:int=2**21,  # Similarities held at once
 )->Tensor:             # Label shares of all frames, (T,C,H,W); the first is the given one
-    "Carry the labels of the first frame through a video; holds the features of `n_last` + 2 frames (DINO and FLSL: 7, 12, 5, 0.1)"
+    "Carry the labels of the first frame through a video; holds features of `n_last` + 2 frames (DINO: 7, 12, 5, 0.1)"
     _check_settings(n_last, radius, k, temp)
     out, last = [], deque(maxlen=n_last)
     for z in features:
         norm = z.float().norm(dim=0)
         if z.ndim!=3 or not ((norm-1).abs().minimum(norm)<.02).all():
-            raise InputError(f'features must be maps (D,H,W) of unit vectors along D, got {tuple(z.shape)} with norms {norm.min():.3g} to {norm.max():.3g}: use F.normalize(features, dim=-3)')
+            raise InputError(f'features must be maps (D,H,W) of unit vectors along D, got {tuple(z.shape)} with norms '
+                             f'{norm.min():.3g} to {norm.max():.3g}: use F.normalize(features, dim=-3)')
         if not out:
             m = first_mask.to(z.device)
             y = m if m.is_floating_point() else grid_labels(m, z.shape[1:])
-            if y.ndim!=3 or y.shape[1:]!=z.shape[1:]: raise InputError(f'first_mask must be integers (h,w), or shares (C,H,W) on the grid {tuple(z.shape[1:])}, got {tuple(m.shape)}')
+            if y.ndim!=3 or y.shape[1:]!=z.shape[1:]:
+                raise InputError(f'first_mask must be integers (h,w), or shares (C,H,W) on the grid '
+                                 f'{tuple(z.shape[1:])}, got {tuple(m.shape)}')
             first = z, y
         else:
             y = propagate_frame(z, *(torch.stack(o) for o in zip(first, *last)), radius, k, temp, budget)
@@ -118,7 +124,7 @@ def propagate_labels(
 def upsample_labels(
     labels:Tensor,      # Label shares, (T,C,H,W)
     size,               # Height and width (h,w) of the masks
-    minmax:bool=True,   # Stretch each label of a frame to [0,1] first, as the protocol does; a label that is the same everywhere stays
+    minmax:bool=True,   # Stretch each label of a frame to [0,1] first, as the protocol does, unless it is constant
 )->Tensor:              # Masks, uint8 (T,h,w)
     "Bilinear upsampling, then the largest label of each pixel; where two are equal the first"
     out = []
@@ -142,7 +148,8 @@ def region_similarity(
 
 def _check_masks(pred, true):
     if pred.dtype!=torch.bool or true.dtype!=torch.bool or pred.shape!=true.shape or pred.ndim<2:
-        raise InputError(f'masks must be bool (...,h,w) of one shape, got {pred.dtype} {tuple(pred.shape)} and {true.dtype} {tuple(true.shape)}')
+        raise InputError(f'masks must be bool (...,h,w) of one shape, got {pred.dtype} {tuple(pred.shape)} and '
+                         f'{true.dtype} {tuple(true.shape)}')
 
 # %% ../nbs/62_video.ipynb #71c3edb3
 def boundary_map(
@@ -176,7 +183,8 @@ def contour_accuracy(
     if tolerance<=0: raise InputError(f'tolerance must be > 0, a share of the diagonal, got {tolerance}')
     radius = math.ceil(tolerance*math.hypot(*true.shape[-2:]))
     p, t = boundary_map(pred), boundary_map(true)
-    share = lambda found, of: torch.where(of.sum((-2,-1))>0, (found&of).sum((-2,-1)).double()/of.sum((-2,-1)).clamp_min(1), 1.)
+    share = lambda found, of: torch.where(of.sum((-2,-1))>0,
+                                          (found&of).sum((-2,-1)).double()/of.sum((-2,-1)).clamp_min(1), 1.)
     P, R = share(dilate_disk(t, radius), p), share(dilate_disk(p, radius), t)
     return 2*P*R/(P+R).clamp_min(1e-12)
 
@@ -194,8 +202,11 @@ def video_scores(
 )->VideoScores:            # One number an object
     "J and F of each object of the first true mask, without the first and the last frame (DAVIS 2017, semi-supervised)"
     if pred.shape!=true.shape or true.ndim!=3 or pred.is_floating_point() or true.is_floating_point():
-        raise InputError(f'masks must be integers (T,h,w) of one shape, got {pred.dtype} {tuple(pred.shape)} and {true.dtype} {tuple(true.shape)}')
-    if len(true)<3: raise InputError(f'a video of {len(true)} frame{"s" if len(true)!=1 else ""} has none between the first and the last: at least 3 are needed for a score')
+        raise InputError(f'masks must be integers (T,h,w) of one shape, got {pred.dtype} {tuple(pred.shape)} and '
+                         f'{true.dtype} {tuple(true.shape)}')
+    if len(true)<3:
+        raise InputError(f'a video of {len(true)} frame{"s" if len(true)!=1 else ""} has none between the first and '
+                         f'the last: at least 3 are needed for a score')
     objects = tuple(o for o in true[0].unique().tolist() if o)
     if not objects: raise InputError('the first mask holds no object: there is nothing to follow')
     frames = list(zip(pred[1:-1].split(8), true[1:-1].split(8)))
@@ -212,8 +223,11 @@ class Video:
     name:str='video'    # Name for scores and messages
     def __post_init__(self):
         x, m = self.frames, self.masks
-        if x.dtype!=torch.uint8 or x.ndim!=4 or x.shape[1]!=3: raise InputError(f'{self.name}: frames must be uint8 (T,3,h,w), got {x.dtype} {tuple(x.shape)}')
-        if m.is_floating_point() or m.ndim!=3 or len(m)!=len(x): raise InputError(f'{self.name}: masks must be integers ({len(x)},H,W), one for each frame, got {m.dtype} {tuple(m.shape)}')
+        if x.dtype!=torch.uint8 or x.ndim!=4 or x.shape[1]!=3:
+            raise InputError(f'{self.name}: frames must be uint8 (T,3,h,w), got {x.dtype} {tuple(x.shape)}')
+        if m.is_floating_point() or m.ndim!=3 or len(m)!=len(x):
+            raise InputError(f'{self.name}: masks must be integers ({len(x)},H,W), one for each frame, got {m.dtype} '
+                             f'{tuple(m.shape)}')
     def __len__(self): return len(self.frames)
     def load(self): return self
 
@@ -222,7 +236,8 @@ def _objects(masks, name):
     grey = (masks>=COLOR) & ((masks-COLOR)%0x10101==0)
     masks = torch.where(grey, (masks-COLOR)//0x10101, masks)
     if masks.min()<0 or masks.max()>255:
-        raise InputError(f'{name}: masks hold colors, or labels over 255: a mask of a video holds the numbers of its objects, as a palette or grey PNG file')
+        raise InputError(f'{name}: masks hold colors, or labels over 255: a mask of a video holds the numbers of its '
+                         f'objects, as a palette or grey PNG file')
     return masks.byte()
 
 @dataclass(frozen=True)
@@ -233,10 +248,12 @@ class DavisSequence:
     masks:tuple    # Paths of the masks
     def __len__(self): return len(self.frames)
     def load(self)->Video:
-        "Read frames and masks; 255 is the object if the first mask holds no other (DAVIS 2016), else unlabelled, which counts as background"
+        "Read frames and masks; 255 is the object if the first mask holds no other (DAVIS 2016), else background"
         X, M = zip(*(read_pair(x, m) for x,m in zip(self.frames, self.masks)))
         shapes = {tuple(m.shape) for m in M}
-        if len(shapes)>1: raise InputError(f'{self.name}: the frames have {len(shapes)} sizes, as {sorted(shapes)[:2]}: a video has one')
+        if len(shapes)>1:
+            raise InputError(f'{self.name}: the frames have {len(shapes)} sizes, as {sorted(shapes)[:2]}: a video has '
+                             f'one')
         M = _objects(torch.stack(M), self.name)
         return Video(torch.stack(X), M.masked_fill(M==255, int(set(M[0].unique().tolist())=={0,255})), self.name)
 
@@ -245,7 +262,9 @@ def _split_file(root, split, year):
     "The list of a split"
     lists = [Path(root)/'ImageSets'/y/f'{split}.txt' for y in ([year] if year else ['2017', '2016', '480p'])]
     found = next((p for p in lists if p.is_file()), None)
-    if found is None: raise InputError(f'{root} has no {" nor ".join(p.relative_to(root).as_posix() for p in lists)}: is it the folder of DAVIS, and does the split exist?')
+    if found is None:
+        raise InputError(f'{root} has no {" nor ".join(p.relative_to(root).as_posix() for p in lists)}: is it the '
+                         f'folder of DAVIS, and does the split exist?')
     return found
 
 def _frames(files):
@@ -259,7 +278,7 @@ def _resolution(root):
     return there[0] if len(there)==1 else '480p'
 
 def _missing_frames(stems):
-    "What an even pace leaves out, in words: 4 of 1, 2, 3, 5, and 10 of 0, 5, 15; nothing if names do not end in numbers"
+    "What an even pace leaves out, in words: 4 of 1, 2, 3, 5, and 10 of 0, 5, 15; '' if names do not end in numbers"
     parts = [re.fullmatch(r'(.*?)(\d+)', o) for o in stems]
     if len(parts)<3 or not all(parts) or len({m[1] for m in parts})>1: return ''
     at = sorted({int(m[2]) for m in parts})
@@ -278,17 +297,23 @@ def davis_sequences(
     root, found = Path(root), _split_file(root, split, year)
     resolution = resolution or _resolution(root)
     lines = [l.split()[0] for l in found.read_text(encoding='utf-8').splitlines() if l.strip()]
-    have = list(dict.fromkeys(Path(l).parent.name if '/' in l else l for l in lines))  # 2016's own lists name every frame
+    have = list(dict.fromkeys(Path(l).parent.name if '/' in l else l for l in lines))  # 2016: every frame
     names = have if names is None else [names] if isinstance(names, str) else list(names)
-    if gone := [n for n in names if n not in have]: raise InputError(f'{found.relative_to(root)} has no sequence {", ".join(gone[:5])}: it has {", ".join(have[:5])}{" ..." if have[5:] else ""}')
+    if gone := [n for n in names if n not in have]:
+        raise InputError(f'{found.relative_to(root)} has no sequence {", ".join(gone[:5])}: it has '
+                         f'{", ".join(have[:5])}{" ..." if have[5:] else ""}')
     if not names: raise InputError(f'{found} names no sequence')
     out = []
     for n in names:
         folders = root/'JPEGImages'/resolution/n, root/'Annotations'/resolution/n
         x, m = _frames(photos_of(folders[0])), _frames(files_of(folders[1], MASK_SUFFIXES))
         if not x: raise InputError(f'{n}: no frame in {root/"JPEGImages"/resolution/n}')
-        if gone := [s for s in x if s not in m]: raise InputError(f'{n}: {len(gone)} of {len(x)} frames have no mask, as {gone[0]}: a score needs one for every frame')
-        if gone := [s for s in m if s not in x]: raise InputError(f'{n}: {len(gone)} of {len(m)} masks have no frame, as {gone[0]}: a video with a gap cannot be followed')
+        if gone := [s for s in x if s not in m]:
+            raise InputError(f'{n}: {len(gone)} of {len(x)} frames have no mask, as {gone[0]}: a score needs one for '
+                             f'every frame')
+        if gone := [s for s in m if s not in x]:
+            raise InputError(f'{n}: {len(gone)} of {len(m)} masks have no frame, as {gone[0]}: a video with a gap '
+                             f'cannot be followed')
         if gap := _missing_frames(x): raise InputError(f'{n}: {gap}: a video with a gap cannot be followed')
         out.append(DavisSequence(n, tuple(x.values()), tuple(m[s] for s in x)))
     return out
@@ -311,7 +336,7 @@ def propagate_video(
     model,              # What `as_feature_map` takes
     video:Video,        # Its first mask is used, the others not
     size=None,          # Frames are brought to this shorter side, or (height, width); default as they are
-    multiple:int=None,  # Unless both sides are given, they are rounded to multiples of this; default the model's stride, or 16
+    multiple:int=None,  # Sides that are not both given are rounded to multiples of it; default the model's stride
     n_last:int=7,       # These as in `propagate_labels`
     radius:int=12,
     k:int=5,
@@ -326,7 +351,8 @@ def propagate_video(
     def maps():
         parts = video.frames.split(batch_size)
         for x in _bar(parts, len(parts), progress, video.name):
-            if x.shape[-2:]!=size: x = F.interpolate(x.float(), size=size, mode='bicubic', antialias=True).round().clamp(0,255).byte()
+            if x.shape[-2:]!=size:
+                x = F.interpolate(x.float(), size=size, mode='bicubic', antialias=True).round().clamp(0,255).byte()
             z = F.normalize(extract(model, x, batch_size, progress=False, **kwargs), dim=1)
             shape[:] = z.shape[1:]
             yield from z
@@ -357,26 +383,36 @@ def davis_score(
     _check_settings(n_last, radius, k, temp)
     seqs = list(root) if isinstance(root, (list,tuple)) else davis_sequences(root, split, year, resolution, names)
     if not seqs: raise InputError('there is no video to score')
-    if short := [s.name for s in seqs if len(s)<3]: raise InputError(f'{short[0]} has fewer than 3 frames, so none between the first and the last: leave it out')
+    if short := [s.name for s in seqs if len(s)<3]:
+        raise InputError(f'{short[0]} has fewer than 3 frames, so none between the first and the last: leave it out')
     J, C, objects, frames, sizes, grids = [], [], [], 0, set(), set()
     multiple = multiple or _multiple(model)
     for s in seqs:
         v = s.load()
-        if not v.masks[0].any(): raise InputError(f'{v.name}: the first mask holds no object, there is nothing to follow')
+        if not v.masks[0].any():
+            raise InputError(f'{v.name}: the first mask holds no object, there is nothing to follow')
         pred, grid = propagate_video(model, v, size, multiple, n_last, radius, k, temp, batch_size, **kwargs)
         one = video_scores(pred, v.masks, tolerance)
-        J, C, objects, frames = [*J, *one.J.tolist()], [*C, *one.F.tolist()], [*objects, *(f'{v.name}/{o}' for o in one.objects)], frames+len(v)
+        J += one.J.tolist()
+        C += one.F.tolist()
+        objects += [f'{v.name}/{o}' for o in one.objects]
+        frames += len(v)
         hw = lambda t: 'x'.join(map(str, t))
-        sizes.add(f'{hw(_input_size(v.frames.shape[-2:], size, multiple))} mask {hw(v.masks.shape[-2:])}'); grids.add(f'{hw(grid[1:])}x{grid[0]}')
+        sizes.add(f'{hw(_input_size(v.frames.shape[-2:], size, multiple))} mask {hw(v.masks.shape[-2:])}')
+        grids.add(f'{hw(grid[1:])}x{grid[0]}')
     few = lambda o: ', '.join(sorted(o)[:4]) + (' ...' if len(o)>4 else '')
-    data = data or ('videos' if isinstance(root, (list,tuple)) else f'{Path(root).resolve().name}-{_split_file(root, split, year).parent.name}-{split}')
+    if data is None and isinstance(root, (list,tuple)): data = 'videos'
+    if data is None: data = f'{Path(root).resolve().name}-{_split_file(root, split, year).parent.name}-{split}'
     if names is not None: data += f'[{", ".join(s.name for s in seqs)}]'
-    protocol = ' | '.join([f'{data} ({len(seqs)} sequences, {len(J)} objects, {frames} frames)', f'image {few(sizes)}', 'probe=label propagation',
-        *(f'{a}={b}' for a,b in dict(n_last=n_last, radius=radius, k=k, temp=temp, tolerance=tolerance, **_common(kwargs)).items()), f'densessl {__version__}'])
+    protocol = ' | '.join([f'{data} ({len(seqs)} sequences, {len(J)} objects, {frames} frames)', f'image {few(sizes)}',
+                           'probe=label propagation',
+        *(f'{a}={b}' for a,b in dict(n_last=n_last, radius=radius, k=k, temp=temp, tolerance=tolerance,
+                                     **_common(kwargs)).items()), f'densessl {__version__}'])
     layer = kwargs.get('layer')
     described = f"{'last' if layer is None else f'layer {layer}'} {few(grids)}"
     both = [(j+f)/2 for j,f in zip(J, C)]
     def score(name, v):
         resampled = resampled_sums(torch.tensor(v))/len(v)   # of the objects
-        return Score(label, f'DAVIS {name}', sum(v)/len(v), tuple(v), protocol, described, tuple(objects), len(v), tuple(resampled.tolist()))
+        return Score(label, f'DAVIS {name}', sum(v)/len(v), tuple(v), protocol, described, tuple(objects), len(v),
+                     tuple(resampled.tolist()))
     return [score(name, v) for name,v in (('J&F', both), ('J', J), ('F', C))]

@@ -39,12 +39,9 @@ TINY = dict(
     dino=replace(D.dino_presets['scenes'], img_size=32, local_size=16, n_local=2, hidden_dim=32, bottleneck_dim=16, n_prototypes=32))
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    "Small tensors, one thread, the global precision as it should be"
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
+def precision_as_it_was(one_thread):
+    "After each test the global precision is as it should be"
     yield
-    torch.set_num_threads(n)
     assert autocast_depth()==0 and not torch.is_autocast_enabled('cpu')
 
 def learner(method='flsl', dls=None, **kwargs):

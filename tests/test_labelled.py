@@ -751,3 +751,31 @@ def test_coco_says_what_it_leaves_out(tmp_path):
         with pytest.raises(InputError, match='00.jpg: an annotation is no polygon and no run-length code'): quiet(tmp_path)
     for p in (tmp_path/'images').iterdir(): p.unlink()
     with pytest.raises(InputError, match='is not there, and no other listed photograph is'): quiet(tmp_path)
+
+@pytest.mark.parametrize('copy', ('{}_m.jpg', '{}_color.png'))
+def test_copies_of_photographs_are_no_masks(tmp_path, copy):
+    for i,n in enumerate(NAMES): write(tmp_path/f'{n}{Path(copy).suffix}', IMAGES[i]); write(tmp_path/copy.format(n), IMAGES[i][::2,::2])
+    with pytest.raises(Unlabelled): quiet(tmp_path)
+
+def test_two_sets_may_be_the_parts(tmp_path):
+    two_years(tmp_path)
+    a, b = quiet(tmp_path, (9,14), **labelled_options('splits=VOC2007:VOC2012'))
+    assert (a.masks.numpy()==MASKS).all() and (b.masks.numpy()==MASKS).all()
+
+def test_text_files_are_lists_before_tables(tmp_path):
+    pairs(tmp_path, 'images/{n}.png', 'masks/{n}.png')
+    for part,names in dict(train=NAMES[:8], val=NAMES[8:]).items(): (tmp_path/f'{part}.txt').write_text('\n'.join(names))
+    (tmp_path/'train.csv').write_text('id,rle\nx,1\ny,2\n')
+    read_right(tmp_path)
+
+def test_a_list_without_the_background(tmp_path):
+    pairs(tmp_path, 'images/{n}.png', 'masks/{n}.png', lambda m: m//2*255)
+    (tmp_path/'classes.txt').write_text('polyp\n')
+    with pytest.raises(InputError, match='add them there .the background is its first line, if 0 is that'): quiet(tmp_path)
+    (tmp_path/'classes.txt').write_text('background\npolyp\n')
+    read_right(tmp_path, MASKS//2, (9,3))
+
+@pytest.mark.parametrize('black', (0, '#000000'))
+def test_black_left_out_of_colors(tmp_path, black):
+    pairs(tmp_path, 'images/{n}.png', 'masks/{n}.png', lambda m: PAINT[m])
+    read_right(tmp_path, np.array([255,1,0,2])[MASKS], (9,3), ignore_index=black)

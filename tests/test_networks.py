@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from densessl import transfer
 from densessl.core import InputError
-from densessl.encoders import check_exportable, dense_encoder
+from densessl.encoders import DenseEncoder, check_exportable, dense_encoder, resample_positions
 from densessl.transfer import export_backbone, load_backbone
 from densessl.weights import init_backbone, open_backbone
 
@@ -106,6 +106,40 @@ def test_every_family_trains_or_is_refused(family, tmp_path):
 def test_arguments_that_no_dense_encoder_has(kw, says):
     for arch in ('vit_tiny_patch16_224', 'test_resnet'):
         with pytest.raises(InputError, match=says): dense_encoder(arch, img_size=64, **kw)
+
+@pytest.mark.parametrize('arch, says', [
+    ('resnet50.a1_in1kk', "no weights 'a1_in1kk' of resnet50: use a1_in1k"), ('test_resnet.zzz', "no weights 'zzz' of test_resnet: use r160_in1k"),
+    (['test_vit', 'test_resnet'], 'arch is one name of timm'), (5, 'arch is one name of timm, as "resnet50", got 5'), ('', 'arch is one name of timm'),
+    ('weights.pth', "'weights.pth' is a file: start from its weights with init=weights.pth"), (timm.create_model('test_vit'), 'wrap it, as DenseEncoder'),
+    ('vit_smal_patch16_224', 'did you mean vit_small_patch16_224'), ('dinov2_vits14', 'did you mean vit_.*dinov2'), ('zzz', 'see timm.list_models'),
+    ('facebook/dinov2-small', 'write hf-hub:facebook/dinov2-small if it is one of timm on the Hub, or else download its weights')], ids=lambda v: str(v)[:20])
+def test_names_that_are_none(arch, says):
+    with pytest.raises(InputError, match=says) as e: dense_encoder(arch, img_size=64)
+    assert '\n' not in str(e.value)
+
+def test_a_network_of_ones_own_is_wrapped(tmp_path):
+    "What the sentence advises"
+    own = DenseEncoder(timm.create_model('test_vit', num_classes=0, img_size=32, patch_size=8), 'test_vit', dict(num_classes=0, img_size=32, patch_size=8), 32)
+    learn = learner('flsl', own, settings=dict(img_size=32, local_size=32))
+    with pytest.raises(InputError, match='leave out model_kwargs'): learner('flsl', own, model_kwargs=dict(depth=1))
+    with learn.no_bar(): learn.fit(1)
+    export_backbone(learn, tmp_path/'own.safetensors')
+
+@pytest.mark.parametrize('kw, says', [
+    ('depth=1', "model_kwargs must be a dict, as dict.patch_size=8., got 'depth=1'"), (['depth'], 'model_kwargs must be a dict'), ({1: 2}, 'model_kwargs has 1 for a name'),
+    (dict(img_size=64), 'leave img_size out of model_kwargs'), (dict(pretrained=True), 'use pretrained=True'), (dict(patch_drop_rate=.5), 'a feature for every patch')])
+def test_arguments_for_timm_that_are_none(kw, says):
+    with pytest.raises(InputError, match=says): learner(model_kwargs=kw)
+
+def test_published_weights_offline(monkeypatch):
+    "The sentence names no argument that the caller did not give"
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    for f in (lambda: dense_encoder('test_vit', pretrained=True), lambda: open_backbone('test_vit'), lambda: learner(arch='test_vit', pretrained=True)):
+        with pytest.raises(InputError, match='weights of test_vit could not be had .*download its weights elsewhere and give the file$'): f()
+
+def test_a_folder_of_another_library(tmp_path):
+    (tmp_path/'config.json').write_text(json.dumps(dict(model_type='dinov2')))
+    with pytest.raises(InputError, match='is no network of timm: download its weights and give the file'): dense_encoder(f'local-dir:{tmp_path}')
 
 def settings(method):
     import densessl.all as D
@@ -358,6 +392,15 @@ def test_positions_of_a_grid_that_is_not_square(tmp_path):
     with pytest.raises(InputError, match=r'pos_embed is \(1, 51, 64\) instead of'): open_backbone(tmp_path/'wide.pth')
     e, _ = open_backbone(tmp_path/'wide.pth', size=(80, 160))
     same_weights(e, donor(img_size=(80, 160)).state_dict())
+
+@pytest.mark.parametrize('size', [96, 48, 32])
+def test_positions_of_another_size_are_resampled(size, tmp_path):
+    "Also where the grid is so small that the difference in number could be that of tokens"
+    torch.save(donor(img_size=64).state_dict(), tmp_path/'p.pth')
+    e = dense_encoder('test_vit', img_size=size)
+    init_backbone(e, tmp_path/'p.pth')
+    want = resample_positions(donor(img_size=64).pos_embed[:,1:], (4, 4), (size//16, size//16))
+    torch.testing.assert_close(e.net.pos_embed, want)
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_weights_that_are_not_finite(value, tmp_path):

@@ -18,7 +18,7 @@ from densessl.core import InputError
 from densessl.data import image_dls, scene_dls
 from densessl.learner import methods
 
-pytestmark = pytest.mark.skipif(sys.platform!='linux', reason='forks')
+pytestmark = [pytest.mark.skipif(sys.platform!='linux', reason='forks'), pytest.mark.usefixtures('one_thread')]
 SMALL = dict(
     flsl = (dict(hidden_dim=32, bottleneck_dim=16, n_prototypes=16, drop_path_rate=.2, freeze_epochs=1, wd=(.04,.4)), 'vit_tiny_patch16_224', dict(patch_size=8, embed_dim=24, depth=2, num_heads=3)),
     clove = (dict(hidden_dim=32, out_dim=16, num_heads=2, n_local=2, optimizer='lars', lr=1.), 'test_resnet', dict(output_stride=8)),
@@ -32,14 +32,6 @@ def interruptible():
     was = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, was)
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Sums have other last digits with another number of threads, and a forked process must not have more than one"
-    was = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(was)
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
@@ -603,16 +595,6 @@ def after_step(self):
     update(self)
     time.sleep(.1)        # so that a signal hits the epoch that it is meant for
 TeacherEMA.after_step = after_step
-if where := os.environ.get('INTERRUPT'):          # Ctrl-C outside the steps
-    from densessl.callback import checkpoint, score
-    from densessl import cli
-    def at(owner, name):
-        real = getattr(owner, name)
-        def f(*args, **kwargs):
-            signal.raise_signal(signal.SIGINT)
-            return real(*args, **kwargs)
-        setattr(owner, name, f)
-    at(*dict(write=(checkpoint._Hashed, 'write'), scoring=(score.DenseScore, '_score_start'), after=(checkpoint.SaveRun, 'after_epoch'), report=(cli, 'run_report'))[where])
 sys.exit(densessl_pretrain())
 """
 RUN = ('--epochs 5 --bs 8 --workers 0 --preset scenes --img_size 32 --settings local_size=16,hidden_dim=32,bottleneck_dim=16,n_prototypes=16 --score_every 0 '
@@ -658,30 +640,44 @@ def few_photos(folder):
     for i in range(24): Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((40+i, 40), Image.Resampling.BICUBIC).save(folder/f'{i:02}.jpg')
 
 
+def small_run(**changes):
+    "Arguments of the command for a run of a few steps"
+    small = dict(zip((o.removeprefix('--') for o in RUN[::2]), RUN[1::2]))
+    return small | dict(epochs=1, bs=8, workers=0, img_size=32, score_every=0) | changes
+
+
 @pytest.mark.parametrize('where', ('write', 'scoring', 'after', 'report'))
-def test_interrupted_outside_the_steps(where, tmp_path):
+def test_interrupted_outside_the_steps(where, photos, tmp_path, monkeypatch, capsys):
     "In the first write of a checkpoint, while the start is scored, when the epoch is over, and while the report is written: one line that resumes the run"
-    few_photos(tmp_path/'few')
-    p = Process(tmp_path, ['few', *RUN, '--epochs', '1', '--out', 'run'], 1, False, INTERRUPT=where)
-    assert p.end()==130 and 'Traceback' not in p.says, p.says
-    assert p.says.rstrip().endswith('To resume: densessl_pretrain --resume --out run'), p.says
+    from densessl import cli, commands
+    from densessl.callback import score
+    places = dict(write=(checkpoint._Hashed, 'write'), scoring=(score.DenseScore, '_score_start'), after=(SaveRun, 'after_epoch'), report=(cli, 'run_report'))
+    owner, name = places[where]
+    real, run = getattr(owner, name), tmp_path/'run'
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return real(*args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(owner, name, interrupted)
+        with pytest.raises(SystemExit) as e: commands.densessl_pretrain(str(photos), out=str(run), **small_run())
+    said = ''.join(capsys.readouterr())
+    assert e.value.code==130 and said.count(f'To resume: densessl_pretrain --resume --out {run}\n')==1, said
     if where!='report': return
-    p = Process(tmp_path, ['--resume', '--out', 'run'], 1, False)
-    assert p.end()==0 and (tmp_path/'run'/'report.html').exists(), p.says
+    commands.densessl_pretrain(resume=True, out=str(run))
+    assert (run/'report.html').exists()
 
 
 def test_the_report_is_not_written(photos, tmp_path, monkeypatch, capsys):
     "On a full disk the training is not lost: one sentence, the checkpoints stay, and the run can be resumed; started in Python, it is resumed in Python"
     from densessl import cli
     def full(*args, **kwargs): raise OSError(errno.ENOSPC, 'No space left on device', str(tmp_path/'run'/'report.html'))
-    small = dict(zip((o.removeprefix('--') for o in RUN[::2]), RUN[1::2])) | dict(epochs=1, bs=8, workers=0, img_size=32, score_every=0)
     with monkeypatch.context() as m:
         m.setattr(cli, 'run_report', full)
         with pytest.raises(InputError, match="report.html' could not be written .No space left on device., but .*make room, then pretrain.out='.*run', resume=True"):
-            pretrain(str(photos), out=str(tmp_path/'run'), **small)
+            pretrain(str(photos), out=str(tmp_path/'run'), **small_run())
     run = tmp_path/'run'
     assert run_checkpoints(run/'checkpoints')
-    (run/'start.safetensors').unlink()                         # the pictures need it
+    for name in ('start.safetensors', 'scores_by_epoch.json'): (run/name).unlink()    # that the report would read
     monkeypatch.setenv('HOME', str(tmp_path))
     pretrain(out='~/run', resume=True)
     assert (run/'report.html').exists() and not (run/'checkpoints').exists()
@@ -691,9 +687,9 @@ def test_the_report_is_not_written(photos, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as m:                           # before the first checkpoint of a run that overwrites this one
         m.setattr(cli, '_train', stopped)
         with pytest.raises(KeyboardInterrupt, match='To resume: pretrain'):
-            pretrain(str(photos), out=str(run), overwrite=True, **small|dict(seed=1))
+            pretrain(str(photos), out=str(run), overwrite=True, **small_run(seed=1))
     assert (run/'backbone.safetensors').exists() and not (run/'report.html').exists()
-    assert resumed(dict(out=str(run)), {})['out']==run         # and not: it is complete
+    assert resumed(dict(out='~/run'), {})['out']==str(run)     # and not: it is complete
 
 
 @pytest.mark.parametrize('threads,terminal,plan', (

@@ -13,6 +13,7 @@ from densessl.cli import pretrain
 from densessl.encoders import dense_encoder
 from densessl.evaluation import SegmentationData, Score, dense_scores
 from densessl.report import evaluate
+from densessl.run_report import _MONITORED
 from densessl.synthetic import CLASSES, draw_scenes
 from densessl.transfer import export_backbone
 from densessl.verdict import GAUGE_NAMES, diverged_loss, gain_over_starts, gather_statistics, judge_training, random_start
@@ -53,6 +54,7 @@ def test_learning_rate_zero(method):
     cb = fit(learner(method, None, DenseScore(labelled=LABELLED, verbose=False)), 2, lr=0., wd=0.).dense_score
     g = cb.conclusion.gains[0]
     assert cb.conclusion.answer=='cannot tell' and g.starts==5
+    assert cb.learn.collapse_monitor.history[0].keys()-{'step', 'epoch', 'progress', 'loss', 'K'}==_MONITORED[method].keys()   # the report explains each
     if method!='clove': assert cb.history[-1]['nearest neighbour']==cb.history[0]['nearest neighbour']    # one of the starts itself
 
 def test_a_loss_that_rose_outweighs_scores():

@@ -15,7 +15,7 @@ from ..schedules import cosine
 
 # %% ../../nbs/52_callback.teacher.ipynb #53479b9f
 class TeacherEMA(Callback):
-    "Update the model's teacher after each step of the optimiser (FLSL, CLoVE)"
+    "Update the model's teacher after each step of the optimizer (FLSL, CLoVE)"
     run_valid = False
     def __init__(self,
         momentum=None,  # Function of progress, or a number; None is FLSL's cosine from 0.996 to 1
@@ -34,7 +34,8 @@ class TeacherEMA(Callback):
     def before_fit(self):
         "See that there is a teacher"
         if not hasattr(self.owner, 'update_teacher'):
-            raise InputError(f'TeacherEMA needs a model with a method update_teacher(momentum), {type(self.owner).__name__} has none')
+            raise InputError('TeacherEMA needs a model with a method update_teacher(momentum), '
+                             f'{type(self.owner).__name__} has none')
         self.cancelled = False
 
     def after_cancel_step(self):
