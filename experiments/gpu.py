@@ -7,7 +7,7 @@
 
 right    views, loss and gradients of each method beside those of the CPU in fp32, tf32, bf16, fp16; learners in each; export, resume, scores; what waits
 fast     images a second, milliseconds of each part and memory of a step; the learner around it; blocks compiled; decoding
-learns   each arm trains for the same seconds on photographs that lie on the device, and is scored before, half-way and after
+learns   each arm trains for the same seconds on photographs that lie on the device; scored before, half-way (without videos) and after
 
 Each stage, and each arm of `learns`, is a process with a time limit of its own. Every number is in OUT/<stage>.json as soon as it is known, and the tables
 are printed at the end. A pack is a zip file or a folder with train/ (photographs) and camvid/, davis/ (what is scored); parts that are missing are left out.
@@ -471,13 +471,13 @@ def photographs(folder, side, device, tiny):
     return torch.stack([x for x,_ in found]).to(device), torch.stack([torch.as_tensor(hw) for _,hw in found])
 
 
-def scores_of(encoder, data):
+def scores_of(encoder, data, videos=True):
     "Nearest neighbour, linear probe, correspondence, DAVIS"
     was = encoder.training
     encoder.eval()
     res = {s.probe: s.value for s in dense_scores(encoder, *data['labelled'], memory=20000)} if data['labelled'] else {}
     res['correspondence'] = correspondence_score(encoder, data['photos'], data['hw'], data['size']).value
-    if data['davis']: res |= {s.probe: s.value for s in davis_score(encoder, data['davis'], size=120)}
+    if data['davis'] and videos: res |= {s.probe: s.value for s in davis_score(encoder, data['davis'], size=120)}
     encoder.train(was)
     return {k: round(v, 4) for k,v in res.items()}
 
@@ -517,19 +517,20 @@ def learn_arm(record, device, a):
     dls = dls_on_device(images[n:], hw[n:], m.recipe(c), bs, device)
     learn = m.learner(dls, arch, c, model_kwargs=kwargs, bf16=device.type=='cuda', monitor_every=5 if a.tiny else 50)
     record.put('settings', dict(photographs=len(images)-n, bs=bs, arch=arch, model_kwargs=kwargs, config=vars(learn.model.config)))
-    began, start = time.monotonic(), learn.model.product.to(device)
+    start = learn.model.product.to(device)
     if has_batch_norm(start): start = gather_statistics(copy.deepcopy(start), training_views(dls))
-    before = record.measure('before', lambda: scores_of(start, data))
-    cost = time.monotonic()-began
-    seconds = 1. if a.tiny else a.limit-(time.monotonic()-BEGAN)-2*cost-10
-    clock = ByTheClock(seconds, lambda: record.measure('half-way', lambda: scores_of(learn.model.product, data)))
+    record.measure('before', lambda: scores_of(start, data, videos=not a.tiny))
+    half_way = lambda: scores_of(learn.model.product, data, videos=False)       # videos take the longest
+    left = a.limit-(time.monotonic()-BEGAN)-2*record['before']['seconds']-10
+    seconds = 1. if a.tiny else max(5., left)
+    clock = ByTheClock(seconds, lambda: record.measure('half-way', half_way))
     learn.add_cb(clock)
     losses = fit(learn, 10**5)
     every = max(1, len(losses)//100)
     curves = learn.collapse_monitor.history
     record.put('trained', dict(seconds=round(clock.trained, 1), steps=clock.steps, images_per_second=round(clock.steps*bs/clock.trained, 1),
                                losses=losses[::every], curves=curves[::max(1, len(curves)//50)]))
-    record.measure('after', lambda: scores_of(learn.model.product, data))
+    record.measure('after', lambda: scores_of(learn.model.product, data, videos=not a.tiny))
     record.measure('picture', lambda: dict(file=save_modes(learn, record.path.with_suffix('.png'))))
 
 
