@@ -139,7 +139,7 @@ def outline(
     model_kwargs:dict,  # Arguments for timm
 ):                      # Method that it suits, and its stride in pixels; (None, None) if timm does not say
     "What the settings should fit, of a network that is not built yet"
-    try: levels = [o['reduction'] for o in timm.create_model(arch, **model_kwargs).feature_info]
+    try: levels = [o['reduction'] for o in timm.create_model(arch, **model_kwargs|dict(pretrained=False)).feature_info]
     except Exception: return None, None            # the learner will say what is wrong
     return 'flsl' if len(set(levels))==1 else 'clove', levels[-1]
 
@@ -270,15 +270,15 @@ def _duration(seconds):
         if seconds>=2*size: return f'{seconds/size:.0f} {unit}'
     return _counted(round(seconds), 'second')
 
-def _expected(learn, steps, bf16, rest=False):
-    "What the run, or the rest of it, will take"
-    seconds, memory = try_step(learn, bf16)
-    what = 'expected for the rest' if rest else 'expected'
-    return f'{what}: about {_duration(seconds*steps)} and the scoring, {seconds:.2g} s a step; {memory} of memory'
+def _expected(job, learn, done=0):
+    "What the run, or the rest of it after some steps, will take"
+    seconds, memory = try_step(learn, job.bf16)
+    what, left = 'expected for the rest' if done else 'expected', _duration(seconds*(job.steps*job.epochs-done))
+    return f'{what}: about {left} and the scoring, {seconds:.2g} s a step; {memory} of memory'
 
 def _counted(n, what): return f'{n:,} {what}' + ('' if n==1 else 's')
 
-def _opening(job, learn, done=0):
+def _opening(job, learn):
     "What the run will do, and what speaks against it"
     dls, drawn, total = learn.dls, job.folder is None, job.steps*job.epochs
     weights = sum(p.numel() for p in learn.model.product.parameters())/1e6
@@ -291,7 +291,6 @@ def _opening(job, learn, done=0):
         f'{_counted(job.epochs, "epoch")}: {_counted(total, "step")}',
         f'{apart}views of {sizes} px, on {dls.device} in {"bfloat16" if job.bf16 else "float32"}',
         *job.notes]
-    if done<total: lines.append(_expected(learn, total-done, job.bf16, done>0))
     if total<ENOUGH_STEPS:
         enough = math.ceil(ENOUGH_STEPS/max(1, job.steps))
         lines.append(f'short: below some {ENOUGH_STEPS} steps features hardly change (--epochs {enough})')
@@ -462,11 +461,13 @@ def _job(**arguments):
     if job.resume:
         check_data(Path(job.out)/'checkpoints', learn.dls.train.dataset)
         note_places(job.out, arguments)
-    opening = _opening(job, learn, _steps_done(job.out) if job.resume else 0)
+    say(*_opening(job, learn))
+    done = _steps_done(job.out) if job.resume else 0
+    if first and done<job.steps*job.epochs: say(_expected(job, learn, done))
     out = Path(job.out) if job.resume or not first else run_folder(job.out, job.method, job.overwrite)
-    with one_process(out) if first else nullcontext(), lasting_output(), _stoppable(job, out):
+    with one_process(out) if first else nullcontext(), _stoppable(job, out):
         if first and not job.resume: _begin(job, arguments, learn, out)
-        say(*opening, f'writing to {out}')
+        say(f'writing to {out}')
         score, others, seconds = _train(job, learn, pair, other, out, say)
         if not first: return out, [], learn
         with _writable(job, out):
@@ -519,5 +520,5 @@ def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs=None
              device=None, max_bad=.1, labelled_as='', shell=False):
     "The main job from Python, with the arguments of `densessl_pretrain`: the run folder, the scores and the learner"
     args = dict(locals())
-    if not resume: return _job(**args)
-    return _job(**resumed(args, {k: p.default for k,p in inspect.signature(pretrain).parameters.items()}))
+    if resume: args = resumed(args, {k: p.default for k,p in inspect.signature(pretrain).parameters.items()})
+    with lasting_output(): return _job(**args)

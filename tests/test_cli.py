@@ -421,7 +421,7 @@ def test_a_step_that_does_not_fit_is_told_before_the_run(home, monkeypatch):
     learn = cli._open(job, cli.methods[job.method])[0]
     def forward(self, views): raise torch.OutOfMemoryError('CUDA out of memory')
     monkeypatch.setattr(type(learn.model), 'forward', forward)
-    with pytest.raises(InputError, match='out of memory: pass bf16=True, lower bs'): cli._opening(job, learn)
+    with pytest.raises(InputError, match='out of memory: pass bf16=True, lower bs'): cli._expected(job, learn)
 
 
 def test_slow_reading_is_in_the_time_that_is_expected(monkeypatch):
