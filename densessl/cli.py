@@ -241,7 +241,7 @@ def try_step(
     learn,            # Learner that has not begun
     bf16:bool=False,  # Forward pass in bfloat16
 )->tuple:             # Seconds of a step; memory in use, in words
-    "A step as it will be, but for the optimiser's part, on a copy: learner and random states stay as they are"
+    "A step as it will be, but for the optimizer's part, on a copy: learner and random states stay as they are"
     dls, states = learn.dls, random_states()
     device = dls.device
     model, loss_func = (deepcopy(o).to(device).train() for o in (learn.model, learn.loss_func))
