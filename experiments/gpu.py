@@ -1,22 +1,25 @@
 """Is densessl right on a GPU, is it fast there, and does it learn? Three stages that fit into a quarter of an hour on one card.
 
     python experiments/gpu.py right fast --out OUT                                     150 seconds
-    python experiments/gpu.py learns --pack photo_pack.zip --out OUT                   450 seconds, shared by flsl, dino and clove
-    python experiments/gpu.py learns --pack photo_pack.zip --out OUT --arms flsl --settings flsl:beta_sa=5,beta_ca=10
+    python experiments/gpu.py learns --pack photo_pack.zip --out OUT                   450 seconds, shared by the arms
+    python experiments/gpu.py learns --pack photo_pack.zip --out OUT --arms flsl,dino --seconds 120 --settings flsl:beta_sa=5,beta_ca=10
     python experiments/gpu.py --tiny --out OUT                                         all of it in miniature, on a CPU
 
 right    views, loss and gradients of each method beside those of the CPU in fp32, tf32, bf16, fp16; learners in each; export, resume, scores; what waits
-fast     images a second, milliseconds of each part and memory of a step; the learner around it; blocks compiled; decoding
-learns   each arm trains for the same seconds on photographs that lie on the device; scored before, half-way (without videos) and after
+fast     images a second, milliseconds of each part and memory of a step; the learner around it; compiled; decoding
+learns   each arm trains for --seconds times its share on photographs that lie on the device; backbones are scored in processes beside it, half-way
+         (without videos) and at the end, and so are random starts of three seeds
 
-Each stage, and each arm of `learns`, is a process with a time limit of its own. Every number is in OUT/<stage>.json as soon as it is known, and the tables
-are printed at the end. A pack is a zip file or a folder with train/ (photographs) and camvid/, davis/ (what is scored); parts that are missing are left out.
+Each stage is a process with a time limit of its own. Every number is in OUT as soon as it is known, and tables are printed at the end. A pack is a zip file
+or a folder with train/ (photographs) and camvid/, davis/ (what is scored); parts that are missing are left out.
 
-What is expected of `learns`, written down before its first run. Views of 64 px and patches of 8 px, ViT-S; FLSL has the inverse temperatures of the paper,
-2 and 4, and its 4,096 prototypes; a step of 1,024 photographs has 24,576 queries, six for each prototype. A random start scores about 20 % by nearest
-neighbour. DINO should end above its start by three points or more: if it does not, the time was too short and says nothing of FLSL. FLSL should end above
-DINO in nearest neighbour and DAVIS, which ask for dense features. If it ends below its own start, look at `perplexity` and `spread` in the curves: few
-prototypes in use ask for a larger gamma, a spread near 1 (each mode is the mean of its view) for larger inverse temperatures, 5 and 10 first.
+What is expected of `learns`, written down before its first run. Views of 64 px and patches of 8 px, ViT-S. FLSL has the inverse temperatures of the paper,
+2 and 4, and its 4,096 prototypes; every token of the student's view is a query (64, and 8 of the local views: the paper's 224 px give 67), so that a step of
+512 photographs has 36,864 of them, nine for each prototype. A random start scores about 20 % by nearest neighbour. DINO should end above its start by three
+points or more: if it does not, the time was too short and says nothing of FLSL. FLSL should end above DINO in nearest neighbour and DAVIS, which ask for
+dense features. Going on from DINO's network, FLSL should end above DINO that went on for the same seconds. If FLSL ends below its own start, look at
+`perplexity` and `spread` in the curves: few prototypes in use ask for a larger gamma, a spread near 1 (each mode is the mean of its view) for larger inverse
+temperatures, 5 and 10 first.
 """
 import argparse
 import contextlib
