@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import timm
 import torch
 from safetensors import SafetensorError
+from fastcore.basics import num_cpus
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
 
 from . import __version__
@@ -42,7 +43,7 @@ from .callback.progress import lasting_output, memory_in_use
 from .callback.score import DenseScore, kept_photographs
 from .report import open_backbone
 from .run_report import run_report
-from .learner import dense_picture, methods, similarity_picture
+from .learner import dense_picture, has_bf16, methods, similarity_picture, tf32_beside_bf16
 from .synthetic import CLASSES, draw_scenes
 from .cost import CARDS, ENOUGH_STEPS, IN_LEARNER, cost, enough_epochs, fit_local_views, hours
 from .transfer import export_backbone, plain_arguments
@@ -210,13 +211,15 @@ def _open(job, m):
     if job.epochs is None:
         job.epochs = enough_epochs(job.steps) if job.folder else m.scene_epochs
     if job.score_every is None: job.score_every = max(1, job.epochs//(10 if job.folder else 4))
-    if job.bf16 is None: job.bf16 = dls.device.type=='cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    if job.bf16 is None: job.bf16 = has_bf16(dls.device)
     init = dict(init=job.init) if job.init else {}
     learn = m.learner(dls, job.arch, job.config, model_kwargs=job.kwargs, bf16=job.bf16, **init)
     other = open_backbone(job.baseline, job.config.img_size) if job.baseline else None
     return learn, pair, photos, other
 
 # %% ../nbs/70_cli.ipynb #5a1c0f3e
+def _processes(dl): return dl.fake_l.num_workers   # `dl.num_workers` counts them only inside of one
+
 def read_batch(
     dl,       # Loader of canvases
     n:int=4,  # Items that are read, again and again
@@ -224,11 +227,9 @@ def read_batch(
     "A batch of the first photographs, without a draw from the loader"
     n, began = min(n, len(dl.dataset)), time.perf_counter()
     items = [dl.dataset[i] for i in range(n)]
-    seconds = (time.perf_counter()-began)/n*dl.bs/max(1, dl.num_workers)
+    seconds = (time.perf_counter()-began)/n*dl.bs/max(1, _processes(dl))
     canvas, hw = (torch.stack([torch.as_tensor(items[i%n][k]) for i in range(dl.bs)]) for k in (0, 1))
     return canvas, hw, seconds
-
-def _cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 def try_step(
     learn,            # Learner that has not begun
@@ -243,10 +244,11 @@ def try_step(
         canvas, hw, reading = read_batch(dls.train)
         for _ in range(2):          # the first also warms up
             began = time.perf_counter()
-            views = make_views(dls.recipe, canvas.to(device), hw)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16): loss = loss_func(model(views))
-            memory = memory_in_use(device)
-            loss.backward()
+            with tf32_beside_bf16(learn):
+                views = make_views(dls.recipe, canvas.to(device), hw)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16): loss = loss_func(model(views))
+                memory = memory_in_use(device)
+                loss.backward()
             opt.step()
             opt.zero_grad()
             model.update_teacher(.99)
@@ -259,9 +261,9 @@ def try_step(
         raise InputError(f'{device} is out of memory: {advice}') from None
     finally: set_random_states(states)
     computing /= IN_LEARNER           # the loop, the guards and the monitors
-    workers = dls.train.num_workers
+    workers = _processes(dls.train)
     if not workers: return computing+reading, memory
-    shared = (computing*torch.get_num_threads()+reading*workers)/_cores() if device.type=='cpu' else 0.
+    shared = (computing*torch.get_num_threads()+reading*workers)/num_cpus() if device.type=='cpu' else 0.
     return max(computing, reading, shared), memory
 
 # %% ../nbs/70_cli.ipynb #6b2d1a4f
@@ -291,7 +293,7 @@ def _on_a_card(job, learn):
     if card is None: return []
     try: c = cost(job.method, job.arch, batch=job.bs, card=card, config=learn.model.config, model_kwargs=job.kwargs)
     except Exception: return []        # a run does not fail for an estimate
-    left = _duration(3600*hours(c.images_per_second, job.steps*job.bs, job.epochs))
+    left = _duration(3600*hours(c.images_per_second, job.images, job.epochs))
     pace = f'{c.images_per_second:,.0f} photographs a second; {c.gib:.1f} of {CARDS[card].gib:.0f} GiB'
     return [f'on one {card}, by the roofline: about {left} and the scoring, {pace}']
 

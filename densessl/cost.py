@@ -132,7 +132,7 @@ class StepCount(NamedTuple):
     pixels:int        # Of all views
 
 def count_step(
-    model,             # A method, on the device 'meta' or any other; it loses its numbers
+    model,             # A method made on the device 'meta'; it serves once
     loss_func,         # Its loss
     recipe,            # Its views
     batch:int,         # Photographs
