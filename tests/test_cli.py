@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -445,7 +446,7 @@ def test_the_step_that_is_tried_is_a_whole_one(monkeypatch):
     learn.opt_func = slow_optimizer
     monkeypatch.setattr(type(learn.model), 'update_teacher', takes(4, type(learn.model).update_teacher))
     monkeypatch.setattr(cli, 'read_batch', lambda dl: (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.full((4, 2), 32), 5.))
-    whole = 7/cli.IN_LEARNER
+    whole = 7/cli.KEPT
     assert cli.try_step(learn)[0]==pytest.approx(whole+5)                       # one process does both
     dl.fake_l.num_workers = 1
     assert cli.try_step(learn)[0]==pytest.approx(whole+5/2)                     # a second of reading takes half a one from the step
@@ -473,7 +474,7 @@ def test_the_cost_on_a_card_is_said_for_photographs(home, monkeypatch, capsys):
                  config=replace(decided(home, **small).config, n_prototypes=4))     # 48 queries a step
     assert line.startswith('on one H100, by the roofline: about 0 seconds and the scoring, ') and line.endswith(' of 79 GiB')
     assert f'{c.images_per_second:,.0f} photographs a second' in line
-    assert said(n_scenes=8, img_size=None)==[]
+    assert said(n_scenes=32)==[]
     monkeypatch.setattr(cli, 'cost', stop)
     assert said(folder=str(home/'photos'))==[]
     names = {'NVIDIA H100 80GB HBM3': 'H100', 'NVIDIA A100-SXM4-80GB': 'A100', 'NVIDIA L4': 'L4', 'NVIDIA L40S': None,
