@@ -1,6 +1,7 @@
 "What a run costs: counts, the fit, what was measured, sentences for what is wrong"
 import random
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,7 +54,8 @@ def test_memory_that_is_counted_is_held_by_the_step(method):
     "Weights, their gradients and what the optimizer keeps are fixed; all else is in proportion to the batch"
     def built():
         arch, kwargs = ('test_resnet', TINY_CNN) if method=='clove' else ('vit_tiny_patch16_224', TINY)
-        return page._built(method, arch, methods[method].presets['scenes'], kwargs)
+        config = methods[method].presets['scenes']
+        return page._built(method, arch, replace(config, n_prototypes=64) if method=='flsl' else config, kwargs)
     model = built()[0]
     weights = sum(p.numel() for p in model.parameters())+sum(b.numel() for b in model.buffers())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
