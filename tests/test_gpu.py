@@ -296,6 +296,15 @@ def test_a_compiled_learner_is_the_same_run(method='flsl'):
         assert_close(w, v, rtol=1e-5, atol=1e-6)
     plain.model.load_state_dict(compiled.model.state_dict())
 
+def test_all_blocks_share_three_programs():
+    "The teacher's, the student's, and the student's for views of another size; with a rate of its own in every block and none in the first"
+    model, _, views = parts_of('flsl', depth=3, drop_path_rate=.2)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(model, 'aot_eager')
+    for _ in range(2): model(views)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs']==3
+
 def test_stochastic_depth_as_a_tensor():
     "It drops samples whole, at its rate, keeps the mean, and leaves evaluation alone"
     from timm.layers import DropPath
