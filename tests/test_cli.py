@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -424,6 +425,66 @@ def test_a_step_that_does_not_fit_is_told_before_the_run(home, monkeypatch):
     with pytest.raises(InputError, match='out of memory: pass bf16=True, lower bs'): cli._expected(job, learn)
 
 
+def test_the_step_that_is_tried_is_a_whole_one(monkeypatch):
+    "Optimizer and teacher are in it; on a CPU, processes that read take their share of the cores; validation is counted"
+    from densessl import cli
+    from densessl.data import scene_dls
+    m = cli.methods['flsl']
+    config = cli.change_settings(m.presets['scenes'], dict(img_size=32, local_size=16))
+    learn = m.learner(scene_dls(16, m.recipe(config), bs=4, seed=0), m.scene_arch, config, model_kwargs=cli.parse_kwargs(m.scene_kwargs))
+    now, dl, opt_func = [0.], learn.dls.train, learn.opt_func
+    monkeypatch.setattr(cli.time, 'perf_counter', lambda: now[0])
+    monkeypatch.setattr(cli, 'num_cpus', lambda: 2)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
+    def takes(seconds, f):
+        def _f(*args, **kwargs): now[0] += seconds; return f(*args, **kwargs)
+        return _f
+    def slow_optimizer(*args, **kwargs):
+        opt = opt_func(*args, **kwargs)
+        opt.step = takes(3, opt.step)
+        return opt
+    learn.opt_func = slow_optimizer
+    monkeypatch.setattr(type(learn.model), 'update_teacher', takes(4, type(learn.model).update_teacher))
+    monkeypatch.setattr(cli, 'read_batch', lambda dl: (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.full((4, 2), 32), 5.))
+    whole = 7/cli.KEPT
+    assert cli.try_step(learn)[0]==pytest.approx(whole+5)                       # one process does both
+    dl.fake_l.num_workers = 1
+    assert cli.try_step(learn)[0]==pytest.approx(whole+5/2)                     # a second of reading takes half a one from the step
+    monkeypatch.setattr(cli, 'num_cpus', lambda: 16)
+    assert cli.try_step(learn)[0]==pytest.approx(whole)
+    job = SimpleNamespace(bf16=False, steps=4, epochs=100)
+    monkeypatch.setattr(cli, 'try_step', lambda *args: (60., 'much'))
+    assert cli._expected(job, learn)=='expected: about 7 hours and the scoring, 60 s a step; much of memory'
+    learn.dls.loaders[1] = [None]*3                                             # three batches kept apart: a step's worth an epoch
+    assert '8 hours' in cli._expected(job, learn) and 'for the rest: about 4 hours' in cli._expected(job, learn, 200)
+
+
+def test_the_cost_on_a_card_is_said_for_photographs(home, monkeypatch, capsys):
+    "One line, once the step was tried; none on drawn scenes, for a network that cannot be counted, or on a card that is not known"
+    from densessl import cli
+    class Begun(Exception): pass
+    def stop(*args): raise Begun
+    monkeypatch.setattr(cli, 'run_folder', lambda *args, **kwargs: home/'never' if 'make' in kwargs else stop())
+    small = dict(img_size=32, arch='vit_tiny_patch16_224', model_kwargs='patch_size=8,embed_dim=24,depth=1,num_heads=3', workers=0, epochs=3)
+    def said(**args):
+        with pytest.raises(Begun): cli.pretrain(**small | args)
+        return [l for l in capsys.readouterr().out.splitlines() if l.startswith('on one')]
+    line, = said(folder=str(home/'photos'))
+    c = cli.cost('flsl', 'vit_tiny_patch16_224', batch=8, model_kwargs=cli.parse_kwargs(small['model_kwargs']),
+                 config=replace(decided(home, **small).config, n_prototypes=4))     # 48 queries a step
+    assert line.startswith('on one H100, by the roofline: about 0 seconds and the scoring, ') and line.endswith(' of 79 GiB')
+    assert f'{c.images_per_second:,.0f} photographs a second' in line
+    assert said(n_scenes=32)==[]
+    monkeypatch.setattr(cli, 'cost', stop)
+    assert said(folder=str(home/'photos'))==[]
+    names = {'NVIDIA H100 80GB HBM3': 'H100', 'NVIDIA A100-SXM4-80GB': 'A100', 'NVIDIA L4': 'L4', 'NVIDIA L40S': None,
+             'NVIDIA GeForce RTX 4090': 'RTX4090', 'NVIDIA GeForce RTX 4080': None, 'NVIDIA H200': 'H200'}
+    for name, card in names.items():
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+        assert cli._card_to_ask(torch.device('cuda:0'))==card
+    assert cli._card_to_ask(torch.device('cpu'))=='H100'
+
+
 def test_slow_reading_is_in_the_time_that_is_expected(monkeypatch):
     "A photograph takes two seconds by the clock of the test: six for a batch of three, two with as many processes"
     from densessl import cli
@@ -432,10 +493,10 @@ def test_slow_reading_is_in_the_time_that_is_expected(monkeypatch):
         def __getitem__(self, i): now[0] += 2; return super().__getitem__(i)
     monkeypatch.setattr(cli.time, 'perf_counter', lambda: now[0])
     ds = Slow([(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.tensor([8, 8]), '')]*2)
-    dl = SimpleNamespace(dataset=ds, bs=3, num_workers=0)
+    dl = SimpleNamespace(dataset=ds, bs=3, fake_l=SimpleNamespace(num_workers=0))
     canvas, hw, seconds = cli.read_batch(dl)
     assert (canvas.shape, hw.shape, seconds)==((3, 3, 8, 8), (3, 2), 6)
-    dl.num_workers = 3
+    dl.fake_l.num_workers = 3
     assert cli.read_batch(dl)[2]==2
 
 
