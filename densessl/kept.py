@@ -41,7 +41,7 @@ class KeptCanvases:
 
     def read(self,
         numbers:list,  # Of the photographs of a batch
-    )->tuple:          # Canvases, sizes and notes of what is new, whether to keep each; numbers of all, places of the new
+    )->tuple:          # Of what is new: canvases, sizes, notes, whether to keep each; numbers of all, places of the new
         "What of a batch is not there yet, decoded"
         i = torch.tensor(numbers)
         new = (~self.there[i]).nonzero()[:,0]
@@ -71,7 +71,8 @@ class KeptCanvases:
 
     def _look_up(self, i):
         "Canvases by number, where they lie"
-        if self.canvas.device.type!='cpu': return self.canvas.index_select(0, i.to(self.canvas.device, non_blocking=True))
+        device = self.canvas.device
+        if device.type!='cpu': return self.canvas.index_select(0, i.to(device, non_blocking=True))
         batch = torch.empty(len(i), *self.canvas.shape[1:], dtype=self.canvas.dtype, pin_memory=self.pin)
         return torch.index_select(self.canvas, 0, i, out=batch)
 
@@ -100,7 +101,8 @@ class KeptCanvases:
 # %% ../nbs/06_kept.ipynb #c0a50013
 def _say(what, n, size):
     "A line on canvases, by the first process; small ones are not worth it"
-    if size>=1e8 and os.environ.get('RANK', '0')=='0': print(f'{what}: {n:,} photographs, {size/1e9:.1f} GB', flush=True)
+    if size<1e8 or os.environ.get('RANK', '0')!='0': return
+    print(f'{what}: {n:,} photographs, {size/1e9:.1f} GB', flush=True)
 
 def keep_canvases(
     sets,                  # Data sets, each with `read`
@@ -117,7 +119,7 @@ def keep_canvases(
         _say('canvases kept in memory as they are decoded', n, need)
         return [KeptCanvases(o, pin) for o in sets]
     if cache:
-        raise InputError(f'cache=True would keep {n:,} canvases, {need/1e9:.1f} GB, but {free/1e9:.1f} GB of memory are '
-                         'free: leave it out, or choose a smaller canvas')
+        raise InputError(f'cache=True would keep {n:,} canvases, {need/1e9:.1f} GB, but {free/1e9:.1f} GB of memory '
+                         'are free: leave it out, or choose a smaller canvas')
     _say(f'canvases decoded in every epoch, as memory has {free/1e9:.1f} GB free', n, need)
     return [None]*len(sets)
