@@ -656,13 +656,13 @@ class MakeViews:
         device=None,                   # Where to make the views; None: where the canvas is
         kept:KeptCanvases|None=None,   # Canvases that need not be decoded again
     ):
-        self.recipe, self.device, self.kept = recipe, device, kept
+        self.recipe, self.device, self.kept, self.compile = recipe, device, kept, False
         self.bad_files = BadFiles() if bad_files is None else bad_files
     def __call__(self, b):
         canvas, hw, notes = b if len(b)==3 else self.kept.whole(*b)
         self.bad_files.add(notes)
         device = self.device or canvas.device
-        return make_views(self.recipe, _to(canvas, device), hw), _to(hw, device)
+        return make_views(self.recipe, _to(canvas, device), hw, compile=self.compile), _to(hw, device)
 
 # %% ../nbs/22_data.ipynb #d33b78ce
 _BY_ITEM = {'create_item', 'after_item', 'before_batch', 'create_batch', 'do_batch'}   # what a user may set of a loader
