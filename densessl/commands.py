@@ -193,7 +193,7 @@ def densessl_pretrain(
     epochs:int=None,        # Epochs, at least 1; 100, more for a small folder; scenes 32, with clove 16
     lr:float=None,          # Learning rate for a batch of 256, above 0; by default that of the preset
     seed:int=0,             # Random seed
-    workers:int=None,       # Processes that decode images, 0 or more; by default one fewer than CPUs, at most 8
+    workers:int=None,       # Processes that decode, 0 or more; by default one fewer than CPUs, without a GPU at most 8
     device:str=None,        # cpu, cuda or cuda:1; by default the GPU if there is one
     bf16:option(None, 'Forward pass in bfloat16; by default on a GPU that has it', action=OnOrOff)=None,
     max_bad:float=0.1,      # Share of photographs that may be unreadable before the run ends, 0 to 1
@@ -263,7 +263,7 @@ def densessl_shard(
     quality:int=90,      # Quality of the JPEGs that are written, 1 to 95
     per_shard:int=1000,  # Photographs in a shard
     seed:int=0,          # Of their order
-    workers:int=None,    # Processes that read, 0 or more; by default one fewer than CPUs, at most 8
+    workers:int=None,    # Processes that read, 0 or more; by default one fewer than CPUs
 ):
     "Write a folder of photographs as tar files that densessl_pretrain and webdataset read"
     args, began = dict(locals()), time.monotonic()

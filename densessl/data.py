@@ -25,6 +25,7 @@ from torch import Tensor
 from .augment import make_views
 from .core import InputError
 from .files import MASK_NAMES, is_private, no_native_stderr, no_pillow_warnings, no_pixel_limit
+from .kept import KeptCanvases, keep_canvases
 from .synthetic import draw_scenes
 from .views import Recipe, _to
 
@@ -275,16 +276,21 @@ def _window(x, hw, at):
     short = min(hw)
     return x, (short, LONGEST*short) if w>h else (LONGEST*short, short)
 
+def _load(path, size, at):
+    "Canvas, (height, width) of what it shows, and whether that is the whole photograph"
+    photo, hw = read_photo(path, size)
+    x, shown = _window(photo, hw, at)
+    x = torch.from_numpy(np.array(x)).permute(2,0,1)[None]
+    if x.shape[-2:]!=(size,size): x = F.interpolate(x, size=(size,size), mode='bicubic', antialias=True)
+    return x[0].contiguous(), shown, shown==hw
+
 def load_canvas(
     path,         # Image file, or an open binary file
     size:int,     # Side of the canvas
     at:float=.5,  # Where along a panorama its window lies, from 0 to 1
 )->tuple:         # Canvas, uint8 (3, size, size), and (height, width) of what it shows: a photograph or a window
     "Read a photograph as it is meant to be seen and resize it to a square"
-    x, hw = _window(*read_photo(path, size), at)
-    x = torch.from_numpy(np.array(x)).permute(2,0,1)[None]
-    if x.shape[-2:]!=(size,size): x = F.interpolate(x, size=(size,size), mode='bicubic', antialias=True)
-    return x[0].contiguous(), hw
+    return _load(path, size, at)[:2]
 
 # %% ../nbs/22_data.ipynb #478f05f1
 _MAP_WORDS = MASK_NAMES | frozenset('''instance instances heatmap heatmaps superpixels segs segm segmap panoptic trimap
@@ -571,17 +577,20 @@ class CanvasDataset:
     def __len__(self): return len(self.paths)
     def __getitem__(self, i:int):
         "Canvas, (height, width), and a note: '' if file `i` could be read"
+        return self.read(i)[:3]
+    def read(self, i:int):
+        "An item, and whether every epoch has the same: no window of a panorama, nothing in place of another file"
         note, n = '', min(self.tries, len(self))
         for j in range(n):
             k = (i+j*self.step)%len(self)
             path = self.paths[k]
-            try: x, hw = load_canvas(path, self.size, _window_at(self.epoch, k))
+            try: x, hw, whole = _load(path, self.size, _window_at(self.epoch, k))
             except Exception as e: note = note or _bad_note(path, _reason(e))
-            else: return x, torch.tensor(hw), note
+            else: return x, torch.tensor(hw), note, whole and not note
         name, why, _ = note.split('\0')
         message = f'none of the {n} images can be read, the first is {_printable(name)!r} ({why}): check the files'
         note = _bad_note('', message)
-        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), torch.ones(2, dtype=torch.int64), note
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), torch.ones(2, dtype=torch.int64), note, False
 
 # %% ../nbs/22_data.ipynb #c0e9d81a
 class SceneCanvases:
@@ -592,6 +601,10 @@ class SceneCanvases:
     ): self.images = images
     def __len__(self): return len(self.images)
     def __getitem__(self, i:int): return self.images[i], torch.tensor(self.images.shape[-2:]), ''
+    def batch(self, numbers:list):
+        "Canvases, sizes and notes of a batch"
+        sizes = torch.tensor(self.images.shape[-2:]).repeat(len(numbers), 1)
+        return self.images[torch.tensor(numbers)], sizes, ['']*len(numbers)
 
 # %% ../nbs/22_data.ipynb #67afbf50
 class BadFiles(list):
@@ -641,28 +654,50 @@ class MakeViews:
         recipe:Recipe,                 # What to cut
         bad_files:BadFiles|None=None,  # Collects the unreadable ones
         device=None,                   # Where to make the views; None: where the canvas is
+        kept:KeptCanvases|None=None,   # Canvases that need not be decoded again
     ):
-        self.recipe, self.device, self.compile = recipe, device, False
+        self.recipe, self.device, self.kept, self.compile = recipe, device, kept, False
         self.bad_files = BadFiles() if bad_files is None else bad_files
     def __call__(self, b):
-        canvas, hw, notes = b
+        canvas, hw, notes = b if len(b)==3 else self.kept.whole(*b)
         self.bad_files.add(notes)
         device = self.device or canvas.device
         return make_views(self.recipe, _to(canvas, device), hw, compile=self.compile), _to(hw, device)
 
 # %% ../nbs/22_data.ipynb #d33b78ce
+_BY_ITEM = {'create_item', 'after_item', 'before_batch', 'create_batch', 'do_batch'}   # what a user may set of a loader
+
 class ViewLoader(DataLoader):
     "fastai's loader, but for the move to the device: that is left to `MakeViews`"
     @property
     def device(self): return None
     @device.setter
     def device(self, device): self.after_batch.device = device if device is None else torch.device(device)
+    @property
+    def kept(self):
+        "The canvases of this data set that `MakeViews` keeps, or None"
+        kept = getattr(self.after_batch, 'kept', None)
+        return kept if kept is not None and kept.ds is self.dataset and not _BY_ITEM & vars(self).keys() else None
     def get_idxs(self):
         "The items of an epoch; a shuffled one gives its data set a number, on which windows of panoramas depend"
         rng = random.Random()
         rng.setstate(self.rng.getstate())                # a copy: the order is what it would be without
         if self.shuffle and hasattr(self.dataset, 'epoch'): self.dataset.epoch = rng.getrandbits(64)
-        return super().get_idxs()
+        idxs = super().get_idxs()
+        self.spare_processes(self.fake_l, idxs)
+        return idxs
+    def spare_processes(self, fake, idxs):
+        "No more processes, once next to nothing of an epoch is to be decoded"
+        kept = self.kept
+        if kept is None or not kept.few_to_read(idxs, self.bs): return
+        fake.num_workers, fake.pin_memory = 0, False
+        kept.to(self.after_batch.device)
+    def create_batches(self, samps):
+        "Batches: what of them is not kept, or as a whole where the data set has `batch`, or item by item"
+        kept, by_item = self.kept, _BY_ITEM & vars(self).keys()
+        whole = kept.read if kept else None if by_item else getattr(self.dataset, 'batch', None)
+        if whole is None: yield from super().create_batches(samps)
+        else: yield from (whole(list(numbers)) for numbers in self.chunkify(samps))
 
 # %% ../nbs/22_data.ipynb #2fe492ec
 def default_canvas(
@@ -684,7 +719,20 @@ def _own_device():
     rank = int(os.environ.get('LOCAL_RANK', torch.cuda.current_device()))
     return torch.device('cuda', rank%torch.cuda.device_count())
 
-def _loaders(train, valid, recipe, bs, num_workers, device, pin_memory, bad, loader):
+def _n_workers(device, batch_bytes, shm='/dev/shm'):
+    "Processes that decode, by CPUs and by the memory through which they hand over their batches"
+    ranks = int(os.environ.get('LOCAL_WORLD_SIZE', '1'))           # that train on this machine
+    n = max(0, min(8, defaults.cpus-1)) if device.type=='cpu' else max(1, defaults.cpus//ranks-1)
+    try: place = os.statvfs(shm)
+    except (OSError, AttributeError): return n                       # Windows and macOS have none
+    total, each = place.f_blocks*place.f_frsize, max(1, 2*batch_bytes)   # each process is two batches ahead
+    fit = total//ranks//each
+    if fit>=n: return n
+    warnings.warn(f'{fit} in place of {n} processes decode: {shm} holds {total/1e9:.2f} GB, and each needs '
+                  f'{each/1e9:.2f} for its batches; make it larger (docker run --shm-size=16g), or choose num_workers')
+    return fit
+
+def _loaders(train, valid, recipe, bs, num_workers, device, pin_memory, bad, loader, cache=False):
     "Loaders of a training and a validation set, each made by `loader(ds, train, **kwargs)`; the latter may be empty"
     if not isinstance(bs, int) or bs<2:
         message = f'bs must be a whole number, at least 2, got {bs}: the images of a batch are compared with each other'
@@ -692,14 +740,15 @@ def _loaders(train, valid, recipe, bs, num_workers, device, pin_memory, bad, loa
     if len(train)<bs:
         message = f'bs is {bs} but there are only {len(train)} images to train on: choose a smaller bs or add images'
         raise InputError(message)
-    if num_workers is None: num_workers = max(0, min(8, defaults.cpus-1))
+    device = _own_device() if device is None else torch.device(device)
+    if num_workers is None: num_workers = _n_workers(device, 3*bs*getattr(train, 'size', 0)**2)
     if not isinstance(num_workers, int) or num_workers<0:
         raise InputError(f'the number of workers must be a whole number, 0 for none, got {num_workers}')
-    device = _own_device() if device is None else torch.device(device)
     if pin_memory is None: pin_memory = device.type=='cuda'
+    kept = keep_canvases((train, valid), getattr(train, 'size', 0), cache, pin_memory)
     dls = [loader(ds, is_train, bs=bs, num_workers=num_workers if len(ds) else 0, pin_memory=pin_memory,
-                  after_batch=MakeViews(recipe, bad))
-           for ds,is_train in ((train, True), (valid, False))]
+                  after_batch=MakeViews(recipe, bad, kept=o))
+           for ds,is_train,o in ((train, True, kept[0]), (valid, False, kept[1]))]
     dls = DataLoaders(*dls, device=device)
     dls.recipe, dls.bad_files = recipe, bad
     return dls
@@ -757,13 +806,14 @@ def image_dls(
     recipe:Recipe,             # Views to make
     bs:int=64,                 # Photographs in a batch
     canvas:int|None=None,      # Side of the square that photographs are resized to first; None: 8/7 of the largest view
-    num_workers:int|None=None, # Processes that decode; None: one fewer than the CPUs, at most 8
+    num_workers:int|None=None, # Processes that decode; None: one fewer than the CPUs, without a GPU at most 8
     valid_pct:float=0.,        # Share of the images kept apart for a validation loss
     seed:int|None=None,        # Fixes split and order; the views follow torch's generator (`torch.manual_seed`)
     device=None,               # Where views are made; None: the GPU if there is one
     pin_memory:bool|None=None, # None: with a GPU
     drop_last:bool=True,       # Leave out an incomplete last batch
     max_bad:float=0.1,         # Share of unreadable files that ends the run; 0: the first one, 1: never
+    cache:bool|None=None,      # Decode once and keep the canvases; None: if they fit, see `keep_canvases`
 )->DataLoaders:                # Batches (views, hw); `bad_files` lists what could not be read so far
     "Batches of views of a folder of photographs"
     files = find_images(path)
@@ -773,7 +823,7 @@ def image_dls(
     if k: random.Random(seed).shuffle(order)
     valid, train = ([files[i] for i in sorted(o)] for o in (order[:k], order[k:]))
     dls = _loaders(CanvasDataset(train, size), CanvasDataset(valid, size), recipe, bs, num_workers, device, pin_memory,
-                   bad, _seeded(seed, drop_last))
+                   bad, _seeded(seed, drop_last), cache)
     for ds in (dls.train_ds, dls.valid_ds):          # one that can be read, or an error before the training starts
         if len(ds) and (note := CanvasDataset(ds.paths, 8)[0][2]).startswith('\0'): bad.add([note])
     some = random.Random(0).sample(files, min(100, len(files)))

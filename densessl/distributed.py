@@ -108,7 +108,9 @@ class RankLoader(DataLoader):
         rest = [] if self.drop_last else idxs[full:]
         rest += (idxs*self.world)[:-len(rest)%self.world]
         k = len(rest)//self.world
-        return mine + rest[self.rank*k:(self.rank+1)*k]
+        mine += rest[self.rank*k:(self.rank+1)*k]
+        if hasattr(self.dl, 'spare_processes'): self.dl.spare_processes(self.fake_l, mine)
+        return mine
 
     @property
     def rng(self): return self.dl.rng

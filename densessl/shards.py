@@ -346,7 +346,7 @@ def write_shards(
     quality:int=90,      # Of the JPEGs that are written, 1 to 95
     per_shard:int=1000,  # Images in a shard
     seed:int=0,          # Of their order
-    workers:int=None,    # Processes; None: one fewer than the CPUs, at most 8
+    workers:int=None,    # Processes; None: one fewer than the CPUs
     say=None,            # Called with a line on progress every ten seconds
 )->dict:                 # What was written to index.json
     "Photographs of a folder as shards"
@@ -354,7 +354,7 @@ def write_shards(
     for k,v,lo,hi in (('size', size, 1, math.inf), ('quality', quality, 1, 95), ('per_shard', per_shard, 1, math.inf)):
         if v is not None and not (isinstance(v, int) and lo<=v<=hi):
             raise InputError(f'{k} must be a whole number from {lo}{"" if hi==math.inf else f" to {hi}"}, got {v}')
-    if workers is None: workers = max(0, min(8, defaults.cpus-1))
+    if workers is None: workers = max(0, defaults.cpus-1)
     if not isinstance(workers, int) or workers<0:
         raise InputError(f'the number of workers must be a whole number, 0 for none, got {workers}')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -588,7 +588,7 @@ def shard_dls(
     recipe:Recipe,             # Views to make
     bs:int=64,                 # Photographs in a batch, on each rank
     canvas:int=None,           # Side of the square that photographs are resized to first; None: 8/7 of the largest view
-    num_workers:int=None,      # Processes that read and decode; None: one fewer than the CPUs, at most 8
+    num_workers:int=None,      # Processes that read and decode; None: one fewer than the CPUs, without a GPU at most 8
     valid_pct:float=0.,        # Share of the images kept apart for a validation loss: the last ones
     seed:int=0,                # Fixes the order; the views follow torch's generator (`torch.manual_seed`)
     device=None,               # Where views are made; None: the GPU if there is one
