@@ -213,7 +213,8 @@ def _open(job, m):
     if job.score_every is None: job.score_every = max(1, job.epochs//(10 if job.folder else 4))
     if job.bf16 is None: job.bf16 = has_bf16(dls.device)
     init = dict(init=job.init) if job.init else {}
-    learn = m.learner(dls, job.arch, job.config, model_kwargs=job.kwargs, bf16=job.bf16, **init)
+    learn = m.learner(dls, job.arch, job.config, model_kwargs=job.kwargs, bf16=job.bf16,
+                      compile=job.compile, **init)
     other = open_backbone(job.baseline, job.config.img_size) if job.baseline else None
     return learn, pair, photos, other
 
@@ -308,12 +309,16 @@ def _opening(job, learn):
     sizes = ' and '.join(str(s) for s in dict.fromkeys(c.size for c in dls.recipe.crops))
     what = 'drawn scenes' if drawn else 'photographs'
     apart = f'{len(dls.valid.dataset)} more kept apart to score on; ' if len(dls.valid.dataset) else ''
+    numbers, c = 'bfloat16' if job.bf16 else 'float32', learn.model.config
+    if job.compile: numbers += ', compiled'
     lines = [
         f'{job.method} ({job.preset}): {job.arch}, {weights:.1f} million weights, from {job.init or "a random start"}',
         f'{job.images:,} {what}, {_counted(job.steps, "step")} an epoch in batches of {job.bs}, '
         f'{_counted(job.epochs, "epoch")}: {_counted(total, "step")}',
-        f'{apart}views of {sizes} px, on {dls.device} in {"bfloat16" if job.bf16 else "float32"}',
+        f'{apart}views of {sizes} px, on {dls.device} in {numbers}',
         *job.notes]
+    if job.method=='flsl':
+        lines.append(f'inverse temperatures {c.beta_sa:g} and {c.beta_ca:g}, {c.n_prototypes:,} prototypes')
     if total<ENOUGH_STEPS:
         enough = math.ceil(ENOUGH_STEPS/max(1, job.steps))
         lines.append(f'short: below some {ENOUGH_STEPS} steps features hardly change (--epochs {enough})')
@@ -446,7 +451,7 @@ def _train(job, learn, pair, other, out, say):
 
 def _record(job, arguments, learn):
     "What settings.json says: the run, and the arguments that give it again"
-    names = 'method', 'preset', 'arch', 'model_kwargs', 'bs', 'epochs', 'score_every', 'bf16'
+    names = 'method', 'preset', 'arch', 'model_kwargs', 'bs', 'epochs', 'score_every', 'bf16', 'compile'
     decided = {k: getattr(job, k) for k in names}
     kept = {k: v for k,v in arguments.items() if k not in ('device', 'shell')}   # a run may be resumed on another
     return decided | dict(
@@ -540,8 +545,8 @@ def resumed(
 
 # %% ../nbs/70_cli.ipynb #8fb1d596
 def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs=None, settings=None, img_size=None, bs=None,
-             epochs=None, lr=None, seed=0, workers=None, bf16=None, labelled=None, baseline=None, score_every=None,
-             save_minutes=10., resume=False, out=None, overwrite=False, n_scenes=1024, init=None, pretrained=False,
+             epochs=None, lr=None, seed=0, workers=None, bf16=None, compile=False, labelled=None, baseline=None,
+             score_every=None, save_minutes=10., resume=False, out=None, overwrite=False, n_scenes=1024, init=None, pretrained=False,
              device=None, max_bad=.1, labelled_as='', shell=False):
     "The main job from Python, with the arguments of `densessl_pretrain`: the run folder, the scores and the learner"
     args = dict(locals())

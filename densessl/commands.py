@@ -196,6 +196,7 @@ def densessl_pretrain(
     workers:int=None,       # Processes that decode, 0 or more; by default one fewer than CPUs, without a GPU at most 8
     device:str=None,        # cpu, cuda or cuda:1; by default the GPU if there is one
     bf16:option(None, 'Forward pass in bfloat16; by default on a GPU that has it', action=OnOrOff)=None,
+    compile:bool=False,     # Compile the network: quicker steps on a GPU, after half a minute or more
     max_bad:float=0.1,      # Share of photographs that may be unreadable before the run ends, 0 to 1
     labelled:str=None,      # Folder of labelled photographs to score on, in any layout of densessl.labelled
     labelled_as:str='',     # How to read them, as layout=folder,ignore_index=0
