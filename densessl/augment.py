@@ -14,7 +14,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 
 from .core import fp32
-from .views import Augment, Recipe, View, Views, _to, crop_resize, flip_boxes, nest_boxes, random_boxes
+from .views import Augment, Recipe, View, Views, _compiled, _to, crop_resize, flip_boxes, nest_boxes, random_boxes
 
 # %% ../nbs/21_augment.ipynb #70bddd85
 LUMA = (.299, .587, .114)                                    # how bright red, green and blue look: Y of YIQ
@@ -120,24 +120,20 @@ def draw_augment(
                         torch.where(blur<chance(a.blur_p), lo+(hi-lo)*sigma, 0.).float(), sol<chance(a.solarize_p))
 
 # %% ../nbs/21_augment.ipynb #37be9242
-def _where(on, f, x):
-    "`x` with `f` applied to the images that are `on` (a mask on the CPU); `f` is given their numbers too"
-    if not on.any(): return x
-    i = on.nonzero()[:,0]
-    if on.all(): return f(x, i)
-    j = _to(i, x.device)
-    x[j] = f(x[j], i)
-    return x
+@fp32
+def _augment_one(x, d, mean, std, out):
+    "Augment and normalise one image `x` (uint8) that has the draws `d`"
+    x = adjust_color(x.float(), d.matrix, d.contrast, top=255.)
+    if d.sigma>0: x = gaussian_blur(x, d.sigma)
+    if d.solarize: x = solarize(x)
+    torch.sub(x, mean, out=out).div_(std)
 
 @fp32
-def _apply(x, d, mean, std, out=None):
-    "Augment and normalise images `x` (uint8) that have the draws `d`"
-    if d is None: x = x.float().div_(255)
-    else:
-        x = adjust_color(x.float(), _to(d.matrix, x.device), _to(d.contrast, x.device), top=255.)
-        x = _where(d.sigma>0, lambda o,i: gaussian_blur(o, d.sigma[i]), x)
-        x = _where(d.solarize, lambda o,i: solarize(o), x)
-    return torch.sub(x, mean, out=x if out is None else out).div_(std)
+def _augment_batch(x, d, mean, std, blur):
+    "The same for a batch, without a look at the draws: for an accelerator"
+    x = adjust_color(x.float(), d.matrix, d.contrast, top=255.)
+    if blur: x = _blur_matrices(x, d.sigma)
+    return (torch.where(d.solarize.view(-1,1,1,1), solarize(x), x)-mean)/std
 
 # %% ../nbs/21_augment.ipynb #af68b4ba
 def augment(
@@ -146,13 +142,17 @@ def augment(
     mean:tuple,         # Subtracted from colours in [0,1]
     std:tuple,          # Divides them after that
     generator=None,     # Generator of the CPU; None: torch's default
+    compile=False,      # On an accelerator: compiled by `torch.compile`
 )->Tensor:              # float32 (n, 3, s, s) on the device of `x`
     "Colour, blur, solarise and normalise views, each with its own draw"
-    d = None if spec is None else draw_augment(spec, len(x), x.shape[-1], generator)
     mean, std = (_to(torch.tensor(o, dtype=torch.float32).view(3,1,1), x.device) for o in (mean, std))
-    if x.device.type!='cpu': return _apply(x, d, mean, std)
+    if spec is None: return (x.float()/255).sub_(mean).div_(std)
+    d = draw_augment(spec, len(x), x.shape[-1], generator)
+    if x.device.type!='cpu':
+        f = _compiled(_augment_batch) if compile else _augment_batch
+        return f(x, AugmentDraws(*(_to(o, x.device) for o in d)), mean, std, bool(d.sigma.any()))
     out = torch.empty(x.shape)
-    for i in range(len(x)): _apply(x[i:i+1], d and AugmentDraws(*(o[i:i+1] for o in d)), mean, std, out[i:i+1])
+    for i in range(len(x)): _augment_one(x[i:i+1], AugmentDraws(*(o[i:i+1] for o in d)), mean, std, out[i:i+1])
     return out
 
 # %% ../nbs/21_augment.ipynb #b95f5ad7
@@ -162,6 +162,7 @@ def make_views(
     canvas:Tensor,        # Whole photographs squashed to squares, uint8 (B, 3, S, S)
     hw:Tensor|None=None,  # Their heights and widths before that, (B, 2); None: square
     generator=None,       # Generator of the CPU; None: torch's default
+    compile=False,        # On an accelerator: crops and colors compiled by `torch.compile`
 )->Views:                 # Name -> `View`, on the device of `canvas`
     "All views of a batch of photographs"
     B = len(canvas)
@@ -173,9 +174,9 @@ def make_views(
         for _ in range(c.count):
             b = random_boxes(hw if c.within is None else square, c.scale, c.ratio, generator)
             if c.within is not None: b = nest_boxes(b, boxes[c.within][0])
-            x, b = crop_resize(canvas, flip_boxes(b, torch.rand(B, generator=generator)<c.flip), c.size)
+            x, b = crop_resize(canvas, flip_boxes(b, torch.rand(B, generator=generator)<c.flip), c.size, compile)
             xs.append(x); bs.append(b)
         boxes[c.name] = torch.stack(bs)
-        x = augment(torch.cat(xs), c.augment, recipe.mean, recipe.std, generator)
+        x = augment(torch.cat(xs), c.augment, recipe.mean, recipe.std, generator, compile)
         views[c.name] = View(x.unflatten(0, (c.count, B)), _to(boxes[c.name], canvas.device))
     return views

@@ -641,12 +641,14 @@ class MakeViews:
         recipe:Recipe,                 # What to cut
         bad_files:BadFiles|None=None,  # Collects the unreadable ones
         device=None,                   # Where to make the views; None: where the canvas is
-    ): self.recipe, self.bad_files, self.device = recipe, BadFiles() if bad_files is None else bad_files, device
+    ):
+        self.recipe, self.device, self.compile = recipe, device, False
+        self.bad_files = BadFiles() if bad_files is None else bad_files
     def __call__(self, b):
         canvas, hw, notes = b
         self.bad_files.add(notes)
         device = self.device or canvas.device
-        return make_views(self.recipe, _to(canvas, device), hw), _to(hw, device)
+        return make_views(self.recipe, _to(canvas, device), hw, compile=self.compile), _to(hw, device)
 
 # %% ../nbs/22_data.ipynb #d33b78ce
 class ViewLoader(DataLoader):

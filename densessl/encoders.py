@@ -105,7 +105,7 @@ class DenseEncoder(nn.Module):
                              'choose a ViT or a CNN')
         first = shape[1]==self.embed_dim and getattr(net, 'output_fmt', 'NCHW')!='NHWC'
         self.layout = 'tokens' if len(shape)==3 else 'maps' if first else 'NHWC'
-        if self.layout=='maps' and not _multiplies(net): net.to(memory_format=torch.channels_last)
+        if not _multiplies(net): net.to(memory_format=torch.channels_last)
         n = dict(tokens=shape[1]-self.n_prefix, maps=math.prod(shape[-2:]), NHWC=math.prod(shape[1:3]))[self.layout]
         if self.layout=='tokens' and n<2:
             raise InputError(f'{arch} gives a single feature for an image of {h}x{w}, not one for each patch: '
@@ -253,9 +253,10 @@ def _offset_pos_embed(net, x):
     return net.pos_drop(x.flatten(1, 2) + table)
 
 # %% ../nbs/30_encoders.ipynb #35c8e01a
-def _lean_mlp(mlp, x):
-    "Stands in for the `forward` of timm's `Mlp`, which keeps its activation"
-    with recomputed(mlp.act, mlp.fc1(x)) as a: return mlp.drop2(mlp.fc2(mlp.norm(mlp.drop1(a))))
+class _LeanMlp(timm.layers.Mlp):
+    "timm's `Mlp`, but its activation is not kept"
+    def forward(self, x):
+        with recomputed(self.act, self.fc1(x)) as a: return self.drop2(self.fc2(self.norm(self.drop1(a))))
 
 # %% ../nbs/30_encoders.ipynb #12995dd3
 _NO_ARGUMENTS = dict(   # of timm, and why a dense encoder has none
@@ -301,7 +302,7 @@ def dense_encoder(
             net.pos_embed = nn.Parameter(table[None].to(net.pos_embed), requires_grad=False)
         if pos_offset: net.pos_offset, net._pos_embed = pos_offset, partial(_offset_pos_embed, net)
     for m in net.modules():
-        if type(m) is timm.layers.Mlp and not any(True for _ in m.act.parameters()): m.forward = partial(_lean_mlp, m)
+        if type(m) is timm.layers.Mlp and not any(True for _ in m.act.parameters()): m.__class__ = _LeanMlp
     encoder = DenseEncoder(net, arch, {k: v for k,v in kwargs.items() if k not in _LOADS}, img_size)
     encoder.published = pretrained   # no random start: the verdict on a training asks
     return encoder

@@ -108,7 +108,7 @@ def prototype_loss(
     return PrototypeLoss(-(q*log_p).sum(-1).mean(), (p_bar*c).sum())
 
 # %% ../nbs/12_modes.ipynb #eb50a877
-_block_elements = dict(cpu=2**20, cuda=2**23)  # numbers in one block of rows: near the size of the cache, or work enough for a GPU
+_block_elements = dict(cpu=2**20, cuda=2**25)  # numbers in one block of rows: near the size of the cache, or work enough for a GPU
 
 class _PrototypeObjective(torch.autograd.Function):
     @staticmethod

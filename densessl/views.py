@@ -9,6 +9,7 @@ __all__ = ['Views', 'nest_boxes', 'flip_boxes', 'random_boxes', 'snap_boxes', 'b
 # %% ../nbs/20_views.ipynb #ae7c89fc
 import math
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import torch, torch.nn.functional as F
 from torch import Tensor
@@ -81,6 +82,11 @@ def _to(x, device):
     "Move a tensor without waiting for what the GPU has still to do"
     return x.to(device, non_blocking=torch.device(device).type=='cuda')
 
+@lru_cache
+def _compiled(f, dynamic=False):
+    "`f` as one graph, compiled at its first call"
+    return torch.compile(f, dynamic=dynamic, fullgraph=True)
+
 def bicubic_weights(
     lo:Tensor,    # First pixel of the source, (n,)
     hi:Tensor,    # One past its last pixel, (n,)
@@ -109,10 +115,12 @@ def crop_resize(
     canvas:Tensor,  # Whole photographs squashed to squares, uint8 (B, 3, S, S)
     boxes:Tensor,   # (B, 4) in [0,1] of the photograph
     size:int,       # Side of the views
+    compile=False,  # On an accelerator: compiled by `torch.compile`
 )->tuple:           # Views uint8 (B, 3, size, size) and the boxes they show, snapped to pixels of the canvas
     "Cut boxes from photographs and resize them, antialiased, mirrored where x1 > x2"
     px, flip = _pixels(boxes, canvas.shape[-1]), (boxes[:,0]>boxes[:,2]).cpu()
-    f = _crop_resize_one_by_one if canvas.device.type=='cpu' else _crop_resize_batched
+    if canvas.device.type=='cpu': f = _crop_resize_one_by_one
+    else: f = _compiled(_crop_resize_batched) if compile else _crop_resize_batched
     return f(canvas, px, flip, size), snap_boxes(boxes, canvas.shape[-1])
 
 # %% ../nbs/20_views.ipynb #82bea633

@@ -1,26 +1,30 @@
 """Is densessl right on a GPU, is it fast there, and does it learn? Three stages that fit into a quarter of an hour on one card.
 
     python experiments/gpu.py right fast --out OUT                                     150 seconds
-    python experiments/gpu.py learns --pack photo_pack.zip --out OUT                   450 seconds, shared by flsl, dino and clove
-    python experiments/gpu.py learns --pack photo_pack.zip --out OUT --arms flsl --settings flsl:beta_sa=5,beta_ca=10
+    python experiments/gpu.py learns --pack photo_pack.zip --out OUT                   450 seconds, shared by the arms
+    python experiments/gpu.py learns --pack photo_pack.zip --out OUT --arms flsl,dino --seconds 120 --settings flsl:beta_sa=5,beta_ca=10
     python experiments/gpu.py --tiny --out OUT                                         all of it in miniature, on a CPU
 
 right    views, loss and gradients of each method beside those of the CPU in fp32, tf32, bf16, fp16; learners in each; export, resume, scores; what waits
-fast     images a second, milliseconds of each part and memory of a step; the learner around it; blocks compiled; decoding
-learns   each arm trains for the same seconds on photographs that lie on the device; scored before, half-way (without videos) and after
+fast     images a second, milliseconds of each part and memory of a step; the learner around it; compiled; decoding
+learns   each arm trains for --seconds times its share on photographs that lie on the device; backbones are scored in processes beside it, half-way
+         (without videos) and at the end, and so are random starts of three seeds
 
-Each stage, and each arm of `learns`, is a process with a time limit of its own. Every number is in OUT/<stage>.json as soon as it is known, and the tables
-are printed at the end. A pack is a zip file or a folder with train/ (photographs) and camvid/, davis/ (what is scored); parts that are missing are left out.
+Each stage is a process with a time limit of its own. Every number is in OUT as soon as it is known, and tables are printed at the end. A pack is a zip file
+or a folder with train/ (photographs) and camvid/, davis/ (what is scored); parts that are missing are left out.
 
-What is expected of `learns`, written down before its first run. Views of 64 px and patches of 8 px, ViT-S; FLSL has the inverse temperatures of the paper,
-2 and 4, and its 4,096 prototypes; a step of 1,024 photographs has 24,576 queries, six for each prototype. A random start scores about 20 % by nearest
-neighbour. DINO should end above its start by three points or more: if it does not, the time was too short and says nothing of FLSL. FLSL should end above
-DINO in nearest neighbour and DAVIS, which ask for dense features. If it ends below its own start, look at `perplexity` and `spread` in the curves: few
-prototypes in use ask for a larger gamma, a spread near 1 (each mode is the mean of its view) for larger inverse temperatures, 5 and 10 first.
+What is expected of `learns`, written down before its first run. Views of 64 px and patches of 8 px, ViT-S. FLSL has the inverse temperatures of the paper,
+2 and 4, and its 4,096 prototypes; every token of the student's view is a query (64, and 8 of the local views: the paper's 224 px give 67), so that a step of
+512 photographs has 36,864 of them, nine for each prototype. A random start scores about 20 % by nearest neighbour. DINO should end above its start by three
+points or more: if it does not, the time was too short and says nothing of FLSL. FLSL should end above DINO in nearest neighbour and DAVIS, which ask for
+dense features. Going on from DINO's network, FLSL should end above DINO that went on for the same seconds. If FLSL ends below its own start, look at
+`perplexity` and `spread` in the curves: few prototypes in use ask for a larger gamma, a spread near 1 (each mode is the mean of its view) for larger inverse
+temperatures, 5 and 10 first.
 """
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
@@ -31,10 +35,12 @@ import tempfile
 import time
 import traceback
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')     # products whose sums have one order, where asked for
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.data.core import DataLoaders
@@ -56,6 +62,7 @@ from densessl.synthetic import CLASSES, draw_scenes
 from densessl.transfer import export_backbone
 from densessl.verdict import gather_statistics, has_batch_norm
 from densessl.video import davis_score
+from densessl.weights import open_backbone
 
 LIMITS = dict(right=60, fast=90, learns=450)                        # seconds
 PRECISIONS = dict(fp32=.99999, tf32=.999, bf16=.97, fp16=.98)       # cosine with the gradient of the CPU, at least
@@ -97,17 +104,21 @@ def finish(device):
 
 
 @contextlib.contextmanager
-def precision(how, device):
-    "Products and convolutions in fp32, tf32, bf16 or fp16"
+def products(how):
+    "Float32 products and convolutions as they are, or in TF32, as they are beside half precision"
     was = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision('high' if how=='tf32' else 'highest')
-    torch.backends.cudnn.allow_tf32 = how=='tf32'
-    half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(how)
-    try:
-        with torch.autocast(device.type, dtype=half, enabled=half is not None): yield
+    torch.set_float32_matmul_precision('highest' if how=='fp32' else 'high')
+    torch.backends.cudnn.allow_tf32 = how!='fp32'
+    try: yield
     finally:
         torch.set_float32_matmul_precision(was[0])
         torch.backends.cudnn.allow_tf32 = was[1]
+
+
+def autocast(how, device):
+    "Forward pass in bf16 or fp16, else as it is"
+    half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(how)
+    return torch.autocast(device.type, dtype=half, enabled=half is not None)
 
 
 def small_settings(method):
@@ -147,9 +158,10 @@ def views_beside_cpu(method, device):
 
 def gradients_of(model, loss_func, views, how, device):
     "Loss and gradients of one step, on the CPU in fp32"
-    model, scale = copy.deepcopy(model).to(device), 2.**8 if how=='fp16' else 1.
-    with precision(how, device): loss = loss_func(model({k: v.to(device) for k,v in views.items()}))
-    (loss*scale).backward()
+    model, scale = copy.deepcopy(model).to(device), 2.**4 if how=='fp16' else 1.
+    with products(how):
+        with autocast(how, device): loss = loss_func(model({k: v.to(device) for k,v in views.items()}))
+        (loss*scale).backward()
     grads = {k: p.grad.float().cpu()/scale for k,p in model.named_parameters() if p.grad is not None}
     return loss.item(), grads
 
@@ -169,7 +181,7 @@ def step_beside_cpu(method, how, device):
 
 def learner_in(method, how, device):
     "Two epochs of a learner: are the losses numbers, and is autocast off again?"
-    with precision('tf32' if how=='tf32' else 'fp32', device):
+    with products('tf32' if how=='tf32' else 'fp32'):
         learn = small_learner(method, device, bf16=how=='bf16')
         if how in ('to_fp16', 'to_bf16'): getattr(learn, how)()
         losses = fit(learn, 2)
@@ -186,7 +198,14 @@ def export_from(arch, device, **kwargs):
 
 
 def resume_on(method, device):
-    "A run that was cut after its first epoch and resumed, beside one that was not: the same bits?"
+    "A run that was cut after its first epoch and resumed, beside one that was not: the same bits, if sums have one order?"
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(device!='cpu', warn_only=True)
+    try: return resumed_beside_whole(method, device)
+    finally: torch.use_deterministic_algorithms(was)
+
+
+def resumed_beside_whole(method, device):
     with tempfile.TemporaryDirectory() as d:
         whole = small_learner(method, device, cbs=[SaveRun(d, every=1, keep=9)])
         fit(whole, 2)
@@ -265,7 +284,7 @@ def ceilings(device, tiny):
         return (time.perf_counter()-began)/k
     for how,dtype in (('fp32', torch.float32), ('tf32', torch.float32), ('bf16', torch.bfloat16)):
         x = torch.randn(n, n, device=device, dtype=dtype)
-        with precision('tf32' if how=='tf32' else 'fp32', device): res[f'{how} TFLOP/s'] = round(2*n**3/seconds(lambda: x@x)/1e12, 2)
+        with products('tf32' if how=='tf32' else 'fp32'): res[f'{how} TFLOP/s'] = round(2*n**3/seconds(lambda: x@x)/1e12, 2)
     x = torch.zeros(2**20 if tiny else 2**30, dtype=torch.uint8, device=device)
     return res | {'copy TB/s': round(2*len(x)/seconds(x.clone)/1e12, 3)}
 
@@ -324,9 +343,9 @@ def training_step(method, bs, device, clock, tiny, compiled):
 
     def step(how):
         clock('start')
-        views = make_views(m.recipe(c), canvas, hw)
+        views = make_views(m.recipe(c), canvas, hw, compile=compiled)
         clock('views')
-        with precision(how, device):
+        with autocast(how, device):
             out = model(views)
             clock('forward')
             loss = loss_func(out)
@@ -346,18 +365,19 @@ def speed_of(method, bs, device, how='bf16', tiny=False, compiled=False, seconds
     clock = Clock(device)
     if device.type=='cuda': torch.cuda.reset_peak_memory_stats()
     began, step = time.monotonic(), training_step(method, bs, device, clock, tiny, compiled)
-    for _ in range(1 if tiny else 4): step(how)
-    clock.parts()
-    warm_up, rows, began = time.monotonic()-began, [], time.monotonic()
-    while len(rows)<2 or (not tiny and len(rows)<40 and time.monotonic()-began<seconds/2):
-        step(how)
-        rows.append(clock.parts())
-    n = 1 if tiny else max(4, int(seconds/2/sum(statistics.median(r[k] for r in rows) for k in rows[0])*1e3))
-    finish(device)
-    began = time.perf_counter()
-    for _ in range(n): step(how)                     # without waiting for each
-    finish(device)
-    each = (time.perf_counter()-began)/n
+    with products(how):
+        for _ in range(1 if tiny else 4): step(how)
+        clock.parts()
+        warm_up, rows, began = time.monotonic()-began, [], time.monotonic()
+        while len(rows)<2 or (not tiny and len(rows)<40 and time.monotonic()-began<seconds/2):
+            step(how)
+            rows.append(clock.parts())
+        n = 1 if tiny else max(4, int(seconds/2/sum(statistics.median(r[k] for r in rows) for k in rows[0])*1e3))
+        finish(device)
+        began = time.perf_counter()
+        for _ in range(n): step(how)                     # without waiting for each
+        finish(device)
+        each = (time.perf_counter()-began)/n
     parts = {k: round(statistics.median(r[k] for r in rows), 2) for k in rows[0]}
     res = dict(images_per_second=round(bs/each, 1), step_ms=round(1e3*each, 2), parts_ms=parts, warm_up_seconds=round(warm_up, 1))
     if device.type=='cuda': res['peak_GiB'] = round(torch.cuda.max_memory_allocated()/2**30, 2)
@@ -390,7 +410,7 @@ def dls_on_device(images, hw, recipe, bs, device):
     return dls
 
 
-def learner_speed(method, bs, device, tiny, steps=20):
+def learner_speed(method, bs, device, tiny, compiled=False, steps=30):
     "Images a second of the whole learner, its callbacks included"
     m, at = methods[method], []
     c, (arch, kwargs) = (small_settings(method), NETWORKS[method]) if tiny else (m.presets['paper'], (m.arch, {}))
@@ -399,13 +419,13 @@ def learner_speed(method, bs, device, tiny, steps=20):
     class Times(Callback):
         order = 3000
         def after_batch(self):
-            if self.iter in (steps//4, steps-1):
+            if self.iter in (steps//3, steps-1):
                 finish(device)
                 at.append(time.perf_counter())
     images = torch.randint(256, (bs*steps, 3, side, side), dtype=torch.uint8, device=device)
     dls = dls_on_device(images, torch.full((len(images), 2), side), m.recipe(c), bs, device)
-    fit(m.learner(dls, arch, c, model_kwargs=kwargs, bf16=True, cbs=[Times()]))
-    return dict(images_per_second=round(bs*(steps-1-steps//4)/(at[1]-at[0]), 1))
+    fit(m.learner(dls, arch, c, model_kwargs=kwargs, bf16=True, compile=compiled, cbs=[Times()]))
+    return dict(images_per_second=round(bs*(steps-1-steps//3)/(at[1]-at[0]), 1))
 
 
 def decoding_speed(folder, workers, seconds=5.):
@@ -426,16 +446,17 @@ def fast(record, device, a):
     "Stage: is it fast? The most telling first, as long as there is time"
     record.put('environment', environment(device))
     size = (lambda bs: 4) if a.tiny else (lambda bs: bs)
-    runs = [('flsl', 512, {}), ('flsl learner', 512, {}), ('flsl', 512, dict(compiled=True)), ('clove', 256, {}), ('dino', 256, {}),
-            ('flsl', 512, dict(how='tf32')), ('flsl', 64, {}), ('clove learner', 256, {}), ('dino', 256, dict(compiled=True)),
-            ('flsl', 256, dict(how='fp32'))]
-    if a.tiny: runs = [runs[i] for i in (0, 1, 3, 4)]
+    compiled = dict(compiled=True)
+    runs = [('flsl', 512, {}), ('flsl', 512, compiled), ('flsl learner', 512, {}), ('flsl learner', 512, compiled), ('clove', 256, {}),
+            ('clove', 256, compiled), ('dino', 256, {}), ('dino', 256, compiled), ('clove learner', 256, {}), ('flsl', 64, {}),
+            ('flsl', 64, compiled), ('flsl', 512, dict(how='tf32')), ('flsl', 256, dict(how='fp32'))]
+    if a.tiny: runs = [runs[i] for i in (0, 2, 4, 6)]
     for name,bs,changes in runs:
         method, _, learner = name.partition(' ')
-        left = a.limit-(time.monotonic()-BEGAN)
-        if not a.tiny and left<(25 if 'compiled' in changes else 8): record.put(f'{name} {bs} {changes}', 'out of time'); continue
         label = ' '.join([name, str(size(bs)), *(k if v is True else v for k,v in changes.items())])
-        if learner: record.measure(label, learner_speed, method, size(bs), device, a.tiny)
+        left = a.limit-(time.monotonic()-BEGAN)
+        if not a.tiny and left<(25 if 'compiled' in changes else 8): record.put(label, 'out of time'); continue
+        if learner: record.measure(label, learner_speed, method, size(bs), device, a.tiny, **changes)
         else: record.measure(label, speed_of, method, size(bs), device, tiny=a.tiny, **changes)
     photos = pack_parts(a)['photos']
     for workers in sorted({min(8, os.cpu_count()-1), os.cpu_count()-1}) if photos else ():
@@ -444,10 +465,26 @@ def fast(record, device, a):
 
 # ---- does it learn?
 
-ARMS = dict(     # network, its arguments, changes to the paper's settings
-    flsl=('vit_small_patch16_224', dict(patch_size=8), dict(n_prototypes=4096, n_local=2, momentum=(.99, 1.), drop_path_rate=0., pos_scale=.25)),
-    dino=('vit_small_patch16_224', dict(patch_size=8), dict(n_prototypes=4096, n_local=4, momentum=(.99, 1.), drop_path_rate=0., pos_scale=.25)),
-    clove=('resnet50', dict(output_stride=8), dict(n_local=4)))
+class Arm(NamedTuple):
+    "One training of the comparison"
+    method: str
+    changes: dict        # Of the paper's settings
+    start: str = None    # Arm whose network it goes on from
+    share: float = 1.    # Of the seconds
+
+VIEWS = dict(img_size=64, local_size=32)
+SHORT = dict(momentum=(.99, 1.), drop_path_rate=0., pos_scale=.25, n_prototypes=4096)
+FLSL_CHANGES = VIEWS | SHORT | dict(n_local=2, window=1, local_window=2)
+DINO_CHANGES = VIEWS | SHORT | dict(n_local=4)
+AFTER = dict(lr=.00025)
+ARMS = dict(
+    flsl=Arm('flsl', FLSL_CHANGES),
+    dino=Arm('dino', DINO_CHANGES),
+    flsl_after_dino=Arm('flsl', FLSL_CHANGES|AFTER, 'dino', .5),
+    dino_after_dino=Arm('dino', DINO_CHANGES|AFTER, 'dino', .5),
+    clove=Arm('clove', VIEWS|dict(n_local=4), share=.5))
+LARGE = 'vit_small_patch16_224', dict(patch_size=8)
+LARGE_NETWORKS = dict(flsl=LARGE, dino=LARGE, clove=('resnet50', dict(output_stride=8)))
 
 
 def pack_parts(a):
@@ -462,81 +499,135 @@ def pack_parts(a):
     return {k: root/d if (root/d).is_dir() else None for k,d in dict(photos='train', camvid='camvid', davis='davis').items()}
 
 
-def photographs(folder, side, device, tiny):
-    "All photographs as bytes on the device, decoded by all cores; without a folder drawn scenes"
+def read_some(files, side): return [load_canvas(f, side)[:2] for f in files]
+
+
+def photographs(folder, side, tiny):
+    "All photographs as bytes, decoded by all cores, and their heights and widths; without a folder drawn scenes"
     if folder is None:
         x = draw_scenes(24 if tiny else 2048, side, seed=0, natural=True)[0]
-        return x.to(device), torch.full((len(x), 2), side)
-    with ThreadPoolExecutor(os.cpu_count()) as pool: found = list(pool.map(lambda f: load_canvas(f, side)[:2], find_images(folder)))
-    return torch.stack([x for x,_ in found]).to(device), torch.stack([torch.as_tensor(hw) for _,hw in found])
+        return x, torch.full((len(x), 2), side)
+    files, n = find_images(folder), 200
+    with ProcessPoolExecutor(max(1, os.cpu_count()-1), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        parts = pool.map(read_some, (files[i:i+n] for i in range(0, len(files), n)), itertools.repeat(side))
+        images, hw = zip(*(o for part in parts for o in part))
+    return torch.stack(images), torch.stack([torch.as_tensor(o) for o in hw])
 
 
 def scores_of(encoder, data, videos=True):
     "Nearest neighbour, linear probe, correspondence, DAVIS"
-    was = encoder.training
     encoder.eval()
-    res = {s.probe: s.value for s in dense_scores(encoder, *data['labelled'], memory=20000)} if data['labelled'] else {}
+    res = {s.probe: s.value for s in dense_scores(encoder, *data['labelled'], memory=20000)}
     res['correspondence'] = correspondence_score(encoder, data['photos'], data['hw'], data['size']).value
     if data['davis'] and videos: res |= {s.probe: s.value for s in davis_score(encoder, data['davis'], size=120)}
-    encoder.train(was)
     return {k: round(v, 4) for k,v in res.items()}
 
 
+def score(record, device, a):
+    "Scores of the backbone that `a.arm` names"
+    encoder = open_backbone(a.out/f'{a.arm}.safetensors', verbose=False)[0].to(device)
+    parts, kept = pack_parts(a), torch.load(a.out/'kept.pt')
+    labelled = labelled_data(parts['camvid'], size=(176, 240), say=None) if parts['camvid'] else scenes_with_labels()
+    data = kept | dict(labelled=labelled, davis=parts['davis'])
+    record.measure('scores', scores_of, encoder, data, videos='half' not in a.arm)
+
+
+class Scorers:
+    "Scores backbones in processes beside the training"
+    def __init__(self, a, device): self.a, self.device, self.running = a, device, []
+
+    def __call__(self, name, model):
+        export_backbone(model, self.a.out/f'{name}.safetensors', overwrite=True)
+        a = argparse.Namespace(**vars(self.a)|dict(arm=name))
+        if a.tiny: return score(Record(a.out/f'scores_{name}.json'), self.device, a)
+        command = [sys.executable, __file__, '--child', 'score', '--arm', name, '--out', str(a.out), '--pack', str(a.pack)]
+        self.running.append(subprocess.Popen(command, env=dict(os.environ, OMP_NUM_THREADS='2')))
+
+    def wait(self, seconds):
+        "Until they have ended, or the seconds are over"
+        until = time.monotonic()+seconds
+        for p in self.running:
+            try: p.wait(max(.1, until-time.monotonic()))
+            except subprocess.TimeoutExpired: p.kill()
+
+
 class ByTheClock(Callback):
-    "Schedules follow the seconds that were trained, and the fit ends with them; scoring half-way does not count"
+    "Schedules follow the seconds that were trained, and the fit ends with them; the first steps do not count, nor what is done half-way"
     order, run_valid = -5, False           # after fastai's own count of progress, before the schedules
-    def __init__(self, seconds, half_way): self.seconds, self.half_way, self.trained, self.steps, self.begun = seconds, half_way, 0., 0, None
+    def __init__(self, seconds, half_way, warm_up=3):
+        self.seconds, self.half_way, self.warm_up = seconds, half_way, warm_up
+        self.trained, self.steps, self.begun = 0., 0, None
 
     def before_batch(self):
         now = time.monotonic()
         if self.begun is not None: self.trained += now-self.begun
         if self.trained>self.seconds/2 and self.half_way:
-            self.half_way, score = None, self.half_way
-            score()
+            self.half_way, do = None, self.half_way
+            do()
             now = time.monotonic()
-        self.begun = now
+        self.steps += 1
+        if self.steps>self.warm_up: self.begun = now
         self.learn.pct_train = min(1., self.trained/self.seconds)
         if self.trained>=self.seconds: raise CancelFitException()
-        self.steps += 1
 
 
-def learn_arm(record, device, a):
-    "One arm: the same seconds as the others"
-    method, m = a.arm, methods[a.arm]
-    arch, kwargs, changes = ARMS[method]
-    c = replace(m.presets['paper'], img_size=64, local_size=32, **changes)
-    if a.tiny: c, (arch, kwargs) = small_settings(method), NETWORKS[method]
-    own = dict(o.split(':', 1) for o in a.settings or ()).get(method)
+def learn_arm(name, arm, record, images, hw, scorers, device, a):
+    "Train one arm for its share of the seconds"
+    m = methods[arm.method]
+    c, (arch, kwargs) = replace(m.presets['paper'], **arm.changes), LARGE_NETWORKS[arm.method]
+    if a.tiny: c, (arch, kwargs) = small_settings(arm.method), NETWORKS[arm.method]
+    own = dict(o.split(':', 1) for o in a.settings or ()).get(name)
     if own: c = change_settings(c, parse_kwargs(own, 'settings'))
-    bs, side, parts = (4, 40, pack_parts(a)) if a.tiny else (a.bs, 96, pack_parts(a))
-    images, hw = photographs(parts['photos'], side, device, a.tiny)
-    n = min(64, len(images)//4)
-    labelled = labelled_data(parts['camvid'], size=(176, 240), say=None) if parts['camvid'] else scenes_with_labels()
-    data = dict(labelled=labelled, photos=images[:n].cpu(), hw=hw[:n], size=c.img_size, davis=parts['davis'])
+    bs, seconds, init = 4 if a.tiny else a.bs, arm.share*(1. if a.tiny else a.seconds), {}
+    if arm.start: init['init'] = a.out/f'{arm.start}.safetensors'
     torch.manual_seed(a.seed)
-    dls = dls_on_device(images[n:], hw[n:], m.recipe(c), bs, device)
-    learn = m.learner(dls, arch, c, model_kwargs=kwargs, bf16=device.type=='cuda', monitor_every=5 if a.tiny else 50)
-    record.put('settings', dict(photographs=len(images)-n, bs=bs, arch=arch, model_kwargs=kwargs, config=vars(learn.model.config)))
-    start = learn.model.product.to(device)
-    if has_batch_norm(start): start = gather_statistics(copy.deepcopy(start), training_views(dls))
-    record.measure('before', lambda: scores_of(start, data, videos=not a.tiny))
-    half_way = lambda: scores_of(learn.model.product, data, videos=False)       # videos take the longest
-    left = a.limit-(time.monotonic()-BEGAN)-2*record['before']['seconds']-10
-    seconds = 1. if a.tiny else max(5., left)
-    clock = ByTheClock(seconds, lambda: record.measure('half-way', half_way))
+    dls = dls_on_device(images, hw, m.recipe(c), bs, device)
+    learn = m.learner(dls, arch, c, model_kwargs=kwargs, monitor_every=5 if a.tiny else 25, compile=a.compile, **init)
+    clock = ByTheClock(seconds, lambda: scorers(f'{name}_half', learn))
     learn.add_cb(clock)
     losses = fit(learn, 10**5)
-    every = max(1, len(losses)//100)
-    curves = learn.collapse_monitor.history
-    record.put('trained', dict(seconds=round(clock.trained, 1), steps=clock.steps, images_per_second=round(clock.steps*bs/clock.trained, 1),
-                               losses=losses[::every], curves=curves[::max(1, len(curves)//50)]))
-    record.measure('after', lambda: scores_of(learn.model.product, data, videos=not a.tiny))
-    record.measure('picture', lambda: dict(file=save_modes(learn, record.path.with_suffix('.png'))))
+    scorers(name, learn)
+    every, curves = max(1, len(losses)//100), learn.collapse_monitor.history
+    steps = clock.steps-clock.warm_up
+    record.put(name, dict(
+        bs=bs, arch=arch, model_kwargs=kwargs, start=arm.start, config=vars(c), seconds=round(clock.trained, 1), steps=clock.steps,
+        images_per_second=round(steps*bs/clock.trained, 1), passes=round(clock.steps*bs/len(images), 1), losses=losses[::every],
+        lr=[r['lr'] for r in learn.schedules.history[::every]], curves=curves[::max(1, len(curves)//60)]))
+    learn.show_modes(3).savefig(record.path.with_name(f'modes_{name}.png'), dpi=100)
 
 
-def save_modes(learn, path):
-    learn.show_modes(3).savefig(path, dpi=100)
-    return path.name
+def random_starts(names, recipe, images, hw, scorers, device, a):
+    "Networks as they are before any training, from several seeds, with statistics gathered where they have any"
+    for kind,arch,kwargs in names:
+        for seed in range(1 if a.tiny else 3):
+            torch.manual_seed(seed)
+            pos = dict(pos_scale=.25) if 'vit' in arch else {}
+            encoder = dense_encoder(arch, img_size=recipe.crops[0].size, **pos, **kwargs).to(device)
+            if has_batch_norm(encoder):
+                gather_statistics(encoder, training_views(dls_on_device(images[:2048], hw[:2048], recipe, 4 if a.tiny else 128, device)))
+            scorers(f'start_{kind}_{seed}', encoder)
+
+
+def learns(record, device, a):
+    "Stage: does it learn? All arms, one after the other; backbones are scored in processes beside them"
+    record.put('environment', environment(device))
+    images, hw = photographs(pack_parts(a)['photos'], 40 if a.tiny else 96, a.tiny)
+    n, arms = min(64, len(images)//4), a.arms.split(',')
+    torch.save(dict(photos=images[:n], hw=hw[:n], size=32 if a.tiny else 64), a.out/'kept.pt')
+    images, hw = images[n:].to(device), hw[n:]
+    record.put('photographs', dict(train=len(images), kept=n))
+    scorers, networks = Scorers(a, device), NETWORKS if a.tiny else LARGE_NETWORKS
+    kinds = {'cnn' if ARMS[o].method=='clove' else 'vit': networks[ARMS[o].method] for o in arms}
+    first = ARMS[arms[0]]
+    recipe = methods[first.method].recipe(small_settings(first.method) if a.tiny else replace(methods[first.method].presets['paper'], **first.changes))
+    random_starts([(k, *v) for k,v in kinds.items()], recipe, images, hw, scorers, device, a)
+    for name in arms:
+        need = ARMS[name].share*a.seconds+15
+        if not a.tiny and a.limit-(time.monotonic()-BEGAN)<need: record.put(name, 'out of time'); continue
+        try: learn_arm(name, ARMS[name], record, images, hw, scorers, device, a)
+        except Exception as e: record.put(name, dict(error=''.join(traceback.format_exception(e))[-1500:]))
+        if device.type=='cuda': torch.cuda.empty_cache()
+    scorers.wait(a.limit-(time.monotonic()-BEGAN) if math.isfinite(a.limit) else 600)
 
 
 # ---- tables
@@ -553,28 +644,24 @@ def tables(out):
             shown = {k: x for k,x in v.items() if k not in ('ok', 'seconds', 'at', 'losses')}
             mark = {True: 'ok', False: 'WRONG', None: ''}[v.get('ok')]
             lines.append(f'  {name:<32} {mark:<6} {json.dumps(shown)[:150]}')
-    rows = {}
-    for path in sorted(out.glob('learns_*.json')):
-        d, arm = json.loads(path.read_text()), path.stem.removeprefix('learns_')
-        for when in ('before', 'half-way', 'after'):
-            if when in d: rows[arm, when] = {k: v for k,v in d[when].items() if isinstance(v, float) and k!='seconds'}
-    names = list(dict.fromkeys(k for r in rows.values() for k in r))
+    rows = {p.stem.removeprefix('scores_'): json.loads(p.read_text()).get('scores', {}) for p in sorted(out.glob('scores_*.json'))}
+    names = list(dict.fromkeys(k for r in rows.values() for k,v in r.items() if isinstance(v, float) and k!='seconds'))
     if rows: lines.append('\nlearns' + ' '*18 + ' '.join(f'{k[:18]:>18}' for k in names))
-    for (arm, when),r in rows.items():
-        lines.append(f'  {arm:<10} {when:<10} ' + ' '.join(f'{100*r[k]:>18.1f}' if k in r else ' '*18 for k in names))
+    for name,r in rows.items():
+        lines.append(f'  {name:<22}' + ' '.join(f'{100*r[k]:>18.1f}' if k in r else ' '*18 for k in names) + str(r.get('error', '')))
     return '\n'.join(lines)
 
 
 # ---- the stages, each in a process of its own
 
-STAGES = dict(right=right, fast=fast, learns=learn_arm)
+STAGES = dict(right=right, fast=fast, learns=learns)
 
 
 def run_stage(a):
-    "One stage, or one arm of `learns`, in this process"
+    "One stage in this process"
     device = torch.device('cuda', 0) if torch.cuda.is_available() and not a.tiny else torch.device('cpu')
-    record = Record(a.out/(f'learns_{a.arm}.json' if a.child=='learns' else f'{a.child}.json'))
-    try: STAGES[a.child](record, device, a)
+    record = Record(a.out/(f'scores_{a.arm}.json' if a.child=='score' else f'{a.child}.json'))
+    try: (STAGES|dict(score=score))[a.child](record, device, a)
     except Exception as e:
         record.put('ended by', ''.join(traceback.format_exception(e))[-2000:])
         return 1
@@ -586,10 +673,12 @@ def main(args=None):
     P.add_argument('stages', nargs='*', help='right, fast, learns; default all')
     P.add_argument('--out', type=Path, default=Path(os.environ.get('OUT', 'gpu_results')))
     P.add_argument('--pack', help='zip file or folder with train/, camvid/, davis/')
-    P.add_argument('--arms', default='flsl,dino,clove')
+    P.add_argument('--arms', default=','.join(ARMS), help='of learns')
+    P.add_argument('--seconds', type=float, default=80., help='that an arm trains, times its share')
     P.add_argument('--settings', nargs='*', help='of arms, as flsl:beta_sa=5,beta_ca=10')
+    P.add_argument('--compile', action='store_true', help='arms of learns are compiled')
     P.add_argument('--limits', default='', help='seconds of stages, as learns=400')
-    P.add_argument('--bs', type=int, default=1024)
+    P.add_argument('--bs', type=int, default=512)
     P.add_argument('--seed', type=int, default=0)
     P.add_argument('--tiny', action='store_true', help='in miniature, on the CPU, in this process')
     P.add_argument('--child')
@@ -599,17 +688,15 @@ def main(args=None):
     a.out.mkdir(parents=True, exist_ok=True)
     if a.child: return run_stage(a)
     if wrong := [s for s in a.stages if s not in STAGES]: P.error(f'no stage {wrong[0]}: choose from {", ".join(STAGES)}')
-    limits = LIMITS | {k: float(v) for k,v in (o.split('=') for o in a.limits.split(',') if o)}
-    arms, codes = a.arms.split(','), []
-    jobs = [(s, arm) for s in a.stages or STAGES for arm in (arms if s=='learns' else arms[:1])]
-    for stage,arm in jobs:
-        limit = limits[stage]/(len(arms) if stage=='learns' else 1)
-        a.child, a.arm = stage, arm
+    if wrong := [o for o in a.arms.split(',') if o not in ARMS]: P.error(f'no arm {wrong[0]}: choose from {", ".join(ARMS)}')
+    limits, codes = LIMITS | {k: float(v) for k,v in (o.split('=') for o in a.limits.split(',') if o)}, []
+    for stage in a.stages or STAGES:
+        a.child = stage
         if a.tiny: codes.append(run_stage(a)); continue
         given = sys.argv[1:] if args is None else list(args)
-        command = [sys.executable, __file__, *given, '--child', stage, '--arm', arm, '--limit', str(limit)]
-        try: codes.append(subprocess.run(command, timeout=limit+5, env=dict(os.environ, PYTHONUNBUFFERED='1')).returncode)
-        except subprocess.TimeoutExpired: codes.append(f'stopped after {limit:.0f} s')
+        command = [sys.executable, __file__, *given, '--child', stage, '--limit', str(limits[stage])]
+        try: codes.append(subprocess.run(command, timeout=limits[stage]+5, env=dict(os.environ, PYTHONUNBUFFERED='1')).returncode)
+        except subprocess.TimeoutExpired: codes.append(f'stopped after {limits[stage]:.0f} s')
     print(tables(a.out), flush=True)
     return int(any(codes))
 
