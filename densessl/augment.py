@@ -120,20 +120,26 @@ def draw_augment(
                         torch.where(blur<chance(a.blur_p), lo+(hi-lo)*sigma, 0.).float(), sol<chance(a.solarize_p))
 
 # %% ../nbs/21_augment.ipynb #37be9242
-@fp32
-def _augment_one(x, d, mean, std, out):
-    "Augment and normalise one image `x` (uint8) that has the draws `d`"
-    x = adjust_color(x.float(), d.matrix, d.contrast, top=255.)
-    if d.sigma>0: x = gaussian_blur(x, d.sigma)
-    if d.solarize: x = solarize(x)
-    torch.sub(x, mean, out=out).div_(std)
+def _where(on, f, x):
+    "`x` with `f` applied to the images that are `on` (a mask on the CPU); `f` is given their numbers too"
+    if not on.any(): return x
+    i = on.nonzero()[:,0]
+    if on.all(): return f(x, i)
+    j = _to(i, x.device)
+    x[j] = f(x[j], i)
+    return x
 
 @fp32
-def _augment_batch(x, d, mean, std, blur):
-    "The same for a batch, without a look at the draws: for an accelerator"
-    x = adjust_color(x.float(), d.matrix, d.contrast, top=255.)
-    if blur: x = _blur_matrices(x, d.sigma)
-    return (torch.where(d.solarize.view(-1,1,1,1), solarize(x), x)-mean)/std
+def _apply(x, d, mean, std, out=None, compile=False):
+    "Augment and normalise images `x` (uint8) that have the draws `d`"
+    if d is None: x = x.float().div_(255)
+    else:
+        color = _compiled(adjust_color) if compile else adjust_color
+        blur = _compiled(_blur_matrices, dynamic=True) if compile else gaussian_blur
+        x = color(x.float(), _to(d.matrix, x.device), _to(d.contrast, x.device), top=255.)
+        x = _where(d.sigma>0, lambda o,i: blur(o, d.sigma[i]), x)
+        x = _where(d.solarize, lambda o,i: solarize(o), x)
+    return torch.sub(x, mean, out=x if out is None else out).div_(std)
 
 # %% ../nbs/21_augment.ipynb #af68b4ba
 def augment(
@@ -145,14 +151,11 @@ def augment(
     compile=False,      # On an accelerator: compiled by `torch.compile`
 )->Tensor:              # float32 (n, 3, s, s) on the device of `x`
     "Colour, blur, solarise and normalise views, each with its own draw"
+    d = None if spec is None else draw_augment(spec, len(x), x.shape[-1], generator)
     mean, std = (_to(torch.tensor(o, dtype=torch.float32).view(3,1,1), x.device) for o in (mean, std))
-    if spec is None: return (x.float()/255).sub_(mean).div_(std)
-    d = draw_augment(spec, len(x), x.shape[-1], generator)
-    if x.device.type!='cpu':
-        f = _compiled(_augment_batch) if compile else _augment_batch
-        return f(x, AugmentDraws(*(_to(o, x.device) for o in d)), mean, std, bool(d.sigma.any()))
+    if x.device.type!='cpu': return _apply(x, d, mean, std, compile=compile)
     out = torch.empty(x.shape)
-    for i in range(len(x)): _augment_one(x[i:i+1], AugmentDraws(*(o[i:i+1] for o in d)), mean, std, out[i:i+1])
+    for i in range(len(x)): _apply(x[i:i+1], d and AugmentDraws(*(o[i:i+1] for o in d)), mean, std, out[i:i+1])
     return out
 
 # %% ../nbs/21_augment.ipynb #b95f5ad7

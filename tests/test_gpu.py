@@ -24,7 +24,7 @@ import torch.distributed as dist
 from fastai.callback.core import Callback
 from torch.testing import assert_close
 
-from densessl.augment import _augment_batch, draw_augment
+from densessl.augment import _blur_matrices, adjust_color, draw_augment
 from densessl.callback.guard import _from_first
 from densessl.callback.score import DenseScore
 from densessl.core import InputError
@@ -225,13 +225,14 @@ def test_the_others_wait_for_a_long_scoring(tmp_path):
 
 # ---- compiled
 
-def test_views_are_two_graphs():
-    "Crops, and colors with blur, as an accelerator makes them: one graph each, with the same numbers"
+def test_views_are_three_graphs():
+    "Crops, colors and blur, as an accelerator makes them: one graph each, with the same numbers"
     canvas = draw_scenes(3, 40, seed=1)[0]
     px, flip = torch.tensor([[0, 0, 40, 40], [3, 5, 30, 21], [9, 9, 10, 10]]), torch.tensor([False, True, False])
-    draws = draw_augment(Augment(blur_p=.5, solarize_p=.5), 3, 32, torch.Generator().manual_seed(0))
-    one = torch.ones(3, 1, 1)
-    for f,args in ((_crop_resize_batched, (canvas, px, flip, 32)), (_augment_batch, (canvas, draws, .5*one, .2*one, True))):
+    d = draw_augment(Augment(), 3, 40, torch.Generator().manual_seed(0))
+    steps = [(_crop_resize_batched, (canvas, px, flip, 32)), (adjust_color, (canvas/255, d.matrix, d.contrast)),
+             (_blur_matrices, (canvas/255, torch.tensor([.5, 1., 2.])))]
+    for f,args in steps:
         torch._dynamo.reset()
         assert_close(torch.compile(f, backend='aot_eager', fullgraph=True)(*args), f(*args), rtol=0, atol=1e-5)
 
@@ -294,6 +295,15 @@ def test_a_compiled_learner_is_the_same_run(method='flsl'):
         assert k==name
         assert_close(w, v, rtol=1e-5, atol=1e-6)
     plain.model.load_state_dict(compiled.model.state_dict())
+
+def test_all_blocks_share_three_programs():
+    "The teacher's, the student's, and the student's for views of another size; with a rate of its own in every block and none in the first"
+    model, _, views = parts_of('flsl', depth=3, drop_path_rate=.2)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_blocks(model, 'aot_eager')
+    for _ in range(2): model(views)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs']==3
 
 def test_stochastic_depth_as_a_tensor():
     "It drops samples whole, at its rate, keeps the mean, and leaves evaluation alone"
