@@ -29,7 +29,8 @@ def _log_components(x, Z, beta, weights, precision):
         logdet = 2*L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         d = torch.einsum('...nmd,mde,...nme->...nm', diff, precision.expand(Z.shape[-2], D, D), diff)
     if weights is None: weights = Z.new_ones(Z.shape[-2])
-    if (weights<0).any() or not weights.sum()>0: raise InputError(f'weights must be >= 0 and not all zero, got {weights.tolist()}')
+    if (weights<0).any() or not weights.sum()>0:
+        raise InputError(f'weights must be >= 0 and not all zero, got {weights.tolist()}')
     return (weights/weights.sum()).log() + (logdet - d - D*math.log(2*math.pi)) / 2
 
 # %% ../nbs/10_attention.ipynb #4144219b
@@ -69,7 +70,8 @@ def unit(
 # %% ../nbs/10_attention.ipynb #fcda9571
 def _check(q, Z, beta):
     if not beta>0: raise InputError(f'beta must be > 0, got {beta}: it is an inverse temperature')
-    if q.shape[-1]!=Z.shape[-1]: raise InputError(f'queries have {q.shape[-1]} features and references {Z.shape[-1]}: both need the same number')
+    if q.shape[-1]!=Z.shape[-1]:
+        raise InputError(f'queries have {q.shape[-1]} features and references {Z.shape[-1]}: both need the same number')
 
 # %% ../nbs/10_attention.ipynb #173884eb
 @fp32
@@ -95,8 +97,8 @@ def mean_shift(
     q:Tensor,    # Queries, (..., N, D), taken as they are
     Z:Tensor,    # References that define the density, (..., M, D), taken as they are; unit norm for the kernel reading
     beta:float,  # Inverse temperature 1/sigma^2, > 0; larger is a narrower kernel
-)->Tensor:       # Shifted queries, (..., N, D), inside the convex hull of `Z`, not re-normalised; gradient flows to both
-    "One mean-shift step of `q` towards the modes of the density of `Z`: self- or cross-attention without parameters (FLSL, Eq. of meanshift)"
+)->Tensor:       # Shifted queries, (..., N, D), in the convex hull of `Z`, not re-normalised; gradient to both
+    "One mean-shift step of `q` towards the modes of `Z`: attention without parameters (FLSL, Eq. of meanshift)"
     _check(q, Z, beta)
     return _attend(q, Z, Z, float(beta))
 
@@ -157,16 +159,19 @@ def query_mask(
     W:int,                           # Columns of the token grid
     window:int,                      # Side of a window, 1 <= window <= min(H, W)
     n:int=1,                         # Masks to draw, one for each image
-    random:bool=True,                # One token of each window at random; False: its top-left one, as FLSL's public code
-    corner:int|Tensor=None,          # Where the block of windows sits: 0 top-left, 1 top-right, 2 bottom-left, 3 bottom-right, one or (n,); default drawn for each mask
+    random:bool=True,                # One token of each window at random; False: its top-left one (FLSL public code)
+    corner:int|Tensor=None,          # Of the block of windows, one or (n,): 0 top-left, 1 top-right, 2 bottom-left,
+                                     # 3 bottom-right; default drawn for each mask
     generator:torch.Generator=None,  # Source of the draws; default torch's own
     device=None,                     # Where the mask goes; default where it was drawn
 )->Tensor:                           # True at the queries, (n, H*W) bool, `(H//window)*(W//window)` in each row
     "Masks that pick one query token from each window of the grid (FLSL, random pooling)"
-    if not 1<=window<=min(H,W): raise InputError(f'window must be between 1 and {min(H,W)} on a grid of {H}x{W} tokens, got {window}')
+    if not 1<=window<=min(H,W):
+        raise InputError(f'window must be between 1 and {min(H,W)} on a grid of {H}x{W} tokens, got {window}')
     dev = generator.device if generator is not None else device
     h, w = H//window, W//window
-    offset = torch.randint(0, window**2, (n, h*w), generator=generator, device=dev) if random else torch.zeros(n, h*w, dtype=torch.long, device=dev)
+    if random: offset = torch.randint(0, window**2, (n, h*w), generator=generator, device=dev)
+    else: offset = torch.zeros(n, h*w, dtype=torch.long, device=dev)
     if corner is None: corner = torch.randint(0, 4, (n,), generator=generator, device=dev)
     corner = torch.as_tensor(corner, device=dev).expand(n)[:,None]
     cell = torch.arange(h*w, device=dev)
@@ -180,5 +185,6 @@ def query_index(
 )->Tensor:        # Their positions, (n, Q) int64, ascending
     "Positions of the queries of each mask, for `gather`"
     count = mask.sum(1)
-    if (count!=count[0]).any(): raise InputError(f'every row of a query mask needs as many queries, got {count.tolist()}')
+    if (count!=count[0]).any():
+        raise InputError(f'every row of a query mask needs as many queries, got {count.tolist()}')
     return mask.nonzero()[:,1].view(mask.shape[0], -1)

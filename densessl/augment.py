@@ -56,7 +56,8 @@ def _blur_shifts(x, sigma):
         p = F.pad(x, (r,r,0,0) if dim==2 else (0,0,r,r), mode='reflect')
         x = p.narrow(dim, r, size)*(w[0]/total)
         for k in range(1, r+1):
-            if w[k]>1e-4: x.add_(p.narrow(dim, r-k, size), alpha=w[k]/total).add_(p.narrow(dim, r+k, size), alpha=w[k]/total)
+            if w[k]<=1e-4: continue
+            for at in (r-k, r+k): x.add_(p.narrow(dim, at, size), alpha=w[k]/total)
     return x
 
 # %% ../nbs/21_augment.ipynb #d97d83ff
@@ -69,7 +70,8 @@ def gaussian_matrix(
     r = (3*s).ceil().clamp(max=last)
     def w(d): return torch.exp(-d*d/(2*s*s))*(d.abs()<=r)
     i, j = i[:,None], i[None]
-    W = w((i-j)[None]) + w((i+j)[None])*(j>0) + w((2*last-i-j)[None])*(j<last)     # itself, and its images in both mirrors
+    # itself, and its images in both mirrors
+    W = w((i-j)[None]) + w((i+j)[None])*(j>0) + w((2*last-i-j)[None])*(j<last)
     return W/W.sum(-1, keepdim=True)
 
 def _blur_matrices(x, sigma):
@@ -108,7 +110,8 @@ def draw_augment(
     generator=None,  # Generator of the CPU; None: torch's default
 )->AugmentDraws:     # On the CPU
     "Random parameters of `n` images"
-    jitter, bright, contrast, sat, hue, gray, toss, blur, sigma, sol = torch.rand(10, n, dtype=torch.float64, generator=generator)
+    draws = torch.rand(10, n, dtype=torch.float64, generator=generator)
+    jitter, bright, contrast, sat, hue, gray, toss, blur, sigma, sol = draws
     def about(one, u, strength): return torch.where(jitter<a.jitter_p, one+strength*(2*u-1), one)
     def chance(p):
         "Probability for each image: the entry that the toss chose"
@@ -116,8 +119,9 @@ def draw_augment(
         return p[(toss*len(p)).long()]
     s = torch.where(gray<a.gray_p, 0., about(1., sat, a.saturation))
     lo, hi = (v*(size/a.blur_at if a.blur_at else 1) for v in a.blur_sigma)
-    return AugmentDraws(color_matrix(about(1., bright, a.brightness), s, about(0., hue, a.hue)), about(1., contrast, a.contrast).float(),
-                        torch.where(blur<chance(a.blur_p), lo+(hi-lo)*sigma, 0.).float(), sol<chance(a.solarize_p))
+    matrix = color_matrix(about(1., bright, a.brightness), s, about(0., hue, a.hue))
+    sigma = torch.where(blur<chance(a.blur_p), lo+(hi-lo)*sigma, 0.)
+    return AugmentDraws(matrix, about(1., contrast, a.contrast).float(), sigma.float(), sol<chance(a.solarize_p))
 
 # %% ../nbs/21_augment.ipynb #37be9242
 def _where(on, f, x):

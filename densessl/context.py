@@ -44,11 +44,12 @@ def head_attention(
 
 # %% ../nbs/14_context.ipynb #dd46ca28
 class NMHSA(nn.Module):
-    "Normalised multi-head self-attention: every cell rewritten from all cells of its view, as a unit vector (CLoVE, NMHSA)"
+    "Normalised multi-head self-attention: each cell rewritten from all of its view, as a unit vector (CLoVE, NMHSA)"
     def __init__(self,
         dim:int=256,         # Width of the cells, a multiple of `num_heads`
         num_heads:int=8,     # Attention heads
-        cosine:bool=False,   # Compare queries and keys by cosine, reading (b); False: only the output is normalised, as the public code
+        cosine:bool=False,   # Compare queries and keys by cosine, reading (b); False: normalise only the output
+                             # (public code)
         temp:float=.2,       # Temperature of the cosines, > 0; not used if `cosine` is False
     ):
         super().__init__()
@@ -68,7 +69,8 @@ class NMHSA(nn.Module):
 
     def _heads(self, x):
         "Queries, keys and values of all heads, each (B, h, N, d), the leading axes of `x` folded into B"
-        if x.ndim<2 or x.shape[-1]!=self.dim: raise InputError(f'NMHSA needs cells (..., N, {self.dim}), got shape {tuple(x.shape)}')
+        if x.ndim<2 or x.shape[-1]!=self.dim:
+            raise InputError(f'NMHSA needs cells (..., N, {self.dim}), got shape {tuple(x.shape)}')
         B = x.shape[:-2].numel()
         return self.qkv(x).reshape(B, x.shape[-2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -77,7 +79,7 @@ class NMHSA(nn.Module):
         return self.proj(head_attention(*self._heads(x), self.temp).transpose(1, 2).reshape(x.shape))
 
     def weights(self, x:Tensor)->Tensor:
-        "Attention weights averaged over the heads, (..., N, N): which cells each cell looks at; for looking, training never makes them"
+        "Attention weights averaged over the heads, (..., N, N): where each cell looks; training never makes them"
         q, k, _ = self._heads(x)
         return head_weights(q, k, self.temp).mean(1).reshape(*x.shape[:-1], x.shape[-2])
 

@@ -518,7 +518,7 @@ def flsl_learner(
     cbs=(),                         # One more callback or several
     pretrained:bool=False,          # Start from timm's published weights of `arch`
     init=None,                      # Or from a file, a timm name or `hf-hub:owner/name`; `arch=None` takes its network
-    compile:bool|str=False,         # Compile the encoders' blocks and, on a GPU, the views; a text names a backend of `torch.compile` for the blocks
+    compile:bool|str=False,         # Compile the encoders' blocks and a GPU's views; a text: backend of the blocks
     **kwargs,                       # Passed to `Learner`
 )->Learner:                         # Call `fit(n)`
     "A fastai Learner that pretrains with FLSL"
@@ -544,7 +544,7 @@ def clove_learner(
     cbs=(),                         # One more callback or several
     pretrained:bool=False,          # Start from timm's published weights of `arch`
     init=None,                      # Or from a file, a timm name or `hf-hub:owner/name`; `arch=None` takes its network
-    compile:bool|str=False,         # Compile the encoders' blocks and, on a GPU, the views; a text names a backend of `torch.compile` for the blocks
+    compile:bool|str=False,         # Compile the encoders' blocks and a GPU's views; a text: backend of the blocks
     **kwargs,                       # Passed to `Learner`
 )->Learner:                         # Call `fit(n)`
     "A fastai Learner that pretrains with CLoVE"
@@ -570,7 +570,7 @@ def dino_learner(
     cbs=(),                         # One more callback or several
     pretrained:bool=False,          # Start from timm's published weights of `arch`
     init=None,                      # Or from a file, a timm name or `hf-hub:owner/name`; `arch=None` takes its network
-    compile:bool|str=False,         # Compile the encoders' blocks and, on a GPU, the views; a text names a backend of `torch.compile` for the blocks
+    compile:bool|str=False,         # Compile the encoders' blocks and a GPU's views; a text: backend of the blocks
     **kwargs,                       # Passed to `Learner`
 )->Learner:                         # Call `fit(n)`
     "A fastai Learner that pretrains with DINO, the baseline"

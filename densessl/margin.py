@@ -22,7 +22,7 @@ def negative_weights(
     M:Tensor,  # True where they match, bool (..., N, M)
     k:int=10,  # Candidates looked at in each row, >= 2
 )->Tensor:     # Weights (..., N, M) without gradient: each row sums to 1, or to 0 if every target cell matches
-    "Weight of each target cell in the negative of each query: ranks 2 to `k` of the cells that do not match, equal shares (CLoVE, F_neg)"
+    "Weight of each target cell in the negative of each query: ranks 2 to `k` of those that do not match (CLoVE, F_neg)"
     if k<2: raise InputError(f'k must be >= 2, got {k}: the most similar candidate is dropped and none would be left')
     top, j = S.detach().masked_fill(M, -math.inf).topk(min(k, S.shape[-1]), -1)
     used = top>-math.inf
@@ -36,8 +36,8 @@ def negative_similarity(
     S:Tensor,       # Similarities of queries and target cells, (..., N, M)
     A:Tensor,       # Their weights in the negatives (`negative_weights`), (..., N, M)
     F:Tensor=None,  # The target embeddings, (..., M, D): then the weighted mean vector is divided by its norm
-)->Tensor:          # Similarity of each query and its negative, (..., N), 0 in a row without candidates; gradient flows to `S` and `F`
-    "Cosine of each query and its mean negative vector (poster) if `F` is given, else the mean of the similarities (public code) (CLoVE, F_neg)"
+)->Tensor:          # Similarity of each query and its negative, (..., N), 0 without candidates; gradient to `S`, `F`
+    "Cosine of query and mean negative (poster) if `F` is given, else mean similarity (public code) (CLoVE, F_neg)"
     neg = (A*S).sum(-1)
     if F is None: return neg
     return neg / torch.einsum('...ij,...jd->...id', A, F).norm(dim=-1).clamp_min(1e-6)
@@ -53,25 +53,29 @@ class MarginTerms(NamedTuple):
 
 # %% ../nbs/15_margin.ipynb #11467cf4
 def _check(C, F, M, lam, margin, reduction):
-    if not 0<=lam<math.inf: raise InputError(f'lam must be >= 0 and finite, got {lam}: it weighs the positive similarities')
+    if not 0<=lam<math.inf:
+        raise InputError(f'lam must be >= 0 and finite, got {lam}: it weighs the positive similarities')
     if not math.isfinite(margin): raise InputError(f'margin must be a finite number, got {margin}')
     if reduction not in ('pair', 'mean'): raise InputError(f"reduction must be 'pair' or 'mean', got {reduction!r}")
     if M.dtype!=torch.bool: raise InputError(f'M must be a bool tensor, True where cells match, got {M.dtype}')
     try: want = torch.broadcast_shapes(C.shape[:-2], F.shape[:-2]) + (C.shape[-2], F.shape[-2])
     except (RuntimeError, IndexError): want = None
     if want!=M.shape or C.shape[-1]!=F.shape[-1] or 0 in want[-2:]:
-        raise InputError(f'C (..., N, D), F (..., M, D) and M (..., N, M) do not agree: got {tuple(C.shape)}, {tuple(F.shape)} and {tuple(M.shape)}')
+        raise InputError(f'C (..., N, D), F (..., M, D) and M (..., N, M) do not agree: got {tuple(C.shape)}, '
+                         f'{tuple(F.shape)} and {tuple(M.shape)}')
 
 # %% ../nbs/15_margin.ipynb #86ac749d
 @fp32
 def _sums(*cfm, lam, margin, k, pair, as_vector):
-    "Sums over the queries of each view pair and image, all groups at once: those the loss descends, those it only watches"
+    "Sums over the queries of each view pair and image, all groups at once: of the loss, and those only watched"
     Cs, Fs, Ms = cfm[::3], cfm[1::3], cfm[2::3]
     rows = [M.shape[:-1].numel() for M in Ms]
     S = torch.cat([torch.einsum('...id,...jd->...ij', C, F).flatten(0,-2) for C,F in zip(Cs, Fs)])
     M = torch.cat([M.flatten(0,-2) for M in Ms])
     A, m = negative_weights(S, M, k), M.to(S.dtype)
-    if as_vector: neg = torch.cat([negative_similarity(s.view_as(M), a.view_as(M), F).flatten() for s,a,M,F in zip(S.split(rows), A.split(rows), Ms, Fs)])
+    if as_vector:
+        parts = zip(S.split(rows), A.split(rows), Ms, Fs)
+        neg = torch.cat([negative_similarity(s.view_as(M), a.view_as(M), F).flatten() for s,a,M,F in parts])
     else: neg = negative_similarity(S, A)
     live, n = [(m*S).sum(-1), neg], m.sum(-1)
     watch = [n, n.new_ones(n.shape), n.clamp_max(1), (S.shape[-1]-n).clamp_max(1)]
@@ -79,7 +83,9 @@ def _sums(*cfm, lam, margin, k, pair, as_vector):
         hinge = (margin + neg[:,None] - lam*S).relu()*m
         watch += [x.detach() for x in live] + [hinge.detach().sign().sum(-1)]
         live = [hinge.sum(-1)]
-    def by_pair(xs): return torch.cat([x.unflatten(-1, (-1, M.shape[-2])).sum(-1) for x,M in zip(torch.stack(xs).split(rows, -1), Ms)], -1)
+    def by_pair(xs):
+        parts = zip(torch.stack(xs).split(rows, -1), Ms)
+        return torch.cat([x.unflatten(-1, (-1, M.shape[-2])).sum(-1) for x,M in parts], -1)
     return by_pair(live), by_pair(watch)
 
 # %% ../nbs/15_margin.ipynb #c2047106
@@ -88,8 +94,10 @@ def _terms(groups, lam, margin, k, reduction, as_vector):
     for g in groups: _check(*g, lam, margin, reduction)
     pair = reduction=='pair'
     if as_vector is None: as_vector = pair
-    batches = [groups] if len({g[2].shape[-1] for g in groups})==1 else [[g] for g in groups]  # rows of one length go together
-    sums = [_sums(*(x for g in b for x in g), lam=lam, margin=margin, k=k, pair=pair, as_vector=as_vector) for b in batches]
+    one_length = len({g[2].shape[-1] for g in groups})==1
+    batches = [groups] if one_length else [[g] for g in groups]      # rows of one length go together
+    how = dict(lam=lam, margin=margin, k=k, pair=pair, as_vector=as_vector)
+    sums = [_sums(*(x for g in b for x in g), **how) for b in batches]
     live, watch = sums[0] if len(sums)==1 else (torch.cat(x, -1) for x in zip(*sums))
     n, N, matched, some = watch[:4]
     n = n.clamp_min(1) if pair else n.float()+1e-6
@@ -100,12 +108,12 @@ def _terms(groups, lam, margin, k, reduction, as_vector):
 # %% ../nbs/15_margin.ipynb #e09bf1b4
 def margin_ranking_loss(
     C:Tensor,              # Contextualised cells of the student, (..., N, D), unit norm along D
-    F:Tensor,              # Local cells of the teacher, (..., M, D), unit norm along D; leading axes of size 1 broadcast
+    F:Tensor,              # Local cells of the teacher, (..., M, D), unit norm along D; leading axes of 1 broadcast
     M:Tensor,              # True where cell i of `C` and cell j of `F` show the same place, bool (..., N, M)
     lam:float=2.,          # Weight of the positive, >= 0 (CLoVE public code)
     margin:float=1.5,      # Margin, best between `lam-1` and `lam`; the public code has 100, with 'mean'
     k:int=10,              # Candidates for the negative, >= 2; the most similar is dropped (CLoVE public code)
-    reduction:str='pair',  # 'pair': one hinge for each matched pair (poster); 'mean': one on the two means (public code)
+    reduction:str='pair',  # 'pair': one hinge a matched pair (poster); 'mean': one on the two means (public code)
     as_vector:bool=None,   # Negative as mean vector or as mean similarity; default: as vector for 'pair' only
 )->MarginTerms:            # One number for each leading index, float32 or float64; gradient flows to `C` and to `F`
     "Margin ranking loss of matched cells (CLoVE, margin ranking loss)"
@@ -125,7 +133,8 @@ def view_pairs(
 )->ViewPairs:       # Index tensors, ordered by teacher view, then by student view
     "All ordered pairs of views of the multi-crop objective, never a view with itself (CLoVE, multi-crop)"
     if n_global<1 or n_local<0 or n_global+n_local<2:
-        raise InputError(f'CLoVE predicts one view from another: it needs a global view and at least one more, got n_global={n_global} and n_local={n_local}')
+        raise InputError('CLoVE predicts one view from another: it needs a global view and at least one more, got '
+                         f'n_global={n_global} and n_local={n_local}')
     g, l = torch.arange(n_global, device=device), torch.arange(n_local, device=device)
     glob, local = torch.cartesian_prod(g, g).flip(-1), torch.cartesian_prod(g, l).flip(-1)
     return ViewPairs(glob[glob[:,0]!=glob[:,1]], local)
@@ -150,11 +159,13 @@ def clove_objective(
 )->tuple:                  # Scalar to descend, and what to watch (`CloveParts`, detached)
     "Mean of the margin ranking loss over all pairs of views and all images (CLoVE, multi-crop)"
     groups = [g for g in groups if g[2].numel()]
-    if not groups: raise InputError('there is no pair of views to compare: CLoVE needs a global view and at least one more')
+    if not groups:
+        raise InputError('there is no pair of views to compare: CLoVE needs a global view and at least one more')
     loss, *monitors = _terms(groups, lam, margin, k, reduction, as_vector)
     monitors = torch.stack([m.detach() for m in monitors])  # positive, negative, matched, active
     some = monitors[2]>0
     n = some.sum()
-    total = loss.sum()/mean_over_ranks(n.to(loss.dtype)).clamp_min(1e-6) if reduction=='pair' else loss.mean()   # n may differ between processes
+    if reduction=='pair': total = loss.sum()/mean_over_ranks(n.to(loss.dtype)).clamp_min(1e-6)   # n of all processes
+    else: total = loss.mean()
     pos, neg, _, active = (monitors*some).sum(-1)/n.clamp_min(1)
     return total, CloveParts(pos, neg, pos-neg, monitors[2].mean(), active, 1-some.to(pos.dtype).mean())

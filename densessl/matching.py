@@ -17,12 +17,15 @@ from .core import InputError, fp32
 def _hw(grid):
     "Rows and columns of a map, checked"
     grid = tuple(grid) if hasattr(grid, '__len__') else (grid,)
-    if len(grid)!=2 or any(int(n)!=n or n<1 for n in grid): raise InputError(f'a grid is (rows, columns), two whole numbers of at least 1, got {grid}')
+    if len(grid)!=2 or any(int(n)!=n or n<1 for n in grid):
+        raise InputError(f'a grid is (rows, columns), two whole numbers of at least 1, got {grid}')
     return int(grid[0]), int(grid[1])
 
 def _four(boxes):
     "Boxes, their last dimension checked"
-    if boxes.ndim<1 or boxes.shape[-1]!=4: raise InputError(f'boxes hold x1, y1, x2, y2 in their last dimension, got shape {tuple(boxes.shape)}: pass (..., 4)')
+    if boxes.ndim<1 or boxes.shape[-1]!=4:
+        raise InputError(f'boxes hold x1, y1, x2, y2 in their last dimension, got shape {tuple(boxes.shape)}: pass '
+                         '(..., 4)')
     return boxes if boxes.is_floating_point() else boxes.float()
 
 # %% ../nbs/13_matching.ipynb #71bb5ed9
@@ -42,7 +45,9 @@ def cell_centres(
 def _stretch(hw, boxes):
     "Width and height, to multiply points by"
     hw = torch.as_tensor(hw, dtype=boxes.dtype, device=boxes.device)
-    if hw.ndim<1 or hw.shape[-1]!=2: raise InputError(f'hw holds height and width of the photographs in its last dimension, got shape {tuple(hw.shape)}: pass (..., 2)')
+    if hw.ndim<1 or hw.shape[-1]!=2:
+        raise InputError('hw holds height and width of the photographs in its last dimension, got shape '
+                         f'{tuple(hw.shape)}: pass (..., 2)')
     return hw.flip(-1)
 
 @fp32
@@ -69,9 +74,12 @@ def _check_values(boxes, hw):
     lo, hi = (float(o) for o in boxes.aminmax())
     if not (lo>=-1e-4 and hi<=1+1e-4):
         bad = lo if not lo>=-1e-4 else hi
-        raise InputError(f'boxes must lie within the photograph, from 0 to 1, got {bad:g}: divide pixels by width and height, and cut no views from outside')
-    if not torch.ne(*boxes.split(2, -1)).all(): raise InputError('a box has no width or no height (x1 = x2 or y1 = y2): its view shows nothing')
-    if hw is not None and not (torch.as_tensor(hw)>0).all(): raise InputError(f'height and width must be > 0, got {torch.as_tensor(hw).tolist()}')
+        raise InputError(f'boxes must lie within the photograph, from 0 to 1, got {bad:g}: divide pixels by width '
+                         'and height, and cut no views from outside')
+    if not torch.ne(*boxes.split(2, -1)).all():
+        raise InputError('a box has no width or no height (x1 = x2 or y1 = y2): its view shows nothing')
+    if hw is not None and not (torch.as_tensor(hw)>0).all():
+        raise InputError(f'height and width must be > 0, got {torch.as_tensor(hw).tolist()}')
 
 @fp32
 def cell_distances(
@@ -80,19 +88,23 @@ def cell_distances(
     boxes2:Tensor,     # Boxes of the second views, (..., 4); leading dimensions broadcast against those of `boxes1`
     grid2,             # Rows and columns of their maps, M = rows * columns
     unit:str='cell',   # 'cell': in diagonals of the larger cell; 'square': in the unit square; 'pixel': in pixels
-    hw=None,           # Height and width of the photographs, (..., 2) or one pair; 'cell' without it measures in the unit square, 'square' never needs it
-    check:bool=True,   # Look at the values of the boxes; on an accelerator that waits for it, so a training loop checks elsewhere
+    hw=None,           # Height and width of the photographs, (..., 2) or one pair; 'cell' without it measures in the
+                       # unit square, 'square' never needs it
+    check:bool=True,   # Look at the values of the boxes; on an accelerator that waits: a training loop does not
 )->Tensor:             # (..., N, M); no gradient is wanted here
     "Distance of every cell of one map from every cell of the other (CLoVE, pixel matching)"
     if unit not in _UNITS: raise InputError(f'unit must be one of {", ".join(_UNITS)}, got {unit!r}')
-    if unit=='pixel' and hw is None: raise InputError("unit 'pixel' needs the height and width of the photographs: pass hw=(height, width) or a tensor (..., 2)")
+    if unit=='pixel' and hw is None:
+        raise InputError("unit 'pixel' needs the height and width of the photographs: pass hw=(height, width) or a "
+                         "tensor (..., 2)")
     boxes1, boxes2 = _four(boxes1), _four(boxes2)
     if check:
         for b in (boxes1, boxes2): _check_values(b, hw)
     if unit=='square': hw = None
     p, q = cell_centres(boxes1, grid1), cell_centres(boxes2, grid2)
     if hw is not None: p, q = (o*_stretch(hw, o).unsqueeze(-2) for o in (p, q))
-    d = torch.cdist(p, q, compute_mode='donot_use_mm_for_euclid_dist')   # not by way of products, which would lose the small distances
+    # not by way of products, which would lose the small distances
+    d = torch.cdist(p, q, compute_mode='donot_use_mm_for_euclid_dist')
     if unit!='cell': return d
     return d / torch.maximum(cell_diagonal(boxes1, grid1, hw), cell_diagonal(boxes2, grid2, hw))[...,None,None]
 
@@ -103,12 +115,15 @@ def match_cells(
     boxes2:Tensor,       # Boxes of the second views, (..., 4); leading dimensions broadcast against those of `boxes1`
     grid2,               # Rows and columns of their maps, M = rows * columns
     threshold:float=.7,  # T_pos, > 0, in `unit`; 0.7 is the public code's
-    unit:str='cell',     # 'cell': in diagonals of the larger cell (public code); 'square': in the unit square; 'pixel': in pixels
-    hw=None,             # Height and width of the photographs, (..., 2) or one pair; without it 'cell' measures in the unit square (public code)
+    unit:str='cell',     # 'cell': in diagonals of the larger cell (public code); 'square': of the unit square; 'pixel'
+    hw=None,             # Height and width of the photographs, (..., 2) or one pair; without it 'cell' measures in the
+                         # unit square (public code)
     check:bool=True,     # Look at the values of the boxes
 )->Tensor:               # bool (..., N, M)
     "Which cells of two feature maps look at the same place of the photograph (CLoVE, M)"
-    if not 0<threshold<math.inf: raise InputError(f'threshold must be a positive number, got {threshold}: it is the largest distance of two cells that match, 0.7 in cell diagonals')
+    if not 0<threshold<math.inf:
+        raise InputError(f'threshold must be a positive number, got {threshold}: it is the largest distance of two '
+                         'cells that match, 0.7 in cell diagonals')
     return cell_distances(boxes1, grid1, boxes2, grid2, unit, hw, check) < threshold
 
 # %% ../nbs/13_matching.ipynb #c47d579d

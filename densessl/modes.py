@@ -25,7 +25,8 @@ def mode_loss(
     mode:Tensor,  # Their modes, (..., D), any norm
 )->Tensor:        # Mean of 2 - 2 cos(z, mode), in [0, 4]; gradient flows to both
     "Distance of each token to its mode on the unit sphere (FLSL, first level)"
-    if z.shape!=mode.shape: raise InputError(f'z and mode need the same shape, got {tuple(z.shape)} and {tuple(mode.shape)}')
+    if z.shape!=mode.shape:
+        raise InputError(f'z and mode need the same shape, got {tuple(z.shape)} and {tuple(mode.shape)}')
     return (unit(z)-unit(mode)).square().sum(-1).mean()
 
 # %% ../nbs/12_modes.ipynb #f26c2796
@@ -34,8 +35,12 @@ def _safe_log(p): return p.clamp_min(torch.finfo(p.dtype).tiny).log()
 def _log_prior(prior, K):
     "log pi_k, one number if the prior is uniform"
     if prior is None: return -math.log(K)
-    if prior.shape!=(K,): raise InputError(f'prior must hold one probability for each of the {K} prototypes, got shape {tuple(prior.shape)}')
-    if not (prior>0).all(): raise InputError(f'prior must be > 0 everywhere, its smallest entry is {prior.min().item():g}: a prototype that may not be used makes the divergence infinite')
+    if prior.shape!=(K,):
+        raise InputError(f'prior must hold one probability for each of the {K} prototypes, got shape '
+                         f'{tuple(prior.shape)}')
+    if not (prior>0).all():
+        raise InputError(f'prior must be > 0 everywhere, its smallest entry is {prior.min().item():g}: a prototype '
+                         'that may not be used makes the divergence infinite')
     return prior.log()
 
 @fp32
@@ -79,7 +84,7 @@ class _MeanOverRanks(torch.autograd.Function):
 def mean_over_ranks(
     x:Tensor,  # Same shape in every process
 )->Tensor:     # Its mean over all processes; the gradient passes as if it were `x`
-    "Mean over all processes of torch.distributed, `x` itself if there is but one (gradients must then be averaged, as DDP does)"
+    "Mean over all processes, `x` itself if there is but one (gradients must then be averaged, as DDP does)"
     many = dist.is_available() and dist.is_initialized() and dist.get_world_size()>1
     return _MeanOverRanks.apply(x) if many else x
 
@@ -95,12 +100,13 @@ def prototype_loss(
     student_logits:Tensor,  # Prototype logits of the modes, (..., K)
     teacher_logits:Tensor,  # Prototype logits of their positives, (..., K); no gradient flows to them
     temp_s:float=0.1,       # Student temperature, > 0, divides (FLSL public code)
-    temp_t:float=0.04,      # Teacher temperature, > 0, divides; smaller is a sharper target (FLSL public code, first epoch)
+    temp_t:float=0.04,      # Teacher temperature, > 0, divides; smaller is sharper (FLSL public code, first epoch)
     prior:Tensor=None,      # Share that each prototype should have, (K,), > 0; default uniform
 )->PrototypeLoss:           # (ce, kl), float32 scalars or float64; gradient flows to `student_logits` in its own dtype
-    "Cross-entropy of student and teacher assignments, and volume term of the student's mean over all processes (FLSL, second level)"
+    "Cross-entropy of student and teacher assignments, and volume term of the student's mean (FLSL, second level)"
     if student_logits.shape!=teacher_logits.shape or student_logits.dim()<2 or not student_logits.numel():
-        raise InputError(f'student and teacher logits need the same shape (queries, prototypes), got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}')
+        raise InputError('student and teacher logits need the same shape (queries, prototypes), got '
+                         f'{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}')
     _check_temps(temp_s=temp_s, temp_t=temp_t)
     log_p, q = (student_logits/temp_s).log_softmax(-1), (teacher_logits.detach()/temp_t).softmax(-1)
     p_bar = mean_over_ranks(log_p.exp().flatten(0,-2).mean(0))
@@ -108,7 +114,8 @@ def prototype_loss(
     return PrototypeLoss(-(q*log_p).sum(-1).mean(), (p_bar*c).sum())
 
 # %% ../nbs/12_modes.ipynb #eb50a877
-_block_elements = dict(cpu=2**20, cuda=2**25)  # numbers in one block of rows: near the size of the cache, or work enough for a GPU
+# numbers in one block of rows: near the size of the cache, or work enough for a GPU
+_block_elements = dict(cpu=2**20, cuda=2**25)
 
 class _PrototypeObjective(torch.autograd.Function):
     @staticmethod
@@ -139,7 +146,9 @@ class _PrototypeObjective(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, *_):
-        if torch.is_grad_enabled(): raise InputError('prototype_objective has no second derivative: take prototype_loss of the logits, or leave out create_graph=True')
+        if torch.is_grad_enabled():
+            raise InputError('prototype_objective has no second derivative: take prototype_loss of the logits, or '
+                             'leave out create_graph=True')
         du, dmu = ctx.saved_tensors
         return g*du, g*dmu, None, None, None, None, None, None
 
@@ -155,13 +164,17 @@ def prototype_objective(
     temp_s:float=0.1,    # Student temperature, > 0, divides
     temp_t:float=0.04,   # Teacher temperature, > 0, divides
     prior:Tensor=None,   # Share that each prototype should have, (K,), > 0; default uniform
-)->tuple:                # eta*ce + gamma*kl, once differentiable with respect to `u` and `mu`, and its `PrototypeLoss` (no gradient)
-    "`prototype_loss` of the logits `u@mu.T` and `u_pos@mu_pos.T` with its two weights, without keeping them (FLSL, second level)"
-    if u.shape!=u_pos.shape or mu.shape!=mu_pos.shape or u.dim()<2 or mu.dim()!=2 or u.shape[-1]!=mu.shape[-1] or not u.numel():
-        raise InputError(f'embeddings (queries, features) and prototypes (prototypes, features) need the same shapes in student and teacher, got {", ".join(str(tuple(x.shape)) for x in (u, mu, u_pos, mu_pos))}')
+)->tuple:                # eta*ce + gamma*kl, once differentiable in `u` and `mu`; its `PrototypeLoss` (no gradient)
+    "`prototype_loss` of the logits `u@mu.T` and `u_pos@mu_pos.T`, weighted, without keeping them (FLSL, second level)"
+    alike = u.shape==u_pos.shape and mu.shape==mu_pos.shape and u.shape[-1]==mu.shape[-1]
+    if not alike or u.dim()<2 or mu.dim()!=2 or not u.numel():
+        raise InputError('embeddings (queries, features) and prototypes (prototypes, features) need the same shapes '
+                         'in student and teacher, got '
+                         f'{", ".join(str(tuple(x.shape)) for x in (u, mu, u_pos, mu_pos))}')
     _check_temps(temp_s=temp_s, temp_t=temp_t)
     learn = torch.is_grad_enabled() and (u.requires_grad or mu.requires_grad)
-    total, *parts = _PrototypeObjective.apply(u.flatten(0,-2), mu/temp_s, u_pos.detach().flatten(0,-2), mu_pos.detach()/temp_t, eta, gamma, prior, learn)
+    positives = u_pos.detach().flatten(0,-2), mu_pos.detach()/temp_t
+    total, *parts = _PrototypeObjective.apply(u.flatten(0,-2), mu/temp_s, *positives, eta, gamma, prior, learn)
     return total, PrototypeLoss(*parts)
 
 # %% ../nbs/12_modes.ipynb #206a1873
@@ -179,6 +192,6 @@ def flsl_objective(
     temp_t:float=0.04,      # Teacher temperature, > 0
     prior:Tensor=None,      # Share that each prototype should have, (K,); default uniform
 )->tuple:                   # Scalar to descend, and its three parts before weighting (`ObjectiveParts`, detached)
-    "The objective of FLSL: tokens to modes, modes to the prototype of their positive, all prototypes in use (FLSL, full objective)"
+    "Tokens to modes, modes to the prototype of their positive, all prototypes in use (FLSL, full objective)"
     intra, (inter, volume) = mode_loss(z, mode), prototype_loss(student_logits, teacher_logits, temp_s, temp_t, prior)
     return upsilon*intra + eta*inter + gamma*volume, ObjectiveParts(intra.detach(), inter.detach(), volume.detach())

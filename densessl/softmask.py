@@ -28,7 +28,8 @@ class Separation(NamedTuple):
 def _parts(Z, labels):
     "Similarities, who is with whom, best similarity outside, cluster sizes"
     if labels.shape[-1]!=Z.shape[-2]:
-        raise InputError(f'labels need one number for each of the {Z.shape[-2]} tokens, got shape {tuple(labels.shape)}: flatten a label map to (N,) or (B, N)')
+        raise InputError(f'labels need one number for each of the {Z.shape[-2]} tokens, got shape '
+                         f'{tuple(labels.shape)}: flatten a label map to (N,) or (B, N)')
     s, same = Z @ Z.mT, labels.unsqueeze(-1)==labels.unsqueeze(-2)
     same = same.expand(s.shape)
     return s, same, s.masked_fill(same, -math.inf).amax(-1), same.sum(-1)
@@ -87,7 +88,7 @@ def effective_tokens(
     Z:Tensor,    # References, (..., M, D)
     beta:float,  # Inverse temperature, > 0
 )->Tensor:       # A scalar in [1, M]
-    "Over how many of the M tokens a soft mask spreads: exp of the mean entropy; close to M, every mode is the mean of the whole view"
+    "Over how many of the M tokens a soft mask spreads: exp of the mean entropy; at M every mode is the view's mean"
     return attention_entropy(q, Z, beta).exp()
 
 # %% ../nbs/11_softmask.ipynb #998e5c91
@@ -95,7 +96,8 @@ def _solve_beta(Z, entropy):
     "The inverse temperature at which the soft masks of `Z` have a given mean entropy, by bisection of its logarithm"
     lo, hi = -7., 7.
     if attention_entropy(Z, Z, 10**hi)>entropy:
-        raise InputError(f'no beta makes the soft masks spread over {math.exp(entropy):.1f} tokens only: the tokens of a view are (almost) equal')
+        raise InputError(f'no beta makes the soft masks spread over {math.exp(entropy):.1f} tokens only: the tokens '
+                         'of a view are (almost) equal')
     for _ in range(40):
         mid = (lo+hi)/2
         lo, hi = (mid, hi) if attention_entropy(Z, Z, 10**mid)>entropy else (lo, mid)
@@ -110,16 +112,19 @@ def suggest_beta(
     mass:float=.9,       # Share of the soft mask that shall stay inside, in (0, 1)
     things:float=4,      # Without labels: how many things a view holds, about, in (1, N]
 )->float:                # Inverse temperature; 0 if any will do
-    "The smallest `beta` at which half of the tokens that are ahead have `mass` inside by the bound; without labels, an estimate from the number of `things`"
+    "The smallest `beta` at which half of the tokens ahead have `mass` inside by the bound; without labels an estimate"
     if not 0<mass<1: raise InputError(f'mass must be between 0 and 1, got {mass}')
     if labels is None:
         N = Z.shape[-2]
-        if not 1<things<=N: raise InputError(f'things must be above 1 and at most {N}, the number of tokens in a view, got {things}')
+        if not 1<things<=N:
+            raise InputError(f'things must be above 1 and at most {N}, the number of tokens in a view, got {things}')
         if mass*things<=1: return 0.
         return _solve_beta(Z, mass*math.log(N/(mass*things)) + (1-mass)*math.log(N*(things-1)/((1-mass)*things)))
     sep = separation(Z, labels)
     ahead = (sep.token>0) & sep.token.isfinite()
-    if not ahead.any(): raise InputError('no token is ahead of the rest (separation <= 0 everywhere): no beta can keep its soft mask inside; train the features, or use coarser labels')
+    if not ahead.any():
+        raise InputError('no token is ahead of the rest (separation <= 0 everywhere): no beta can keep its soft '
+                         'mask inside; train the features, or use coarser labels')
     size, delta = sep.size[ahead].to(sep.token.dtype), sep.token[ahead]
     betas = ((Z.shape[-2]-size)/size * mass/(1-mass)).log() / delta
     return max(float(betas.sort().values[len(betas)//2]), 0.)

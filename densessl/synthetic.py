@@ -57,7 +57,7 @@ def draw_scene(
     radius=(.18,.32),     # Range of the things' radius, in sides of the scene
     periods=(8.,11.),     # Range of the textures' periods a side; `size` should be at least 6 times that
     natural:bool=False,   # Colours by class, uneven light and much noise, see below
-    noise:float=None,     # Standard deviation of the pixel noise, colours being in [0,1]; None is 0.03, natural scenes 0.6
+    noise:float=None,     # Standard deviation of the noise, colours being in [0,1]; None is 0.03, natural scenes 0.6
     box=(0.,0.,1.,1.),    # Part of the scene to draw, (x1,y1,x2,y2); x1 > x2 mirrors it
 ):                        # Image, uint8 (3,size,size); classes, int64 (size,size), an index into `CLASSES`
     "One random scene and its mask"
@@ -87,7 +87,8 @@ def draw_scene(
         img, mask = torch.where(inside, a*(1-w)+b*w, img), mask.masked_fill(inside, kind+1)
     if natural:
         at = torch.stack(torch.broadcast_tensors(x, y), -1)[None]*2-1
-        img = img*(.3+.9*F.grid_sample(torch.rand(1, 1, 3, 3, generator=g), at, 'bicubic', 'border', align_corners=True)[0].clamp(0,1))
+        light = F.grid_sample(torch.rand(1, 1, 3, 3, generator=g), at, 'bicubic', 'border', align_corners=True)[0]
+        img = img*(.3+.9*light.clamp(0,1))
     noise = (.6 if natural else .03) if noise is None else noise
     own = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=g)))
     img = (img + noise*torch.randn(img.shape, generator=own)).clamp(0,1)

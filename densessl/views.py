@@ -57,7 +57,7 @@ def random_boxes(
 
 # %% ../nbs/20_views.ipynb #df2f7ac5
 def _pixels(boxes, S):
-    "Left, top, right, bottom of `boxes` in whole pixels of a canvas of side `S`, at least one pixel wide, (n, 4) int64 on the CPU"
+    "Left, top, right, bottom of `boxes` in whole pixels of a canvas of side `S`, (n, 4) int64 on the CPU"
     p = (boxes.cpu().double()*S).round().long().clamp(0, S)
     lo = torch.minimum(p[...,:2], p[...,2:]).clamp(max=S-1)
     return torch.cat([lo, torch.maximum(torch.maximum(p[...,:2], p[...,2:]), lo+1)], -1)
@@ -128,12 +128,13 @@ def _tuple(o): return tuple(o) if isinstance(o, (list,tuple)) else o
 
 def _range(name, v, lo, hi, what):
     "`v` must be an increasing pair within [lo, hi], `lo` excluded"
-    if not isinstance(v, tuple) or len(v)!=2 or not lo<v[0]<=v[1]<=hi: raise InputError(f'{name} must be two increasing numbers {what}, got {v}')
+    if not isinstance(v, tuple) or len(v)!=2 or not lo<v[0]<=v[1]<=hi:
+        raise InputError(f'{name} must be two increasing numbers {what}, got {v}')
 
 # %% ../nbs/20_views.ipynb #c6a967b7
 @dataclass(frozen=True)
 class Augment:
-    "What happens to the colours of a view: strengths and probabilities, drawn anew for each image of each view (defaults: FLSL)"
+    "What happens to the colours of a view: strengths and probabilities, drawn anew each time (defaults: FLSL)"
     brightness:float=0.4       # Factor drawn from 1 +- this
     contrast:float=0.4         # Factor drawn from 1 +- this
     saturation:float=0.2       # Factor drawn from 1 +- this
@@ -141,19 +142,22 @@ class Augment:
     jitter_p:float=0.8         # Probability of the four above together
     gray_p:float=0.2           # Probability of turning grey
     blur_p:float|tuple=(0.5,0.1)       # Probability of blur; a tuple: one entry is tossed for each image
-    blur_sigma:tuple=(0.1,2.)          # Standard deviation of the blur, drawn uniformly, in pixels of a view `blur_at` wide
+    blur_sigma:tuple=(0.1,2.)          # Standard deviation of the blur, uniform, in pixels of a view `blur_at` wide
     blur_at:int=224                    # View size at which `blur_sigma` is counted; 0: in pixels of the view itself
-    solarize_p:float|tuple=(0.,0.2)    # Probability of inverting the bright half; a tuple goes with the toss of `blur_p`
+    solarize_p:float|tuple=(0.,0.2)    # Probability of inverting the bright half; a tuple: the toss of `blur_p`
     def __post_init__(self):
         for f in ('blur_p','blur_sigma','solarize_p'): object.__setattr__(self, f, _tuple(getattr(self, f)))
         for f in ('jitter_p','gray_p','blur_p','solarize_p'):
             v = getattr(self, f)
-            if any(not 0<=p<=1 for p in (v if isinstance(v, tuple) else (v,))): raise InputError(f'{f} is a probability: choose 0 to 1, got {v}')
+            if any(not 0<=p<=1 for p in (v if isinstance(v, tuple) else (v,))):
+                raise InputError(f'{f} is a probability: choose 0 to 1, got {v}')
         for f,top in (('brightness',1),('contrast',1),('saturation',1),('hue',.5)):
             if not 0<=getattr(self, f)<=top: raise InputError(f'{f} must lie in [0, {top}], got {getattr(self, f)}')
         _range('blur_sigma', self.blur_sigma, 0, math.inf, 'above 0')
         n = {len(v) for v in (self.blur_p, self.solarize_p) if isinstance(v, tuple)}
-        if len(n)>1: raise InputError(f'blur_p {self.blur_p} and solarize_p {self.solarize_p} must have as many entries as each other: one toss chooses from both')
+        if len(n)>1:
+            raise InputError(f'blur_p {self.blur_p} and solarize_p {self.solarize_p} must have as many entries as '
+                             'each other: one toss chooses from both')
 
 # %% ../nbs/20_views.ipynb #4e1f6abc
 @dataclass(frozen=True)
@@ -171,8 +175,10 @@ class CropSpec:
         for f in ('scale','ratio'): object.__setattr__(self, f, _tuple(getattr(self, f)))
         if isinstance(self.augment, dict): object.__setattr__(self, 'augment', Augment(**self.augment))
         who = f'crop {self.name!r}: '
-        if not isinstance(self.size, int) or self.size<1: raise InputError(f'{who}size must be a whole number of pixels, at least 1, got {self.size}')
-        if not isinstance(self.count, int) or self.count<1: raise InputError(f'{who}count must be at least 1, got {self.count}: leave out a crop that is not wanted')
+        if not isinstance(self.size, int) or self.size<1:
+            raise InputError(f'{who}size must be a whole number of pixels, at least 1, got {self.size}')
+        if not isinstance(self.count, int) or self.count<1:
+            raise InputError(f'{who}count must be at least 1, got {self.count}: leave out a crop that is not wanted')
         if not 0<=self.flip<=1: raise InputError(f'{who}flip is a probability: choose 0 to 1, got {self.flip}')
         _range(who+'scale', self.scale, 0, 1, 'in (0, 1]')
         _range(who+'ratio', self.ratio, 0, math.inf, 'above 0')
@@ -188,14 +194,19 @@ class Recipe:
         object.__setattr__(self, 'crops', tuple(CropSpec(**c) if isinstance(c, dict) else c for c in self.crops))
         for f in ('mean','std'):
             object.__setattr__(self, f, _tuple(getattr(self, f)))
-            if len(getattr(self, f))!=3: raise InputError(f'{f} needs three numbers (red, green, blue), got {getattr(self, f)}')
+            if len(getattr(self, f))!=3:
+                raise InputError(f'{f} needs three numbers (red, green, blue), got {getattr(self, f)}')
         if min(self.std)<=0: raise InputError(f'std must be above 0, got {self.std}')
         if not self.crops: raise InputError('a recipe needs at least one crop, got none')
         seen = {}
         for c in self.crops:
             if c.name in seen: raise InputError(f'two crops are called {c.name!r}: give each its own name')
-            if c.within is not None and c.within not in seen: raise InputError(f'crop {c.name!r} is cut within {c.within!r}, which is not an earlier crop: earlier are {list(seen)}')
-            if c.within is not None and seen[c.within].count!=1: raise InputError(f'crop {c.name!r} is cut within {c.within!r}, of which there are {seen[c.within].count}: nest in a crop with count 1')
+            if c.within is not None and c.within not in seen:
+                raise InputError(f'crop {c.name!r} is cut within {c.within!r}, which is not an earlier crop: earlier '
+                                 f'are {list(seen)}')
+            if c.within is not None and seen[c.within].count!=1:
+                raise InputError(f'crop {c.name!r} is cut within {c.within!r}, of which there are '
+                                 f'{seen[c.within].count}: nest in a crop with count 1')
             seen[c.name] = c
     @classmethod
     def from_dict(cls, d): return cls(**d)

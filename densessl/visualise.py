@@ -21,8 +21,11 @@ from torch import Tensor
 from .core import InputError
 
 # %% ../nbs/03_visualise.ipynb #42708011
-PALETTE = dict(teacher='#E69F00', student='#56B4E9', local='#009E73', anchor='#F0E442', positive='#0072B2', negative='#D55E00', other='#CC79A7')
-LABELS = ListedColormap(['#303030', *[PALETTE[o] for o in ('student','teacher','local','other','negative','positive','anchor')], '#999999', '#882255', '#44AA99', '#AA4499'], 'densessl')
+PALETTE = dict(teacher='#E69F00', student='#56B4E9', local='#009E73', anchor='#F0E442', positive='#0072B2',
+               negative='#D55E00', other='#CC79A7')
+_ORDER = 'student', 'teacher', 'local', 'other', 'negative', 'positive', 'anchor'
+LABELS = ListedColormap(['#303030', *(PALETTE[o] for o in _ORDER), '#999999', '#882255', '#44AA99', '#AA4499'],
+                        'densessl')
 
 def colour(
     name:str,  # A role, or a view whose name starts with one ('local_1')
@@ -45,7 +48,8 @@ def _pixels(x):
     x = x.detach().cpu()
     x = x.float()/255 if x.dtype==torch.uint8 else x.float()
     if x.ndim==2: x = x[None]
-    if x.ndim!=3 or x.shape[0] not in (1,3): raise InputError(f'an image must be (3,H,W), (1,H,W) or (H,W), got {tuple(x.shape)}')
+    if x.ndim!=3 or x.shape[0] not in (1,3):
+        raise InputError(f'an image must be (3,H,W), (1,H,W) or (H,W), got {tuple(x.shape)}')
     return x.expand(3,-1,-1).permute(1,2,0).clamp(0,1).numpy()
 
 def _grid(n, cols, size, dpi, axes):
@@ -53,7 +57,8 @@ def _grid(n, cols, size, dpi, axes):
     if axes is None:
         cols = min(cols or 8, n)
         rows = math.ceil(n/cols)
-        fig, axes = plt.subplots(rows, cols, figsize=(size*cols, size*rows), dpi=dpi, squeeze=False, layout='constrained')
+        sizes = dict(figsize=(size*cols, size*rows), dpi=dpi)
+        fig, axes = plt.subplots(rows, cols, squeeze=False, layout='constrained', **sizes)
         plt.close(fig)
         axes = axes.flatten()
     else: axes = [axes] if hasattr(axes, 'imshow') else list(getattr(axes, 'flat', axes))
@@ -94,15 +99,19 @@ def draw_boxes(
     edge = dict(path_effects=[withStroke(linewidth=lw+1.2, foreground='w')])
     for i,(x1,y1,x2,y2) in enumerate((boxes*torch.tensor([hw[1],hw[0]]*2) - .5).tolist()):
         flip, c = x1>x2, colour(name)
-        ax.add_patch(Rectangle((min(x1,x2), y1), abs(x2-x1), y2-y1, fill=False, ec=c, lw=lw, ls='--' if flip else '-', clip_on=False, **edge))
-        ax.annotate('', xytext=((x1+x2)/2-(x2-x1)*.12, y1), xy=((x1+x2)/2+(x2-x1)*.12, y1), arrowprops=dict(arrowstyle='-|>', color=c, lw=lw, mutation_scale=6))
-        if label is not None: ax.text(min(x1,x2), y2, label if isinstance(label, str) else label[i], color=c, fontsize=7, va='bottom', **edge)
+        line = dict(ec=c, lw=lw, ls='--' if flip else '-')
+        ax.add_patch(Rectangle((min(x1,x2), y1), abs(x2-x1), y2-y1, fill=False, clip_on=False, **line, **edge))
+        start, end = (((x1+x2)/2+s*(x2-x1)*.12, y1) for s in (-1, 1))
+        ax.annotate('', xytext=start, xy=end, arrowprops=dict(arrowstyle='-|>', color=c, lw=lw, mutation_scale=6))
+        if label is None: continue
+        text = label if isinstance(label, str) else label[i]
+        ax.text(min(x1,x2), y2, text, color=c, fontsize=7, va='bottom', **edge)
     return ax.figure
 
 # %% ../nbs/03_visualise.ipynb #a88e6daf
 def show_views(
     canvas:Tensor,               # Photographs, (B,3,S,S)
-    views,                       # Mapping: name -> object with `images` (V,B,3,s,s) and `boxes` (V,B,4) in [0,1] of the canvas
+    views,                       # Name -> object with `images` (V,B,3,s,s) and `boxes` (V,B,4) in [0,1] of the canvas
     mean=(0.485,0.456,0.406),    # Normalisation of the views
     std=(0.229,0.224,0.225),
     n:int=2,                     # Photographs to show, one a row
@@ -143,9 +152,11 @@ def show_matches(
     dpi:int=60,        # Dots per inch
     axes=None,         # Axes to draw on
 ):                     # Figure
-    "Two views side by side and lines between the cells that match; crosses have no match, small dots none that is drawn"
+    "Two views and lines between the cells that match; crosses have no match, small dots none that is drawn"
     n1, n2 = grid1[0]*grid1[1], grid2[0]*grid2[1]
-    if tuple(M.shape)!=(n1,n2): raise InputError(f'M must be ({n1},{n2}) for maps of {grid1[0]} x {grid1[1]} and {grid2[0]} x {grid2[1]} cells, got {tuple(M.shape)}')
+    if tuple(M.shape)!=(n1,n2):
+        raise InputError(f'M must be ({n1},{n2}) for maps of {grid1[0]} x {grid1[1]} and {grid2[0]} x {grid2[1]} '
+                         f'cells, got {tuple(M.shape)}')
     M = M.detach().cpu().bool()
     asked = torch.zeros(n1, 1, dtype=torch.bool)
     asked[slice(None) if queries is None else torch.as_tensor(queries)] = True
@@ -190,7 +201,9 @@ def overlay_mask(
         rgba = torch.empty(*m.shape, 4)
         rgba[...,:3], rgba[...,3] = torch.tensor(to_rgb(colour(name))), alpha*(m/m.max().clamp_min(1e-12)).clamp(0,1)
         ax.imshow(rgba.numpy(), extent=extent, interpolation='nearest')
-    else: ax.imshow((m%LABELS.N).numpy(), cmap=LABELS, vmin=0, vmax=LABELS.N-1, alpha=alpha, extent=extent, interpolation='nearest')
+    else:
+        colors = dict(cmap=LABELS, vmin=0, vmax=LABELS.N-1, alpha=alpha)
+        ax.imshow((m%LABELS.N).numpy(), extent=extent, interpolation='nearest', **colors)
     return fig
 
 def show_soft_masks(
@@ -207,7 +220,8 @@ def show_soft_masks(
 ):                      # Figure
     "Where each query looks: its weights over the image, each scaled to its largest, and the query as a dot"
     h, w = grid
-    if weights.ndim!=2 or weights.shape[1]!=h*w: raise InputError(f'weights must be (Q,{h*w}) for a grid of {h} x {w}, got {tuple(weights.shape)}')
+    if weights.ndim!=2 or weights.shape[1]!=h*w:
+        raise InputError(f'weights must be (Q,{h*w}) for a grid of {h} x {w}, got {tuple(weights.shape)}')
     fig, axes = _grid(len(weights), cols, size, dpi, axes)
     for i,(ax,a) in enumerate(zip(axes, weights.detach().float().cpu())):
         overlay_mask(image, a.view(h,w), name, alpha=.85, axes=ax)
@@ -221,8 +235,9 @@ def show_soft_masks(
 def pca_rgb(
     feature_map:Tensor,   # (B,D,H,W), D >= 3
 )->Tensor:                # (B,3,H,W), float32 in [0,1], on the CPU
-    "The first three principal components over all tokens of the batch as red, green and blue, each stretched to `[0,1]`"
-    if feature_map.ndim!=4 or feature_map.shape[1]<3: raise InputError(f'feature_map must be (B,D,H,W) with D of 3 or more, got {tuple(feature_map.shape)}')
+    "The first three principal components of all tokens of the batch as red, green, blue, each stretched to `[0,1]`"
+    if feature_map.ndim!=4 or feature_map.shape[1]<3:
+        raise InputError(f'feature_map must be (B,D,H,W) with D of 3 or more, got {tuple(feature_map.shape)}')
     B,D,H,W = feature_map.shape
     x = feature_map.detach().double().cpu().permute(0,2,3,1).reshape(-1,D)
     x = x - x.mean(0)

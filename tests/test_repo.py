@@ -84,6 +84,15 @@ def test_quarto_files_follow_settings(copy, monkeypatch):
     assert (copy/'nbs/nbdev.yml').read_text() == (NBS/'nbdev.yml').read_text(), 'settings.ini changed: run nbdev_docs or refresh_quarto_yml'
     assert (NBS/'_quarto.yml').read_bytes() == (ROOT/'_quarto.yml').read_bytes()
 
+def test_lines_are_short():
+    "At most 120 columns in what pages export; their one-line summaries and the lists that nbdev makes are not lines of code"
+    long = []
+    for p in [*Path(ROOT/'densessl').rglob('*.py')]:
+        if p.name=='_modidx.py': continue
+        text = p.read_text().split('# %% ../', 1)[-1]          # after the docstring and __all__
+        long += [f'{p.name}: {line[:60]}' for line in text.splitlines() if len(line)>120]
+    assert not long
+
 def test_packages_hold_every_module():
     have = {p.parent.relative_to(ROOT).as_posix().replace('/', '.') for p in PKG.rglob('*.py')}
     assert set(find_packages(str(ROOT), include=['densessl', 'densessl.*'])) == have
