@@ -158,7 +158,8 @@ class ManyProcesses(Callback):
         "Accumulated gradients are exchanged once a step, with its last batch"
         acc = next((cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
         if acc is None or not self.training or _world()<2: return
-        self.learn.model.require_backward_grad_sync = acc.count+find_bs(self.learn.yb)>=acc.n_acc   # as `no_sync` does
+        last = acc.count+find_bs(self.learn.yb)>=acc.n_acc
+        self.learn.model.require_backward_grad_sync = last      # as `no_sync` does
 
     def share(self, dl):
         "The part of this process of a loader; a loader that can say so itself (`for_rank`) is asked"
