@@ -148,7 +148,7 @@ class ManyProcesses(Callback):
                 if isinstance(cb, CollapseMonitor): cb.run = False     # until the end of the fit
 
     def _synchronize(self, accelerator):
-        "Batch norms over all processes; buffers are then the same in all, and need not be sent before each forward pass"
+        "Batch norms over all processes; buffers are then the same in all, and are not sent before each forward pass"
         from accelerate.utils import DistributedDataParallelKwargs
         sync_batchnorm(self.learn.model, accelerator.device.type)
         if accelerator.ddp_handler is None:
