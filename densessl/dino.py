@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .core import InputError, fp32, in_numbers, check_ramp, check_ranges, rebuilt_from_list
+from .core import InputError, fp32, check_ramp, check_ranges, rebuilt_from_list
 from .softmask import mode_spread
 from .modes import mean_over_ranks
 from .views import Augment, CropSpec, Recipe
@@ -220,12 +220,12 @@ class DINOLoss(nn.Module):
 # %% ../nbs/42_dino.ipynb #e04b7791
 def dino_state(
     learn,  # Learner in the middle of a batch, whose `pred` is a `DINOOutput` and whose `loss_func` has `parts`
-)->dict:    # One number for each name that `diagnose_dino` knows
-    "The targets and the features of the current step, in numbers"
+)->dict:    # A number or a scalar for each name that `diagnose_dino` knows
+    "The targets and the features of the current step"
     out, parts = learn.pred, learn.loss_func.parts
     spread, alike = mode_spread(out.tokens), mode_spread(out.tokens.float().mean(1))
-    return in_numbers(dict(K=len(out.centre), information=view_information(parts), alike=alike, spread=spread,
-                           centre=out.centre.norm()) | parts._asdict())
+    return dict(K=len(out.centre), information=view_information(parts), alike=alike, spread=spread,
+                centre=out.centre.norm()) | parts._asdict()
 
 def diagnose_dino(
     m:dict,  # Numbers of one epoch: epoch, K, entropy, perplexity, information, alike, spread

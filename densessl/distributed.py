@@ -12,7 +12,8 @@ import torch, torch.distributed as dist
 from torch import nn
 from fastai.callback.core import Callback
 from fastai.data.load import DataLoader, _FakeLoader
-from fastai.torch_core import num_distrib, rank_distrib
+from fastai.callback.training import GradientAccumulation
+from fastai.torch_core import find_bs, num_distrib, rank_distrib
 
 from .core import InputError
 from .callback.guard import _all, _from_first, _world
@@ -141,12 +142,26 @@ class ManyProcesses(Callback):
         self._check(world)
         device = trainer.accelerator.device
         self.learn.dls.to(device)
-        if trainer.sync_bn: sync_batchnorm(self.learn.model, device.type)
+        if trainer.sync_bn: self._synchronize(trainer.accelerator)
         trainer.sync_bn,trainer._wrap_dl = False,self.share
         if rank:
             torch.manual_seed(torch.randint(2**62, ()).item() + rank)
             for cb in self.learn.cbs:
                 if isinstance(cb, CollapseMonitor): cb.run = False     # until the end of the fit
+
+    def _synchronize(self, accelerator):
+        "Batch norms over all processes; buffers are then the same in all, and are not sent before each forward pass"
+        from accelerate.utils import DistributedDataParallelKwargs
+        sync_batchnorm(self.learn.model, accelerator.device.type)
+        if accelerator.ddp_handler is None:
+            accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)
+
+    def before_batch(self):
+        "Accumulated gradients are exchanged once a step, with its last batch"
+        acc = next((cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
+        if acc is None or not self.training or _world()<2: return
+        last = acc.count+find_bs(self.learn.yb)>=acc.n_acc
+        self.learn.model.require_backward_grad_sync = last      # as `no_sync` does
 
     def share(self, dl):
         "The part of this process of a loader; a loader that can say so itself (`for_rank`) is asked"

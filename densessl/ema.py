@@ -25,6 +25,6 @@ def ema_update(
     if buffers:
         both = list(zip(teacher.buffers(), student.buffers(), strict=True))
         pairs += [(t,s) for t,s in both if t.is_floating_point()]
-        for t,s in both:
-            if not t.is_floating_point(): t.copy_(s)
+        whole = [(t,s) for t,s in both if not t.is_floating_point()]
+        if whole: torch._foreach_copy_(*map(list, zip(*whole)))
     if pairs: torch._foreach_lerp_(*map(list, zip(*pairs)), 1-momentum)

@@ -30,8 +30,8 @@ from .core import InputError
 from .attention import attention_weights, unit
 from .augment import make_views
 from .callback.guard import OutOfMemory, StopIfNotFinite
-from .callback.monitor import (CollapseMonitor, LossPart, diagnose_matches, in_fit, match_state, pack_rows,
-                                       token_rank, unpack_rows)
+from .callback.monitor import (CollapseMonitor, LossPart, diagnose_matches, effective_rank, in_fit, match_state,
+                                       pack_rows, unpack_rows)
 from .callback.progress import show_progress
 from .callback.teacher import TeacherEMA
 from .data import MakeViews, ViewLoader
@@ -558,7 +558,7 @@ def clove_learner(
                     cbs=cbs, bf16=bf16, compile=compile, opt_func=opt_func)
 
 # %% ../nbs/56_learner.ipynb #c94d75a5
-def _dino_numbers(learn): return dino_state(learn) | dict(rank=token_rank(learn.pred.tokens.flatten(0, 1)[:4096]))
+def _dino_numbers(learn): return dino_state(learn) | dict(rank=effective_rank(learn.pred.tokens.flatten(0, 1)[:4096]))
 
 def dino_learner(
     dls,                            # DataLoaders of views, from `image_dls` or `scene_dls` with `dino_recipe(config)`

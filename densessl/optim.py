@@ -132,13 +132,14 @@ class Lars(torch.optim.Optimizer):
         for g in self.param_groups:
             ps = [p for p in g['params'] if p.grad is not None]
             if not ps: continue
-            for p in ps: self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
+            for p in ps:
+                if 'momentum_buffer' not in self.state[p]: self.state[p]['momentum_buffer'] = torch.zeros_like(p)
             d, m = {p: p.grad for p in ps}, [self.state[p]['momentum_buffer'] for p in ps]
             if wide := [p for p in ps if p.ndim>1]:
                 dw = torch._foreach_add([p.grad for p in wide], wide, alpha=g['weight_decay'])
-                norms = zip(torch._foreach_norm(wide), torch._foreach_norm(dw))
-                trust, eps = g['trust_coefficient'], g['eps']
-                torch._foreach_mul_(dw, [torch.where((a>0)&(b>0), trust*a/(b+eps), 1.) for a,b in norms])
+                a, b = (torch.stack(torch._foreach_norm(o)) for o in (wide, dw))   # one number a weight
+                scale = torch.where((a>0)&(b>0), g['trust_coefficient']*a/(b+g['eps']), 1.)
+                torch._foreach_mul_(dw, scale.unbind())
                 d.update(zip(wide, dw))
             torch._foreach_mul_(m, g['momentum'])
             torch._foreach_add_(m, list(d.values()))

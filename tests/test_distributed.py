@@ -1,5 +1,5 @@
 "Several processes train what one process with the joined batch trains; they stop together, and alone they do not hang"
-import importlib.util, os, re, signal, socket, subprocess, sys, time
+import importlib.util, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
 import multiprocessing as mp
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +13,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from densessl.augment import make_views
-from densessl.callback.guard import StopIfNotFinite
+from densessl.callback.checkpoint import SaveRun
+from densessl.callback.guard import StopIfNotFinite, _from_first
 from densessl.clove import CLoVE, CLoVELoss, clove_presets, clove_recipe
 from densessl.core import InputError
 from densessl.data import scene_dls
@@ -205,7 +206,7 @@ def whole_runs(rank, world):
         assert not hasattr(learn.model, 'module') and type(learn.dls.train).__name__=='ViewLoader', 'fastai puts model and data back'
         res[name] = dict(state=state(learn), losses=torch.stack([torch.as_tensor(float(o)) for o in learn.recorder.losses]), seen=torch.stack([s for s,_ in note.seen]),
                          random=torch.stack([r for _,r in note.seen]), monitored=len(learn.collapse_monitor.history), lr=learn.opt.hypers[-1]['lr'], pct=learn.schedules.history[-1]['lr'])
-    if world==2: res['random'] = random_views(bs)
+    if world==2: res['random'], res['exchanges'] = random_views(bs), exchanges(bs)
     # numbers that go wrong in the last process only
     for what,bad in (('loss', NanLoss), ('gradient', NanGradient))[:4-world]:
         learn = make_learner('clove', bs, cbs=[bad(world-1)])
@@ -222,6 +223,33 @@ def whole_runs(rank, world):
     for what,learn in dict(few=make_learner('dino', bs, n=TOTAL-1), unequal=make_learner('dino', bs, n=20+rank), sizes=make_learner('dino', bs+rank)).items():
         with learn.distrib_ctx(cpu=True): res[what] = said(lambda: fit(learn))
     res['alone'] = said(lambda: fit(make_learner('dino', bs)))
+    return res
+
+class Exchanges(Callback):
+    "What each step exchanges beside numbers of the loss, and how the model is wrapped"
+    order,run_valid = 2000,False
+    def before_fit(self):
+        self.plain,self.callers,self.flags,self.synced = dist.all_reduce,[],[],[]
+        def noted(*args, **kwargs):
+            self.callers.append(sys._getframe(1).f_code.co_name)
+            return self.plain(*args, **kwargs)
+        dist.all_reduce = noted
+    def before_batch(self): self.callers.clear()
+    def after_batch(self):
+        self.flags.append(self.callers.count('_ranks_where'))
+        self.synced.append(self.learn.model.require_backward_grad_sync)
+        self.buffers_sent = self.learn.model.broadcast_buffers
+    def after_fit(self): dist.all_reduce = self.plain
+
+def exchanges(bs):
+    "With everything that talks; and with accumulated gradients"
+    folder, res = _from_first(tempfile.mkdtemp), {}
+    for name,cbs in dict(plain=[], accumulated=[GradientAccumulation(2*bs)]).items():
+        learn = make_learner('dino', bs, cbs=[seen := Exchanges(), *cbs])
+        with learn.distrib_ctx(cpu=True): fit(learn, cbs=[] if cbs else SaveRun(f'{folder}/run'))
+        res[name] = dict(state=state(learn), flags=seen.flags, synced=seen.synced, buffers_sent=seen.buffers_sent)
+    dist.barrier()
+    if not dist.get_rank(): shutil.rmtree(folder)
     return res
 
 def random_views(bs):
@@ -248,7 +276,7 @@ def test_run_equals_one_process(results, world, record_property):
             assert_close(g[name]['losses'], torch.stack([torch.as_tensor(float(o)) for o in learn.recorder.losses]), rtol=1e-5, atol=1e-6)
             assert len(g[name]['seen'])==steps and (g[name]['lr'], g[name]['pct'])==(learn.opt.hypers[-1]['lr'], learn.schedules.history[-1]['lr'])
         assert [g[name]['monitored']>0 for g in got]==[True]+[False]*(world-1), 'process 0 watches for all'
-    for key in [k for k,v in got[0].items() if isinstance(v, dict)]:
+    for key in [k for k,v in got[0].items() if isinstance(v, dict) and 'state' in v]:
         for g in got[1:]:
             for k,v in got[0][key]['state'].items():
                 if 'running_' in k: assert_close(g[key]['state'][k], v)       # the same numbers, added in another order
@@ -273,6 +301,16 @@ def test_two_processes_in_detail(results):
         assert text==got[0]['stop gradient']['text'] and 'the gradient is not finite at step 1 of epoch 1 in process 1 of 2, first in the parameter student.encoder' in text, text
         assert [s for s,_ in g['skip gradient']['skipped']]==[1] and g['skip accumulated']['skipped']==1
         for key in ('skip gradient', 'skip accumulated'): assert all(torch.isfinite(v).all() for v in g[key]['state'].values())
+
+def test_exchanges_of_a_step(results):
+    "One for the flags of all callbacks; no buffers; with accumulated gradients these only with the last batch of a step, and the run is that of one process"
+    steps = 20//TOTAL*EPOCHS
+    want = state(fit(make_learner('dino', TOTAL, many=False, cbs=[GradientAccumulation(2*TOTAL)])))
+    for g in [o['runs']['exchanges'] for o in results[2]]:
+        assert g['plain']['flags']==[1]*steps and g['plain']['synced']==[True]*steps
+        assert g['accumulated']['flags']==[1, 2]*(steps//2) and g['accumulated']['synced']==[False, True]*(steps//2)
+        assert not g['plain']['buffers_sent']
+        for k in want: assert_close(g['accumulated']['state'][k], want[k], rtol=1e-7, atol=1e-9, msg=lambda m: f'{k}: {m}')
 
 # ---- a process that dies
 

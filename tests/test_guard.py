@@ -14,6 +14,7 @@ from densessl.data import scene_dls
 from densessl.dino import dino_presets, dino_recipe
 from densessl.flsl import flsl_presets, flsl_recipe
 from densessl.learner import clove_learner, dino_learner, flsl_learner
+from pretend_gpu import pretend_gpu
 
 VIT, CNN = dict(patch_size=8, embed_dim=12, depth=2, num_heads=2), dict(output_stride=8)
 METHODS = dict(
@@ -21,10 +22,10 @@ METHODS = dict(
     clove = (clove_learner, clove_recipe, replace(clove_presets['scenes'], img_size=32, local_size=16, n_local=2, hidden_dim=16, out_dim=8, num_heads=2, k=4), 'test_resnet', CNN),
     dino = (dino_learner, dino_recipe, replace(dino_presets['scenes'], img_size=32, local_size=16, n_local=2, hidden_dim=16, bottleneck_dim=8, n_prototypes=16), 'vit_tiny_patch16_224', VIT))
 
-def make(name, *cbs, skip=0, bf16=False):
+def make(name, *cbs, skip=0, bf16=False, device='cpu'):
     learner, recipe, config, arch, kwargs = METHODS[name]
     torch.manual_seed(0)
-    learn = learner(scene_dls(32, recipe(config), bs=4, seed=1), arch, config, model_kwargs=kwargs, cbs=list(cbs), bf16=bf16)
+    learn = learner(scene_dls(32, recipe(config), bs=4, seed=1, device=device), arch, config, model_kwargs=kwargs, cbs=list(cbs), bf16=bf16)
     for cb in [o for o in learn.cbs if type(o).__name__ in ('StopIfNotFinite', 'OutOfMemory')]: learn.remove_cb(cb)
     return learn.add_cbs([StopIfNotFinite(skip), OutOfMemory()])
 
@@ -69,8 +70,8 @@ class Keep(Callback):
 
 @pytest.mark.parametrize('name', METHODS)
 @pytest.mark.parametrize('what', ['images', 'module', 'gradient'])
-def test_stops_and_names(name, what):
-    learn = make(name, Spoil(what), keep := Keep())
+def test_stops_and_names(name, what, device='cpu'):
+    learn = make(name, Spoil(what), keep := Keep(), device=device)
     with pytest.raises(InputError) as e: fit(learn)
     text, names = str(e.value), [n for n,_ in learn.model.named_parameters()]
     assert 'at step 3 of epoch 1' in text and ('lower the learning rate (now ' in text or what=='images') and '\n' not in text, text
@@ -82,12 +83,21 @@ def test_stops_and_names(name, what):
 
 @pytest.mark.parametrize('name', METHODS)
 @pytest.mark.parametrize('what', ['images', 'module', 'gradient'])
-def test_a_step_left_out_leaves_no_trace(name, what):
+def test_a_step_left_out_leaves_no_trace(name, what, device='cpu'):
     "As if the batch had never been there: weights, statistics, centre, teacher"
-    learn, want = fit(make(name, Spoil(what), skip=1)), state(fit(make(name, Never(what))))
+    learn, want = fit(make(name, Spoil(what), skip=1, device=device)), state(fit(make(name, Never(what), device=device)))
     assert [(o['step'], o['what']) for o in learn.stop_if_not_finite.skipped]==[(3, 'gradient' if what=='gradient' else 'loss')]
     for k,v in state(learn).items(): assert_close(v, want[k], rtol=0, atol=0, msg=lambda m: f'{k}: {m}')
     assert all(math.isfinite(float(o)) for o in learn.recorder.losses)
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='pretends to have a GPU')
+@pytest.mark.parametrize('name', ['clove', 'dino'])
+@pytest.mark.parametrize('what', ['images', 'module', 'gradient'])
+def test_the_same_on_a_gpu(name, what):
+    "There the loss is looked at together with the gradients, after the backward pass"
+    with pretend_gpu():
+        test_stops_and_names(name, what, 'cuda')
+        test_a_step_left_out_leaves_no_trace(name, what, 'cuda')
 
 def test_bf16_is_named():
     with pytest.raises(InputError, match='or train in float32'): fit(make('flsl', Spoil('module'), bf16=True))

@@ -524,6 +524,7 @@ class SaveRun(Callback):
         self.keep, self.resume, self.more = keep, resume, settings or {}
         self.command = command or f'the same fit with SaveRun({str(folder)!r}, resume=True)'
         self.stopped, self.pending, self.handlers, self.held, self.seconds = None, None, {}, False, []
+        self.granted = None    # what processes have agreed on in this step: the guard's exchange takes the wishes along
         self.lock = ExitStack()
 
     def before_fit(self):
@@ -532,6 +533,7 @@ class SaveRun(Callback):
         self.run = not other
         if not self.run: return
         self.stopped, self.pending, self.first, self.began, self.rows = None, None, 0, time.time(), []
+        self.granted = None
         self.mine = run_settings(self.learn) | json.loads(json.dumps(_flat(self.more), default=str))
         try:
             path = _from_first(self._open)
@@ -650,18 +652,26 @@ class SaveRun(Callback):
         try: yield from rest_of_epoch(dl, k, now)
         finally: vars(learn).pop('one_batch', None)
 
+    def wishes(self, step):
+        "At the end of that step, is a checkpoint due, and was this process told to stop?"
+        last, moment = self.last
+        by_steps = self.every is not None and step-last>=self.every
+        by_time = self.minutes is not None and time.monotonic()-moment>=60*self.minutes
+        return by_steps or by_time, self.stopped is not None
+
     def after_batch(self): self._save_or_stop(self.epoch, self.iter+1)
     def after_epoch(self):
         self.rows = [*self.rows, list(self.learn.recorder.log)]
         self._save_or_stop(self.epoch+1, 0, self.epoch+1==self.n_epoch)
 
     def _save_or_stop(self, epoch, batch, must=False):
-        "Save if it is time, stop if told to"
-        step, moment = self.last
-        by_steps = self.every is not None and self.train_iter-step>=self.every
-        by_time = self.minutes is not None and time.monotonic()-moment>=60*self.minutes
-        device = next(self.learn.model.parameters()).device      # the loss is a zero on the CPU before the first batch
-        due, stop = (_ranks_where(o, device) for o in (by_steps or by_time, self.stopped is not None))
+        "Save if it is time, stop if told to; in all processes alike"
+        agreed, self.granted = self.granted, None
+        if not agreed:
+            agreed = self.wishes(self.train_iter)
+            device = next(self.learn.model.parameters()).device  # the loss is a zero on the CPU before the first batch
+            if _world()>1: agreed = _ranks_where(agreed, device)
+        due, stop = agreed
         if due or stop or must: self._save(epoch, batch)
         if stop: self._stop()
 

@@ -71,13 +71,12 @@ def first_bad_gradient(
 def _world(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 def _rank(): return dist.get_rank() if _world()>1 else 0
 
-def _ranks_where(flag, device):
-    "The processes in which `flag` is true, the same list in all of them"
-    if _world()==1: return [0] if flag else []
-    flags = torch.zeros(_world(), device=device)
-    flags[_rank()] = flag
-    dist.all_reduce(flags)
-    return flags.nonzero().flatten().tolist()
+def _ranks_where(flags, device):
+    "For each flag the processes in which it is true, the same lists in all of them: one exchange, one copy to the host"
+    table = torch.zeros(len(flags), _world(), device=device)
+    for row,flag in zip(table, flags): row[_rank()] = flag
+    if _world()>1: dist.all_reduce(table)
+    return [[r for r,up in enumerate(row) if up] for row in table.tolist()]
 
 def _all(o):
     "What each process has, in a list"
@@ -112,32 +111,48 @@ class StopIfNotFinite(Callback):
         if not isinstance(skip, int) or skip<0:
             raise InputError(f'skip must be a whole number of steps, 0 or more, got {skip}')
         self.skip,self.skipped,self.row,self.kept,self.cast = skip,[],0,[],nullcontext()
+        self.one_look = False
 
     def state_dict(self): return dict(skipped=list(self.skipped), row=self.row)
     def load_state_dict(self, state): self.skipped,self.row = list(state['skipped']),state['row']
 
+    def before_fit(self):
+        "Where looking means waiting, the loss is looked at together with the gradients"
+        apart = any(isinstance(cb, (GradientAccumulation, MixedPrecision)) for cb in self.learn.cbs)
+        self.one_look = not apart and (_world()>1 or self._device()=='cuda')
+
+    def _device(self): return torch.device(getattr(self.dls, 'device', None) or 'cpu').type
+
     def before_batch(self):
         "Note the precision, and the buffers if they may have to go back"
-        device = torch.device(getattr(self.dls, 'device', None) or 'cpu').type
+        device = self._device()
         half = torch.is_autocast_enabled(device)
         self.cast = torch.autocast(device, dtype=torch.get_autocast_dtype(device)) if half else nullcontext()
         if self.skip: self.kept = [(b, b.clone()) for b in get_model(self.learn.model).buffers()]
 
     def after_loss(self):
         "Look at the loss"
-        ranks = _ranks_where(~torch.isfinite(self.learn.loss.detach()).all(), self.learn.loss.device)
-        if not ranks: return
-        if hasattr(self.learn, 'lr_finder'): raise CancelFitException()
-        self._act('loss', ranks, self._loss_text, CancelBatchException)
+        self.bad_loss = ~torch.isfinite(self.learn.loss.detach()).all()
+        if not self.one_look: self._look(CancelBatchException, loss=self.bad_loss)
 
     def before_step(self):
         "Look at the gradients"
-        ranks = _ranks_where(~finite_gradients([p for g in self.opt.param_lists for p in g]), self.learn.loss.device)
-        if ranks and hasattr(self.learn, 'lr_finder'): raise CancelFitException()
-        if ranks: self._act('gradient', ranks, self._gradient_text, CancelStepException)
+        gradient = ~finite_gradients([p for g in self.opt.param_lists for p in g])
+        loss = dict(loss=self.bad_loss) if self.one_look else {}
+        self._look(CancelStepException, **loss, gradient=gradient)
         self.row = 0
 
-    def _act(self, what, ranks, text, cancel):
+    def _look(self, cancel, **flags):
+        "Act on the first of the flags that is up in some process; what else processes have to agree on travels along"
+        saving = next((cb for cb in self.learn.cbs if hasattr(type(cb), 'wishes') and cb.run and _world()>1), None)
+        wishes = saving.wishes(self.train_iter+1) if saving else ()
+        found = _ranks_where([*flags.values(), *wishes], self.learn.loss.device)
+        if saving: saving.granted = found[len(flags):]
+        for what,ranks in zip(flags, found):
+            if ranks and hasattr(self.learn, 'lr_finder'): raise CancelFitException()
+            if ranks: self._act(what, ranks, cancel)
+
+    def _act(self, what, ranks, cancel):
         "Leave the step out, or say why not"
         self.row += 1
         if self.row<=self.skip:
@@ -149,7 +164,8 @@ class StopIfNotFinite(Callback):
         where = f'step {self.train_iter} of epoch {self.epoch+1}'
         if _world()>1: where += f' in process {", ".join(map(str, ranks))} of {_world()}'
         again = f'; {self.skip} steps before it were left out' if self.skip else ''
-        raise InputError(_all(text(where))[ranks[0]] + again)
+        text = self._loss_text(where) if what=='loss' else self._gradient_text(where)
+        raise InputError(_all(text)[ranks[0]] + again)
 
     def _terms(self):
         "The terms of the loss that are not finite"

@@ -25,16 +25,19 @@ from ..softmask import effective_tokens, mode_spread
 def effective_rank(
     z:Tensor,  # Tokens, (..., D)
 )->Tensor:     # As `token_rank`, a scalar on the device
-    "Exponential of the entropy of the tokens' variance over directions, without waiting for it"
+    "Exponential of the entropy of the tokens' variance over directions"
     z = z.flatten(0, -2)
-    var = torch.linalg.svdvals(z - z.mean(0))**2
+    d = (z - z.mean(0)).double()
+    products = d.mT@d if len(d)>d.shape[1] else d@d.mT     # the smaller one; both have the variances as eigenvalues
+    finite = products.isfinite().all()
+    var = torch.linalg.eigvalsh(torch.where(finite, products, 0.)).clamp_min(0.)
     equal = var.sum() <= 1e-10*z.pow(2).sum().clamp_min(1.)
-    p = var/var.sum()
-    return torch.where(equal, 0., torch.special.entr(p).sum().exp())
+    rank = torch.where(equal, 0., torch.special.entr(var/var.sum()).sum().exp())
+    return torch.where(finite, rank, math.nan).to(z.dtype)
 
 def token_rank(
     z:Tensor,  # Tokens, (..., D)
-)->float:      # Between 1 and min(D, number of tokens - 1); 0 if all tokens are equal
+)->float:      # Between 1 and min(D, number of tokens - 1); 0 if all tokens are equal, NaN if one is not finite
     "Effective rank of the tokens"
     return effective_rank(z).item()
 
@@ -80,19 +83,23 @@ def diagnose_prototypes(
     return said
 
 # %% ../../nbs/53_callback.monitor.ipynb #9a429487
+def _spread(x, most=4096):
+    "At most that many rows, evenly spread"
+    return x[::math.ceil(len(x)/most)]
+
 def prototype_state(
-    learn,  # Learner in the middle of a batch, with `pred` and `loss_func.parts`
-)->dict:    # One number for each name that `diagnose_prototypes` knows, and the parts of the loss
-    "The dense tokens and the prototypes of the current step, in numbers"
+    learn,  # Learner in the middle of a batch, with `FLSLOutput` in `pred`, and `loss_func.parts`
+)->dict:    # A number or a scalar for each name that `diagnose_prototypes` knows, and the parts of the loss
+    "The dense tokens and the prototypes of the current step"
     out, f = learn.pred, learn.loss_func
     B = learn.xb[0]['teacher'].images.shape[1]
     with torch.no_grad():
-        modes = out.mode.detach().float().unflatten(0, (B, -1))
-        logits = out.student_logits.detach()
-        return in_numbers(dict(K=logits.shape[-1], **f.parts._asdict())
-            | prototype_shares(logits, f.temp_s)
-            | dict(target_entropy=prototype_shares(out.teacher_logits, f.temp_t)['entropy'],
-                   rank=effective_rank(out.z.detach()[:4096]), spread=mode_spread(modes)))
+        some = out._replace(u=_spread(out.u), u_pos=_spread(out.u_pos))
+        use = prototype_shares(some.student_logits, f.temp_s)
+        target_entropy = prototype_shares(some.teacher_logits, f.temp_t)['entropy']
+        spread = mode_spread(out.mode.float().unflatten(0, (B, -1)))
+        return dict(K=len(out.mu), **f.parts._asdict(), **use, target_entropy=target_entropy,
+                    rank=effective_rank(out.z[:4096]), spread=spread)
 
 # %% ../../nbs/53_callback.monitor.ipynb #c9f5314e
 def diagnose_matches(
@@ -119,7 +126,8 @@ def diagnose_matches(
 def _contrast(C, F, M):
     "As `match_contrast`, a scalar on the device"
     S = C@F.mT
-    return S[M].mean()-S[~M].mean()
+    def mean(M): return (S*M).sum()/M.sum()     # `S[M]` would wait for the device
+    return mean(M)-mean(~M)
 
 def match_contrast(
     C:Tensor,  # Contextualised embeddings, (..., N, D), unit norm
@@ -131,12 +139,11 @@ def match_contrast(
 
 def match_state(
     learn,  # Learner in the middle of a batch, whose `pred` is a list of `MatchedViews`
-)->dict:    # The parts of the loss, and contrast and effective ranks of the first pair of global views
-    "The matches and the dense embeddings of the current step, in numbers"
+)->dict:    # Scalars: the parts of the loss, contrast and effective ranks of the first pair of global views
+    "The matches and the dense embeddings of the current step"
     C, F, M = (t.detach()[0] for t in learn.pred[0])
-    return in_numbers(learn.loss_func.parts._asdict() | dict(
-        contrast=_contrast(C, F, M),
-        rank=effective_rank(F.flatten(0, 1)[:4096]), context_rank=effective_rank(C.flatten(0, 1)[:4096])))
+    rank, context_rank = (effective_rank(o.flatten(0, 1)[:4096]) for o in (F, C))
+    return dict(**learn.loss_func.parts._asdict(), contrast=_contrast(C, F, M), rank=rank, context_rank=context_rank)
 
 # %% ../../nbs/53_callback.monitor.ipynb #22ae7456
 def _column(values):
@@ -172,7 +179,7 @@ class CollapseMonitor(Callback):
     "Records the state of the dense tokens every `every` steps and warns in words at the end of an epoch"
     order,run_valid = 65,False   # after the teacher's update, so that it only looks; validation has no views
     def __init__(self,
-        measure=prototype_state,       # Function of the learner: numbers
+        measure=prototype_state,       # Function of the learner: numbers, or scalars that may lie on the device
         diagnose=diagnose_prototypes,  # Function of their means over an epoch: sentences
         every=10,                      # Steps between two looks
     ): self.measure,self.diagnose,self.every,self.history,self._said,self.whole = measure,diagnose,every,[],set(),False
@@ -191,10 +198,9 @@ class CollapseMonitor(Callback):
         due = (self.train_iter-1)%self.every==0 or self.iter+1==self.n_iter
         whole, self.whole = self.whole, False
         if not due or not whole: return
-        loss = self.learn.loss.item()
-        if not math.isfinite(loss): return
-        place = dict(step=self.train_iter, epoch=self.epoch+1, progress=float(self.pct_train), loss=loss)
-        self.history.append(place | self.measure(self.learn))
+        place = dict(step=self.train_iter, epoch=self.epoch+1, progress=float(self.pct_train))
+        row = in_numbers(place | dict(loss=self.learn.loss) | self.measure(self.learn))     # the one copy of a look
+        if math.isfinite(row['loss']): self.history.append(row)
 
     def _rows(self):
         "The rows of this epoch of this fit, the newest first: an earlier fit had an epoch of the same number"
