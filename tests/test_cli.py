@@ -167,7 +167,7 @@ def test_a_folder_of_photographs(home, method, monkeypatch):
                                                 'picture.png', 'similarity.png', 'curves.png', 'report.html'}
     for f in out.iterdir(): assert f.name in r.stdout
     assert '24 photographs, 3 steps an epoch in batches of 8, 1 epoch: 3 steps' in r.stdout
-    assert all(words in r.stdout for words in ('2 more kept apart', 'on cpu in float32', 'short: ', 'few photographs: ', f'writing to run_{method}'))
+    assert all(words in r.stdout for words in ('2 more kept apart', 'on cpu in float32', 'short: ', *['inverse temperatures 2 and 4, ']*(method=='flsl'), 'few photographs: ', f'writing to run_{method}'))
     assert f"load_backbone('run_{method}/backbone.safetensors')" in r.stdout
     made = next(l for l in r.stdout.splitlines() if l.strip().startswith('timm.create_model'))
     monkeypatch.chdir(home)
@@ -385,8 +385,8 @@ def test_the_start_is_handed_to_the_learner(home, monkeypatch):
         got.update(kwargs)
         raise InterruptedError
     monkeypatch.setitem(cli.methods, 'flsl', cli.methods['flsl']._replace(learner=learner))
-    with pytest.raises(InterruptedError): cli.pretrain(str(home/'photos'), img_size=32, arch='vit_tiny_patch16_224', model_kwargs='patch_size=8', init='weights.pth', workers=0, out=home/'never')
-    assert got['init']=='weights.pth' and got['bf16'] is False and not (home/'never').exists()
+    with pytest.raises(InterruptedError): cli.pretrain(str(home/'photos'), img_size=32, arch='vit_tiny_patch16_224', model_kwargs='patch_size=8', init='weights.pth', workers=0, compile=True, out=home/'never')
+    assert got['init']=='weights.pth' and got['bf16'] is False and got['compile'] is True and not (home/'never').exists()
 
 
 def test_a_small_folder_gets_a_small_batch_and_more_epochs(home):
