@@ -459,6 +459,22 @@ def test_the_step_that_is_tried_is_a_whole_one(monkeypatch):
     assert '8 hours' in cli._expected(job, learn) and 'for the rest: about 4 hours' in cli._expected(job, learn, 200)
 
 
+def test_a_short_run_keeps_the_teacher_sharp(home, monkeypatch, capsys):
+    "On photographs, unless the settings say otherwise: a temperature that rises before anything is learned makes all targets uniform"
+    from densessl import cli
+    class Begun(Exception): pass
+    def stop(*args): raise Begun
+    monkeypatch.setattr(cli, '_expected', stop)
+    small = dict(img_size=32, arch='vit_tiny_patch16_224', model_kwargs='patch_size=8,embed_dim=24,depth=1,num_heads=3', workers=0, epochs=3)
+    def said(**args):
+        with pytest.raises(Begun): cli.pretrain(str(home/'photos'), out=home/'never', **small|args)
+        return next((l for l in capsys.readouterr().out.splitlines() if 'teacher temperature' in l), None)
+    assert said()==said(method='dino')=='teacher temperature 0.04 to 0.04'
+    assert said(settings='temp_t=[0.03,0.06]')=='teacher temperature 0.03 to 0.06'
+    assert said(preset='official').endswith('0.04 to 0.07')
+    assert said(method='clove', arch='test_resnet', model_kwargs='output_stride=8', settings='n_local=0') is None
+
+
 def test_the_cost_on_a_card_is_said_for_photographs(home, monkeypatch, capsys):
     "One line, once the step was tried; none on drawn scenes, for a network that cannot be counted, or on a card that is not known"
     from densessl import cli

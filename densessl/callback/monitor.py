@@ -63,13 +63,17 @@ def prototype_use(
 
 # %% ../../nbs/53_callback.monitor.ipynb #32885a01
 def diagnose_prototypes(
-    m:dict,  # Numbers of one epoch: inter, entropy, perplexity, rank, spread (mean cosine of the modes of one view), K
+    m:dict,  # Numbers of one epoch: inter, entropy, target_entropy, perplexity, rank, spread (mean cosine of modes), K
 )->list:     # Sentences; empty if all is well
     "Says in words what the monitored numbers mean, and which setting to turn"
     K, said = m['K'], []
     if m['inter']>.99*math.log(K) and m['entropy']>.95*math.log(K):
         said.append(f"The cross-entropy is {m['inter']:.2f}, which is ln K = {math.log(K):.2f}: "
                     'no query prefers any prototype. Train longer, lower temp_t or lower gamma.')
+    elif m['target_entropy']>math.log(K)-.5:
+        said.append(f"The teacher's targets are nearly uniform (entropy {m['target_entropy']:.2f}, "
+                    f'ln {K} = {math.log(K):.2f}): they tell no prototype from another. '
+                    'Hold temp_t at its first value, as temp_t=(0.04,0.04), or lower it.')
     if m['perplexity']<max(1.5, .05*K):
         said.append(f"Only {m['perplexity']:.1f} of {K} prototypes hold almost all queries: "
                     'raise gamma, lower upsilon or use fewer prototypes.')
