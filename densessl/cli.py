@@ -562,8 +562,8 @@ def resumed(
 # %% ../nbs/70_cli.ipynb #8fb1d596
 def pretrain(folder=None, method=None, preset=None, arch=None, model_kwargs=None, settings=None, img_size=None, bs=None,
              epochs=None, lr=None, seed=0, workers=None, bf16=None, compile=False, labelled=None, baseline=None,
-             score_every=None, save_minutes=10., resume=False, out=None, overwrite=False, n_scenes=1024, init=None, pretrained=False,
-             device=None, max_bad=.1, labelled_as='', shell=False):
+             score_every=None, save_minutes=10., resume=False, out=None, overwrite=False, n_scenes=1024, init=None,
+             pretrained=False, device=None, max_bad=.1, labelled_as='', shell=False):
     "The main job from Python, with the arguments of `densessl_pretrain`: the run folder, the scores and the learner"
     args = dict(locals())
     if resume: args = resumed(args, {k: p.default for k,p in inspect.signature(pretrain).parameters.items()})

@@ -276,21 +276,17 @@ def _window(x, hw, at):
     short = min(hw)
     return x, (short, LONGEST*short) if w>h else (LONGEST*short, short)
 
-def _load(path, size, at):
-    "Canvas, (height, width) of what it shows, and whether that is the whole photograph"
-    photo, hw = read_photo(path, size)
-    x, shown = _window(photo, hw, at)
-    x = torch.from_numpy(np.array(x)).permute(2,0,1)[None]
-    if x.shape[-2:]!=(size,size): x = F.interpolate(x, size=(size,size), mode='bicubic', antialias=True)
-    return x[0].contiguous(), shown, shown==hw
-
 def load_canvas(
     path,         # Image file, or an open binary file
     size:int,     # Side of the canvas
     at:float=.5,  # Where along a panorama its window lies, from 0 to 1
 )->tuple:         # Canvas, uint8 (3, size, size), and (height, width) of what it shows: a photograph or a window
     "Read a photograph as it is meant to be seen and resize it to a square"
-    return _load(path, size, at)[:2]
+    photo, hw = read_photo(path, size)
+    x, hw = _window(photo, hw, at)
+    x = torch.from_numpy(np.array(x)).permute(2,0,1)[None]
+    if x.shape[-2:]!=(size,size): x = F.interpolate(x, size=(size,size), mode='bicubic', antialias=True)
+    return x[0].contiguous(), hw
 
 # %% ../nbs/22_data.ipynb #478f05f1
 _MAP_WORDS = MASK_NAMES | frozenset('''instance instances heatmap heatmaps superpixels segs segm segmap panoptic trimap
@@ -579,14 +575,14 @@ class CanvasDataset:
         "Canvas, (height, width), and a note: '' if file `i` could be read"
         return self.read(i)[:3]
     def read(self, i:int):
-        "An item, and whether every epoch has the same: no window of a panorama, nothing in place of another file"
+        "An item, and whether every epoch has the same: no panorama or as long as one, nothing in place of another file"
         note, n = '', min(self.tries, len(self))
         for j in range(n):
             k = (i+j*self.step)%len(self)
             path = self.paths[k]
-            try: x, hw, whole = _load(path, self.size, _window_at(self.epoch, k))
+            try: x, hw = load_canvas(path, self.size, _window_at(self.epoch, k))
             except Exception as e: note = note or _bad_note(path, _reason(e))
-            else: return x, torch.tensor(hw), note, whole and not note
+            else: return x, torch.tensor(hw), note, not note and max(hw)<LONGEST*min(hw)
         name, why, _ = note.split('\0')
         message = f'none of the {n} images can be read, the first is {_printable(name)!r} ({why}): check the files'
         note = _bad_note('', message)

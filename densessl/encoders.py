@@ -84,6 +84,10 @@ def _meta_run(net, size, in_chans):
     return tuple(out.shape), [k for k,g in zip(names, grads) if g is None]
 
 # %% ../nbs/30_encoders.ipynb #d0f470df
+def _in_rows(embed, images, tokens):
+    "Patches as a convolution leaves them are transposed; stored one after the other"
+    return tokens.contiguous() if isinstance(tokens, Tensor) else None
+
 class DenseEncoder(nn.Module):
     "A timm network as a dense encoder: tokens, feature map and grid for any image size that its stride divides"
     def __init__(self,
@@ -105,7 +109,8 @@ class DenseEncoder(nn.Module):
                              'choose a ViT or a CNN')
         first = shape[1]==self.embed_dim and getattr(net, 'output_fmt', 'NCHW')!='NHWC'
         self.layout = 'tokens' if len(shape)==3 else 'maps' if first else 'NHWC'
-        if not _multiplies(net): net.to(memory_format=torch.channels_last)
+        if self.layout=='maps' and not _multiplies(net): net.to(memory_format=torch.channels_last)
+        if self.layout=='tokens' and hasattr(net, 'patch_embed'): net.patch_embed.register_forward_hook(_in_rows)
         n = dict(tokens=shape[1]-self.n_prefix, maps=math.prod(shape[-2:]), NHWC=math.prod(shape[1:3]))[self.layout]
         if self.layout=='tokens' and n<2:
             raise InputError(f'{arch} gives a single feature for an image of {h}x{w}, not one for each patch: '

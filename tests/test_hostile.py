@@ -286,7 +286,7 @@ def test_names(photos):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_files_that_vanish(photos, workers):
     "Gone between two epochs: replaced and listed; all gone: the run ends with a sentence"
-    dls = image_dls(photos, RECIPE, bs=4, num_workers=workers, seed=0, device='cpu')
+    dls = image_dls(photos, RECIPE, bs=4, num_workers=workers, seed=0, device='cpu', cache=False)
     assert len(list(dls.train)) == 3 and dls.bad_files == []
     for i in (3, 7): (photos/f'good{i:02}.jpg').unlink()
     assert len(list(dls.train)) == 3
@@ -294,6 +294,15 @@ def test_files_that_vanish(photos, workers):
     for f in photos.iterdir(): f.unlink()
     with at_most(60), pytest.raises(InputError, match='none of the 12 images can be read, the first is .*no such file'): list(dls.train)
     assert no_children()
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_files_that_vanish_once_they_are_kept(photos, workers):
+    "Nothing is missed: their canvases are there"
+    dls = image_dls(photos, RECIPE, bs=4, num_workers=workers, seed=0, device='cpu')
+    assert len(list(dls.train)) == 3
+    for f in photos.iterdir(): f.unlink()
+    assert len(list(dls.train)) == 3 and dls.bad_files == []
 
 
 def no_children():
