@@ -1,6 +1,6 @@
 "A run that is killed and goes on is the run that was never killed, to the last bit"
 import csv, errno, gc, json, multiprocessing as mp, os, pty, random, resource, shutil, signal, subprocess, sys, threading, time, warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -625,7 +625,11 @@ class Process:
 
     def kill(self, signum, epoch, run):
         "Send a signal when so many epochs have been saved"
-        def saved(): return max((read_header(p)['epoch'] for p in run_checkpoints(run/'checkpoints')), default=-1)
+        def saved():
+            epochs = [-1]
+            for path in run_checkpoints(run/'checkpoints'):
+                with suppress(FileNotFoundError): epochs.append(read_header(path)['epoch'])   # the run removes old ones
+            return max(epochs)
         while self.p.poll() is None and saved()<epoch: time.sleep(.02)
         self.p.send_signal(signum)
         return self.end()
