@@ -199,6 +199,26 @@ def test_kill_9(method, workers, photos, tmp_path):
     assert not list((tmp_path/'run').glob('*.part'))
 
 
+def test_workers_do_not_keep_the_folder(tmp_path):
+    "A run that was killed may be resumed at once: its workers, which live on for seconds, hold no lock"
+    read, write = os.pipe()
+    run = os.fork()
+    if not run:
+        with checkpoint.one_process(tmp_path):
+            worker = os.fork()
+            if worker: os.write(write, str(worker).encode())
+            time.sleep(60)
+        os._exit(0)
+    worker = int(os.read(read, 20))
+    try:
+        with pytest.raises(InputError, match='another process'):
+            with checkpoint.one_process(tmp_path, patience=0): pass
+        os.kill(run, signal.SIGKILL)
+        os.waitpid(run, 0)
+        with checkpoint.one_process(tmp_path, patience=0): pass
+    finally: os.kill(worker, signal.SIGKILL)
+
+
 def newest_step(folder): return next((p.name for p in run_checkpoints(folder)), None)
 
 

@@ -175,6 +175,15 @@ def writable_folder(
 try: import fcntl
 except ImportError: fcntl = None   # Windows
 
+_locks = set()   # open folders that this process has locked
+
+def _forget_locks():
+    "A lock lives until its last copy is closed: what is forked from this process, as workers are, keeps none"
+    for handle in _locks: os.close(handle)
+    _locks.clear()
+
+if fcntl: os.register_at_fork(after_in_child=_forget_locks)
+
 def _lock(handle):
     "Lock an open folder; False if another process has it"
     try: fcntl.flock(handle, fcntl.LOCK_EX|fcntl.LOCK_NB)
@@ -185,13 +194,14 @@ def _lock(handle):
 @contextmanager
 def one_process(
     folder,        # Of a run
-    patience=10.,  # Seconds to wait: workers of a process that was killed live on for a few
+    patience=10.,  # Seconds to wait: a process that was stopped takes a few to end
 ):
     "Only one process at a time inside, or an error; however a process ends, it is no longer inside"
     if fcntl is None:
         yield
         return
     handle, until = os.open(folder, os.O_RDONLY), time.monotonic()+patience
+    _locks.add(handle)
     try:
         while not _lock(handle):
             if time.monotonic()>until:
@@ -199,7 +209,10 @@ def one_process(
                                  'wait until it has ended, or choose another folder')
             time.sleep(.1)
         yield
-    finally: os.close(handle)
+    finally:
+        if handle in _locks:   # not in a forked process
+            _locks.discard(handle)
+            os.close(handle)
 
 # %% ../../nbs/57_callback.checkpoint.ipynb #c0d5ae68
 def _inner(dl): return vars(dl).get('dl', dl)    # a loader may be wrapped for many processes
