@@ -252,7 +252,7 @@ def test_signal_to_the_whole_group(slow, photos, tmp_path):
     "A cluster tells all processes of a job, workers too, even those that are about to start: the state is saved, the exit code says why, and nobody is left"
     def unprepared(*args):
         real = checkpoint._shielded
-        def late(wif): time.sleep(slow); real(wif)
+        def late(wif, parent): time.sleep(slow); real(wif, parent)
         checkpoint._shielded = late
         train(*args)
     p = in_child(unprepared, 'flsl', photos, tmp_path/'run', 2, (), False, 10**6)

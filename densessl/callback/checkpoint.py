@@ -439,18 +439,26 @@ def _to_hear():
     named = (getattr(signal, name, None) for name in ('SIGTERM', 'SIGINT', 'SIGHUP'))    # Windows has no SIGHUP
     return [s for s in named if s is not None and signal.getsignal(s)!=signal.SIG_IGN]
 
+def _lives(pid):
+    "Is there a process with this number?"
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    return True
+
 def _await_term(parent):
-    "End this process when its parent, and no other, says so"
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid!=parent: pass
+    "End this process when its parent, and no other, says so, or is gone"
+    while _lives(parent):
+        said = signal.sigtimedwait({signal.SIGTERM}, 2)
+        if said and said.si_pid==parent: break
     os._exit(0)
 
-def _shielded(wif):
+def _shielded(wif, parent):
     "A worker's start: signals to the whole group of processes are for the parent to answer"
     for s in ('SIGINT', 'SIGHUP'):
         if hasattr(signal, s): signal.signal(getattr(signal, s), signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):
+    if hasattr(signal, 'sigtimedwait'):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_await_term, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_await_term, args=(parent,), daemon=True).start()
     wif()
 
 def _inside_fit(frame):
@@ -556,7 +564,7 @@ class SaveRun(Callback):
             self.lock.close()
             raise
         self.learn._with_events = self._events
-        for dl in self.dls.loaders: dl.wif = partial(_shielded, dl.wif)
+        for dl in self.dls.loaders: dl.wif = partial(_shielded, dl.wif, os.getpid())
         if threading.current_thread() is threading.main_thread():
             self.pid = os.getpid()
             self.handlers = {s: signal.signal(s, self._on_signal) for s in _to_hear()}
