@@ -11,12 +11,12 @@ import argparse, statistics, time
 import torch, torch.nn.functional as F
 
 from common import machine, median_times, peak, rss
-from densessl.augment import make_views
-from densessl.clove import CLoVE, CLoVEConfig, CLoVELoss, MatchedViews, clove_recipe
-from densessl.encoders import dense_encoder
-from densessl.margin import view_pairs
-from densessl.matching import match_cells
-from densessl.optim import Lars, split_decay
+from densessl.data.augment import make_views
+from densessl.methods.clove import CLoVE, CLoVEConfig, CLoVELoss, MatchedViews, clove_recipe
+from densessl.methods.encoders import dense_encoder
+from densessl.theory.margin import view_pairs
+from densessl.theory.matching import match_cells
+from densessl.training.optim import Lars, split_decay
 
 CONFIG = CLoVEConfig()
 
@@ -150,7 +150,7 @@ def count_calls(f):
 
 def time_folder(folder, workers, repeats, bs=16):
     "Images a second of the loader: median over the batches after the first one"
-    from densessl.data import image_dls
+    from densessl.data.images import image_dls
     torch.set_num_threads(1)
     dls, times = image_dls(folder, clove_recipe(CONFIG), bs=bs, num_workers=workers), []
     while len(times)<repeats:

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from common import machine
-from densessl.data import find_images, image_dls, load_canvas, read_photo
-from densessl.flsl import FLSLConfig, flsl_recipe
-from densessl.shards import read_shard, shard_dls, shard_list, write_shards
+from densessl.data.images import find_images, image_dls, load_canvas, read_photo
+from densessl.methods.flsl import FLSLConfig, flsl_recipe
+from densessl.data.shards import read_shard, shard_dls, shard_list, write_shards
 
 RECIPE = flsl_recipe(FLSLConfig())
 

@@ -12,10 +12,10 @@ import argparse, statistics, time
 import torch, torch.nn.functional as F
 
 from common import machine, peak, rss
-from densessl.encoders import dense_encoder
-from densessl.evaluation import _by_neighbours, _ious, neighbour_labels, patch_bank
-from densessl.labelled import labelled_data
-from densessl.video import davis_sequences, propagate_labels, propagate_video, video_scores
+from densessl.methods.encoders import dense_encoder
+from densessl.evaluation.scores import _by_neighbours, _ious, neighbour_labels, patch_bank
+from densessl.data.labelled import labelled_data
+from densessl.evaluation.video import davis_sequences, propagate_labels, propagate_video, video_scores
 
 QUERIES, DIM, CLASSES, GRID = 2048, 384, 150, 196
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'

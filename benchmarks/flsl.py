@@ -10,13 +10,13 @@ import argparse, statistics, time
 import torch, torch.nn.functional as F
 
 from common import machine, median_times, peak, rss
-from densessl.attention import query_index, query_mask
-from densessl.augment import make_views
-from densessl.encoders import dense_encoder
-from densessl.flsl import FLSL, FLSLConfig, FLSLLoss, flsl_recipe
-from densessl.heads import PrototypeHead
-from densessl.modes import prototype_objective
-from densessl.optim import clip_per_parameter_, split_decay
+from densessl.theory.attention import query_index, query_mask
+from densessl.data.augment import make_views
+from densessl.methods.encoders import dense_encoder
+from densessl.methods.flsl import FLSL, FLSLConfig, FLSLLoss, flsl_recipe
+from densessl.methods.heads import PrototypeHead
+from densessl.theory.modes import prototype_objective
+from densessl.training.optim import clip_per_parameter_, split_decay
 
 CONFIG = FLSLConfig(n_prototypes=4096)
 
@@ -152,7 +152,7 @@ def main():
             mem = {k: peak(['loss', n, K, k]) for k in med}
             print(f'{n} queries, K {K}: ours {med["ours"]:.3f} s, plain {med["plain"]:.3f} s, {med["plain"]/med["ours"]:.2f}x; extra memory {mem["ours"]:.0f} against {mem["plain"]:.0f} MiB, {mem["ours"]/mem["plain"]:.2f}x')
     else:
-        from densessl.data import image_dls
+        from densessl.data.images import image_dls
         torch.set_num_threads(1)
         dls = image_dls(a.args[0], flsl_recipe(CONFIG), bs=32, num_workers=0)
         rates, it = [], iter(dls.train)

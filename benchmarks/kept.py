@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from common import machine
-from densessl.data import MakeViews, image_dls
-from densessl.flsl import FLSLConfig, flsl_recipe
-from densessl.synthetic import draw_scenes
+from densessl.data.images import MakeViews, image_dls
+from densessl.methods.flsl import FLSLConfig, flsl_recipe
+from densessl.ground.synthetic import draw_scenes
 
 class Canvases(MakeViews):
     "Batches of canvases, without views"

@@ -16,21 +16,21 @@ from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 from sklearn.datasets import load_sample_image
 
-from densessl.attention import attention_weights, unit
-from densessl.augment import make_views
-from densessl.callback.score import kept_photographs
+from densessl.theory.attention import attention_weights, unit
+from densessl.data.augment import make_views
+from densessl.training.score import kept_photographs
 from densessl.cli import change_settings, parse_kwargs
-from densessl.data import image_dls
-from densessl.evaluation import carry_centres, dense_scores
-from densessl.figures import show_ass, show_probing, tsne_layers
-from densessl.flsl import FLSLConfig, flsl_recipe
-from densessl.gauges import label_free_gauges
-from densessl.labelled import labelled_data, segmentation_folder
-from densessl.learner import methods
-from densessl.matching import cell_centres
-from densessl.transfer import export_backbone, load_backbone
-from densessl.video import davis_score
-from densessl.views import Augment
+from densessl.data.images import image_dls
+from densessl.evaluation.scores import carry_centres, dense_scores
+from densessl.evaluation.figures import show_ass, show_probing, tsne_layers
+from densessl.methods.flsl import FLSLConfig, flsl_recipe
+from densessl.evaluation.gauges import label_free_gauges
+from densessl.data.labelled import labelled_data, segmentation_folder
+from densessl.training.learner import methods
+from densessl.theory.matching import cell_centres
+from densessl.methods.export import export_backbone, load_backbone
+from densessl.evaluation.video import davis_score
+from densessl.data.views import Augment
 
 COMMON = dict(img_size=64, local_size=32, n_local=2, hidden_dim=512, bottleneck_dim=128, pos_scale=.25, lr=8e-3, drop_path_rate=0., momentum=(.99,1.), temp_t=(.04,.04), wd=(.04,.04), freeze_epochs=0)
 SMALL = dict(flsl=COMMON | dict(beta_sa=10., beta_ca=20., n_prototypes=512), dino=COMMON | dict(n_prototypes=1024))   # changes to the paper's settings

@@ -45,24 +45,24 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.data.core import DataLoaders
 
-from densessl.augment import make_views
-from densessl.callback.checkpoint import SaveRun, run_checkpoints
-from densessl.callback.score import training_views
+from densessl.data.augment import make_views
+from densessl.training.resume import SaveRun, run_checkpoints
+from densessl.training.score import training_views
 from densessl.cli import change_settings, parse_kwargs
-from densessl.clove import CLoVE, CLoVELoss
-from densessl.data import BadFiles, MakeViews, ViewLoader, find_images, image_dls, load_canvas, scene_dls
-from densessl.dino import DINO, DINOLoss
-from densessl.encoders import dense_encoder
-from densessl.evaluation import SegmentationData, correspondence_score, dense_scores
-from densessl.flsl import FLSL, FLSLLoss
-from densessl.labelled import labelled_data
-from densessl.learner import compile_blocks, methods
-from densessl.optim import adamw, clip_per_parameter_, lars, split_decay
-from densessl.synthetic import CLASSES, draw_scenes
-from densessl.transfer import export_backbone
-from densessl.verdict import gather_statistics, has_batch_norm
-from densessl.video import davis_score
-from densessl.weights import open_backbone
+from densessl.methods.clove import CLoVE, CLoVELoss
+from densessl.data.images import BadFiles, MakeViews, ViewLoader, find_images, image_dls, load_canvas, scene_dls
+from densessl.methods.dino import DINO, DINOLoss
+from densessl.methods.encoders import dense_encoder
+from densessl.evaluation.scores import SegmentationData, correspondence_score, dense_scores
+from densessl.methods.flsl import FLSL, FLSLLoss
+from densessl.data.labelled import labelled_data
+from densessl.training.learner import compile_blocks, methods
+from densessl.training.optim import adamw, clip_per_parameter_, lars, split_decay
+from densessl.ground.synthetic import CLASSES, draw_scenes
+from densessl.methods.export import export_backbone
+from densessl.evaluation.verdict import gather_statistics, has_batch_norm
+from densessl.evaluation.video import davis_score
+from densessl.methods.weights import open_backbone
 
 LIMITS = dict(right=60, fast=90, learns=450)                        # seconds
 PRECISIONS = dict(fp32=.99999, tf32=.999, bf16=.97, fp16=.98)       # cosine with the gradient of the CPU, at least

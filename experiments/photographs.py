@@ -12,13 +12,13 @@ import fastai, timm, torch
 from fastai.torch_core import set_seed
 
 from densessl import __version__
-from densessl.callback.score import training_views
+from densessl.training.score import training_views
 from densessl.cli import change_settings, parse_kwargs
-from densessl.data import image_dls
-from densessl.evaluation import correspondence_score, dense_scores, scores_table, segmentation_folder
-from densessl.learner import dense_picture, methods, similarity_picture
-from densessl.transfer import export_backbone
-from densessl.verdict import gather_statistics, has_batch_norm
+from densessl.data.images import image_dls
+from densessl.evaluation.scores import correspondence_score, dense_scores, scores_table, segmentation_folder
+from densessl.training.learner import dense_picture, methods, similarity_picture
+from densessl.methods.export import export_backbone
+from densessl.evaluation.verdict import gather_statistics, has_batch_norm
 
 P = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 P.add_argument('method', choices=methods); P.add_argument('photos'); P.add_argument('--camvid'); P.add_argument('--coco'); P.add_argument('--out', default='result.json')

@@ -12,14 +12,14 @@ import torch, torch.nn.functional as F
 from fastai.torch_core import set_seed
 
 from densessl import __version__
-from densessl.callback.score import training_views
+from densessl.training.score import training_views
 from densessl.cli import change_settings, parse_kwargs, scene_data
-from densessl.clove import CLoVELoss
-from densessl.encoders import dense_encoder
-from densessl.evaluation import dense_scores, patch_labels
-from densessl.learner import methods
-from densessl.synthetic import CLASSES, draw_scenes
-from densessl.verdict import gather_statistics
+from densessl.methods.clove import CLoVELoss
+from densessl.methods.encoders import dense_encoder
+from densessl.evaluation.scores import dense_scores, patch_labels
+from densessl.training.learner import methods
+from densessl.ground.synthetic import CLASSES, draw_scenes
+from densessl.evaluation.verdict import gather_statistics
 
 P = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 P.add_argument('method', choices=methods); P.add_argument('--out', required=True); P.add_argument('--only', nargs='*')

@@ -29,8 +29,8 @@ def slope(steps, values):
     return sum((s-ms)*(v-mv) for s,v in zip(steps, values))/sum((s-ms)**2 for s in steps)
 
 def learner(method, workers):
-    from densessl.data import scene_dls
-    from densessl.learner import methods
+    from densessl.data.images import scene_dls
+    from densessl.training.learner import methods
     m = methods[method]
     config = replace(m.presets['scenes'], img_size=32, local_size=16, n_local=1 if method!='clove' else 0, hidden_dim=32)
     kwargs = dict(output_stride=8, stem_width=8, channels=[8, 8, 8, 16]) if method=='clove' else dict(patch_size=8, embed_dim=24, depth=1, num_heads=2)

@@ -17,9 +17,9 @@ import numpy as np, torch
 from fastai.callback.training import GradientAccumulation
 from PIL import Image
 
-from densessl.callback.checkpoint import SaveRun, read_checkpoint, read_header, run_checkpoints
-from densessl.data import image_dls, scene_dls
-from densessl.learner import methods
+from densessl.training.resume import SaveRun, read_checkpoint, read_header, run_checkpoints
+from densessl.data.images import image_dls, scene_dls
+from densessl.training.learner import methods
 
 VIT = 'vit_tiny_patch16_224', dict(patch_size=8, embed_dim=24, depth=2, num_heads=3)
 EPOCHS, SIGNALS = 4, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -128,7 +128,7 @@ class PretendGPU(TorchDispatchMode):
     def count(self, kind):
         "One more, under the nearest function of the library or of fastai"
         f = sys._getframe(1)
-        while f is not None and Path(f.f_code.co_filename).parent.name not in ('densessl', 'callback', 'fastai'): f = f.f_back
+        while f is not None and not {'densessl', 'fastai'} & {*Path(f.f_code.co_filename).parts[-3:-1]}: f = f.f_back
         name = f'{Path(f.f_code.co_filename).stem}.{f.f_code.co_name}' if f else 'elsewhere'
         getattr(self, kind)[name] += 1
 

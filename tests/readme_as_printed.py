@@ -15,7 +15,7 @@ def draw_folders():
     "photos/ with 16 photographs, labelled/ with 8 and their masks, in the usual layout"
     import numpy as np
     from PIL import Image
-    from densessl.synthetic import CLASSES, draw_scenes
+    from densessl.ground.synthetic import CLASSES, draw_scenes
     x, masks = draw_scenes(24, 64, seed=0, natural=True)
     x = x.permute(0, 2, 3, 1).numpy()
     for d in ('photos', *(f'labelled/{k}/{p}' for k in ('images', 'masks') for p in ('train', 'val'))): Path(d).mkdir(parents=True)

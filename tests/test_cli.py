@@ -14,15 +14,15 @@ import timm
 import torch
 from PIL import Image
 
-from densessl.core import InputError
-from densessl.transfer import load_backbone
+from densessl.ground.core import InputError
+from densessl.methods.export import load_backbone
 
 # what the console script of an installed package does
-SCRIPT = 'import sys\nfrom densessl.commands import densessl_pretrain\nsys.exit(densessl_pretrain())\n'
+SCRIPT = 'import sys\nfrom densessl.ground.commands import densessl_pretrain\nsys.exit(densessl_pretrain())\n'
 
 # the same for many command lines, as most of the time goes into imports
 MANY = '''import contextlib, io, json, sys, traceback
-from densessl import commands
+from densessl.ground import commands
 res = []
 for name, *args in json.load(sys.stdin):
     sys.argv, code = [name, *args], 0
@@ -190,7 +190,7 @@ def test_a_folder_of_photographs(home, method, monkeypatch):
 
 
 STOPPED = """import os, signal
-from densessl.callback.teacher import TeacherEMA
+from densessl.training.teacher import TeacherEMA
 from densessl.cli import densessl_pretrain
 update = TeacherEMA.after_step
 def after_step(self):
@@ -230,7 +230,7 @@ def test_two_processes_stopped_and_resumed(home):
 
 COMMANDS = 'densessl_pretrain densessl_evaluate densessl_show densessl_shard'.split()
 LIGHT = """import sys
-from densessl import commands
+from densessl.ground import commands
 f = getattr(commands, sys.argv.pop(1))
 try: f()
 finally: print('heavy:', *{'torch', 'fastai', 'timm', 'numpy'} & sys.modules.keys())
@@ -264,7 +264,7 @@ def test_a_mistake_is_answered_at_once(tmp_path, args, words):
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_every_option_has_both_spellings(command):
-    from densessl import commands
+    from densessl.ground import commands
     from fastcore.script import anno_parser
     func = getattr(commands, command).__wrapped__
     names = [k for k,p in inspect.signature(func).parameters.items() if p.default is not inspect.Parameter.empty and k!='folder']
@@ -279,11 +279,11 @@ def test_every_option_has_both_spellings(command):
 
 
 def test_commands_and_functions_have_the_same_defaults():
-    from densessl import commands
+    from densessl.ground import commands
     from densessl.cli import pretrain
-    from densessl.figures import show_backbone
-    from densessl.report import evaluate
-    from densessl.shards import write_shards
+    from densessl.evaluation.figures import show_backbone
+    from densessl.evaluation.report import evaluate
+    from densessl.data.shards import write_shards
     for command,f in zip(COMMANDS, (pretrain, evaluate, show_backbone, write_shards)):
         own, theirs = ({k: p.default for k,p in inspect.signature(g).parameters.items()} for g in (getattr(commands, command).__wrapped__, f))
         assert own=={k: theirs[k] for k in own}, command
@@ -292,8 +292,8 @@ def test_commands_and_functions_have_the_same_defaults():
 # ---- while a command works
 
 def test_other_commands_refuse_in_a_sentence(home):
-    from densessl.encoders import dense_encoder
-    from densessl.transfer import export_backbone
+    from densessl.methods.encoders import dense_encoder
+    from densessl.methods.export import export_backbone
     (home/'taken.json').write_text('my notes')
     export_backbone(dense_encoder('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3), home/'tiny.safetensors')
     cases = {                                # command line -> words of its one line
@@ -327,7 +327,8 @@ def test_other_commands_refuse_in_a_sentence(home):
     (ZeroDivisionError(), None),                 # a fault of ours keeps its traceback
 ])
 def test_errors_while_it_works(error, code, monkeypatch, capsys):
-    from densessl import cli, commands
+    from densessl import cli
+    from densessl.ground import commands
     def pretrain(**args): raise error
     monkeypatch.setattr(cli, 'pretrain', pretrain)
     monkeypatch.setattr(sys, 'argv', ['densessl_pretrain'])
@@ -339,7 +340,8 @@ def test_errors_while_it_works(error, code, monkeypatch, capsys):
 def test_output_that_cannot_be_printed(tmp_path):
     "A character that the terminal does not know is escaped, and a reader that has gone ends a command without a word"
     r = run(tmp_path, """import os, sys
-from densessl import cli, commands
+from densessl import cli
+from densessl.ground import commands
 sys.stdout = open(1, 'w', encoding='ascii')
 def pretrain(**args):
     print('21.8 \u00b1 1.4', flush=True)
@@ -402,7 +404,7 @@ def test_a_small_folder_gets_a_small_batch_and_more_epochs(home):
 def test_the_step_that_is_tried_changes_nothing(method):
     "Weights, statistics, order of the photographs and random states after an epoch are those of a run without it"
     from densessl import cli
-    from densessl.data import scene_dls
+    from densessl.data.images import scene_dls
     torch.set_num_threads(1)
     m = cli.methods[method]
     config = cli.change_settings(m.presets['scenes'], dict(img_size=32, local_size=16))
@@ -428,7 +430,7 @@ def test_a_step_that_does_not_fit_is_told_before_the_run(home, monkeypatch):
 def test_the_step_that_is_tried_is_a_whole_one(monkeypatch):
     "Optimizer and teacher are in it; on a CPU, processes that read take their share of the cores; validation is counted"
     from densessl import cli
-    from densessl.data import scene_dls
+    from densessl.data.images import scene_dls
     m = cli.methods['flsl']
     config = cli.change_settings(m.presets['scenes'], dict(img_size=32, local_size=16))
     learn = m.learner(scene_dls(16, m.recipe(config), bs=4, seed=0), m.scene_arch, config, model_kwargs=cli.parse_kwargs(m.scene_kwargs))
@@ -523,8 +525,8 @@ def test_weights_bring_their_network(home, tmp_path):
     job = decided(home, init=str(tmp_path/'dino.pth'))
     assert (job.method, job.arch)==('flsl', 'vit_tiny_patch16_224') and any('the network of' in n for n in job.notes)
     assert decided(home, init=str(tmp_path/'dino.pth'), arch='vit_small_patch16_224').arch=='vit_small_patch16_224'
-    from densessl.encoders import dense_encoder
-    from densessl.transfer import export_backbone
+    from densessl.methods.encoders import dense_encoder
+    from densessl.methods.export import export_backbone
     export_backbone(dense_encoder('test_resnet', img_size=32, output_stride=8, channels=(16,16,16,24)), tmp_path/'cnn.safetensors')
     job = decided(home, init=str(tmp_path/'cnn.safetensors'))
     assert (job.method, job.arch, job.kwargs['output_stride'], tuple(job.kwargs['channels']))==('clove', 'test_resnet', 8, (16,16,16,24))
@@ -533,6 +535,6 @@ def test_weights_bring_their_network(home, tmp_path):
 
 
 def test_files_of_two_runs_have_two_names():
-    from densessl.report import _told_by_folder
+    from densessl.evaluation.report import _told_by_folder
     assert _told_by_folder(['a/backbone.safetensors', 'resnet50', 'tiny.safetensors'], ['backbone', 'resnet50', 'tiny'])==['a/backbone', 'resnet50', 'tiny']
     assert _told_by_folder(['b/backbone.safetensors'], ['backbone'])==['b/backbone']

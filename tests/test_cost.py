@@ -9,10 +9,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from densessl import cost as page
-from densessl.core import InputError
+from densessl.ground.core import InputError
 from densessl.cost import CARDS, FITTED, IN_LEARNER, MEASURED, CountOperators, Operator, cost, count_step, hours, roofline
-from densessl.encoders import dense_encoder
-from densessl.learner import methods
+from densessl.methods.encoders import dense_encoder
+from densessl.training.learner import methods
 
 TINY = dict(patch_size=8, embed_dim=24, depth=1, num_heads=3)
 TINY_CNN = dict(output_stride=8, stem_width=8, channels=[16, 32, 32, 32])

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from densessl.core import InputError
-from densessl.data import CanvasDataset, find_images, image_dls, load_canvas, read_photo, scene_dls
-from densessl.synthetic import draw_scenes
-from densessl.views import CropSpec, Recipe
+from densessl.ground.core import InputError
+from densessl.data.images import CanvasDataset, find_images, image_dls, load_canvas, read_photo, scene_dls
+from densessl.ground.synthetic import draw_scenes
+from densessl.data.views import CropSpec, Recipe
 
 S = 32
 RECIPE = Recipe((CropSpec('teacher', 32, (.8, 1.)), CropSpec('local', 16, (.05, .4), within='teacher', count=2)))
@@ -296,7 +296,7 @@ def test_suffixes_that_pillow_reads(tmp_path, name, fmt):
 
 def test_a_reader_of_heic_is_used_if_it_is_there(monkeypatch):
     import sys, types
-    from densessl import data
+    from densessl.data import images as data
     called = []
     monkeypatch.setitem(sys.modules, 'pillow_heif', types.SimpleNamespace(register_heif_opener=lambda: called.append(1)))
     assert '.heic' in data._formats_here()['HEIF'] and called
@@ -429,7 +429,7 @@ def test_each_epoch_shows_other_windows_of_panoramas(panoramas):
 
 
 def test_resumed_epochs_show_the_same_windows(panoramas):
-    from densessl.callback.checkpoint import rest_of_epoch
+    from densessl.training.resume import rest_of_epoch
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         a, b = (image_dls(panoramas, RECIPE, bs=2, num_workers=0, seed=1, device='cpu').train for _ in range(2))
@@ -481,7 +481,7 @@ def test_thermal_images_keep_their_contrast(tmp_path, kind):
 
 def test_pillow_keeps_its_limit_when_threads_read(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
-    from densessl.masks import read_mask
+    from densessl.data.masks import read_mask
     for i in range(8): RGB.convert('L').save(tmp_path/f'{i}.png')
     before, files = Image.MAX_IMAGE_PIXELS, sorted(tmp_path.glob('*.png'))*40
     with ThreadPoolExecutor(16) as pool: list(pool.map(lambda p: (read_photo(p), read_mask(p)), files))

@@ -7,10 +7,10 @@ from dataclasses import replace
 from timm.loss import SoftTargetCrossEntropy
 from torch.testing import assert_close
 
-from densessl.augment import make_views
-from densessl.dino import DINO, DINOLoss, centre_update, dino_loss, dino_presets, dino_recipe
-from densessl.encoders import dense_encoder
-from densessl.synthetic import draw_scenes
+from densessl.data.augment import make_views
+from densessl.methods.dino import DINO, DINOLoss, centre_update, dino_loss, dino_presets, dino_recipe
+from densessl.methods.encoders import dense_encoder
+from densessl.ground.synthetic import draw_scenes
 
 tiny = replace(dino_presets['scenes'], img_size=32, local_size=16, n_local=2, hidden_dim=32, bottleneck_dim=16, n_prototypes=32)
 

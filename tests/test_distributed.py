@@ -12,20 +12,20 @@ from fastai.callback.training import GradientAccumulation
 from torch import nn
 from torch.testing import assert_close
 
-from densessl.augment import make_views
-from densessl.callback.checkpoint import SaveRun
-from densessl.callback.guard import StopIfNotFinite, _from_first
-from densessl.clove import CLoVE, CLoVELoss, clove_presets, clove_recipe
-from densessl.core import InputError
-from densessl.data import scene_dls
-from densessl.dino import DINO, DINOLoss, dino_presets, dino_recipe
-from densessl.distributed import ManyProcesses, sync_batchnorm
-from densessl.encoders import dense_encoder
-from densessl.flsl import FLSL, FLSLLoss, flsl_presets, flsl_recipe
-from densessl.learner import clove_learner, dino_learner, flsl_learner
-from densessl.optim import adamw
-from densessl.synthetic import draw_scenes
-from densessl.views import View
+from densessl.data.augment import make_views
+from densessl.training.resume import SaveRun
+from densessl.training.guard import StopIfNotFinite, _from_first
+from densessl.methods.clove import CLoVE, CLoVELoss, clove_presets, clove_recipe
+from densessl.ground.core import InputError
+from densessl.data.images import scene_dls
+from densessl.methods.dino import DINO, DINOLoss, dino_presets, dino_recipe
+from densessl.training.distributed import ManyProcesses, sync_batchnorm
+from densessl.methods.encoders import dense_encoder
+from densessl.methods.flsl import FLSL, FLSLLoss, flsl_presets, flsl_recipe
+from densessl.training.learner import clove_learner, dino_learner, flsl_learner
+from densessl.training.optim import adamw
+from densessl.ground.synthetic import draw_scenes
+from densessl.data.views import View
 
 pytestmark = [pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason='needs gloo'),
               pytest.mark.skipif(importlib.util.find_spec('accelerate') is None, reason='needs accelerate')]
@@ -54,7 +54,7 @@ def free_port():
 def start(work, world, out, *args):
     "Processes that run `work(rank, world, *args)`; the modules are imported once for all"
     ctx = mp.get_context('forkserver')
-    ctx.set_forkserver_preload(['densessl.learner', 'densessl.distributed', 'fastai.distributed'])
+    ctx.set_forkserver_preload(['densessl.training.learner', 'densessl.training.distributed', 'fastai.distributed'])
     port = free_port()
     ps = [ctx.Process(target=child, args=(r, world, port, str(out), work, args), daemon=True) for r in range(world)]
     for p in ps: p.start()
@@ -344,10 +344,10 @@ def test_silent_process_is_noticed(tmp_path, record_property):
 SCRIPT = """
 import hashlib, os, signal, sys, time, torch
 import torch.distributed as dist
-from densessl.data import scene_dls
-from densessl.distributed import ManyProcesses, share_batch
-from densessl.flsl import flsl_presets, flsl_recipe
-from densessl.learner import flsl_learner
+from densessl.data.images import scene_dls
+from densessl.training.distributed import ManyProcesses, share_batch
+from densessl.methods.flsl import flsl_presets, flsl_recipe
+from densessl.training.learner import flsl_learner
 from dataclasses import replace
 from fastai.callback.core import Callback
 from fastai.torch_core import rank_distrib

@@ -36,7 +36,7 @@ def test_docs_are_processed_up_to_quarto(project):
     assert not mixed, 'imports share a cell with other code, which the docs would run without the lessons before it:\n' + '\n\n'.join(mixed)
     assert pages(project/'_proc') == pages(project/'nbs')
     # the result is a page of documentation: signatures of what it exports in place of the source
-    assert 'mean_shift(' in (done := (project/'_proc/10_attention.ipynb').read_text()) and '#| export' not in done
+    assert 'mean_shift(' in (done := (project/'_proc/20_theory.attention.ipynb').read_text()) and '#| export' not in done
 
 def test_a_page_that_mixes_imports_and_lessons_is_caught(project):
     (project/'nbs').mkdir()

@@ -10,10 +10,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.testing import assert_close
 
-from densessl.core import InputError
-from densessl.evaluation import *
-from densessl.evaluation import _count, _ious
-from densessl.synthetic import CLASSES, draw_scenes
+from densessl.ground.core import InputError
+from densessl.evaluation.scores import *
+from densessl.evaluation.scores import _count, _ious
+from densessl.ground.synthetic import CLASSES, draw_scenes
 
 def scenes(n, seed, size=32): return SegmentationData(*draw_scenes(n, size, seed=seed), 7, name='scenes', classes=CLASSES)
 def pixels(x): return F.pixel_unshuffle(x, 4)
@@ -194,7 +194,7 @@ def test_progress_is_shown_where_it_is_wanted(capsys, monkeypatch):
     assert probe(batch_size=8, progress=True)==plain[0]
     out = capsys.readouterr().out
     assert '[3/3' in out and '[2/2' in out and 'scenes' in out
-    monkeypatch.setattr('densessl.evaluation.IN_NOTEBOOK', True)
+    monkeypatch.setattr('densessl.evaluation.scores.IN_NOTEBOOK', True)
     for n,shown in ((9, False), (10, True)):
         extract(pixels, TEST[:n], 1)
         assert ('scenes' in capsys.readouterr().out)==shown
@@ -235,9 +235,9 @@ def test_scores_are_plain_json(tmp_path):
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     "A tiny backbone and a folder of eight photographs"
-    from densessl.encoders import dense_encoder
-    from densessl.synthetic import draw_scenes
-    from densessl.transfer import export_backbone
+    from densessl.methods.encoders import dense_encoder
+    from densessl.ground.synthetic import draw_scenes
+    from densessl.methods.export import export_backbone
     d = tmp_path_factory.mktemp('evaluate')
     torch.manual_seed(0)
     export_backbone(dense_encoder('vit_tiny_patch16_224', img_size=64, patch_size=8, embed_dim=24, depth=1, num_heads=2), d/'b.safetensors')
@@ -247,8 +247,8 @@ def place(tmp_path_factory):
 
 
 def test_the_home_folder_in_every_path_of_evaluate(place, monkeypatch):
-    from densessl.evaluation import read_scores
-    from densessl.report import evaluate
+    from densessl.evaluation.scores import read_scores
+    from densessl.evaluation.report import evaluate
     monkeypatch.setenv('HOME', str(place))
     scores, _ = evaluate('~/b.safetensors', '~/photos', starts=1, out='~/home.json')
     assert (place/'home.json').is_file() and (place/'home.png').is_file() and not (place/'~').exists()
@@ -257,7 +257,7 @@ def test_the_home_folder_in_every_path_of_evaluate(place, monkeypatch):
 
 def test_the_picture_of_scores_replaces_no_other_file(place):
     "Refused before the work; with the scores beside it the picture is drawn again"
-    from densessl.report import evaluate
+    from densessl.evaluation.report import evaluate
     (place/'mine.png').write_bytes(b'mine')
     with pytest.raises(InputError, match="mine.png' would be replaced"): evaluate(place/'b.safetensors', place/'photos', starts=1, out=place/'mine.json')
     with pytest.raises(InputError, match='is the name of a picture'): evaluate(place/'b.safetensors', place/'photos', starts=1, out=place/'mine.png')
@@ -267,7 +267,7 @@ def test_the_picture_of_scores_replaces_no_other_file(place):
 
 
 def test_a_folder_without_enough_photographs_is_one_short_sentence(place, tmp_path):
-    from densessl.report import evaluate
+    from densessl.evaluation.report import evaluate
     with pytest.raises(InputError, match='is empty') as e: evaluate(place/'b.safetensors', tmp_path, starts=1)
     (tmp_path/'0.png').write_bytes((place/'photos'/'0.png').read_bytes())
     with pytest.raises(InputError, match='at least 2 photographs that can be read, got 1') as f: evaluate(place/'b.safetensors', tmp_path, starts=1)
@@ -275,6 +275,6 @@ def test_a_folder_without_enough_photographs_is_one_short_sentence(place, tmp_pa
 
 
 def test_a_backbone_is_scored_once(place):
-    from densessl.report import evaluate
+    from densessl.evaluation.report import evaluate
     with pytest.raises(InputError, match="b.safetensors', which is scored already"): evaluate(place/'b.safetensors', place/'photos', others=str(place/'b.safetensors'), starts=1)
     with pytest.raises(InputError, match="names 'resnet18', which is scored already"): evaluate(place/'b.safetensors', place/'photos', others='resnet18,resnet18', starts=1)

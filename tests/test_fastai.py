@@ -27,9 +27,9 @@ from torch.amp import GradScaler
 from torch.testing import assert_close
 
 import densessl.all as D
-from densessl.callback.progress import show_progress
-from densessl.core import InputError
-from densessl.learner import AutocastBF16, autocast_depth
+from densessl.training.progress import show_progress
+from densessl.ground.core import InputError
+from densessl.training.learner import AutocastBF16, autocast_depth
 
 matplotlib.use('Agg')
 METHODS = 'flsl', 'clove', 'dino'

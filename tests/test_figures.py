@@ -4,14 +4,14 @@ import os, subprocess, sys
 import pytest, torch
 from PIL import Image
 
-from densessl import figures
-from densessl.attention import unit
-from densessl.core import InputError
-from densessl.encoders import dense_encoder
-from densessl.figures import attention_maps, layer_tokens, mode_segments, show_ass, show_backbone, show_probing, tsne_layers
-from densessl.softmask import suggest_beta
-from densessl.synthetic import CLASSES, draw_scenes
-from densessl.transfer import export_backbone
+from densessl.evaluation import figures
+from densessl.theory.attention import unit
+from densessl.ground.core import InputError
+from densessl.methods.encoders import dense_encoder
+from densessl.evaluation.figures import attention_maps, layer_tokens, mode_segments, show_ass, show_backbone, show_probing, tsne_layers
+from densessl.theory.softmask import suggest_beta
+from densessl.ground.synthetic import CLASSES, draw_scenes
+from densessl.methods.export import export_backbone
 
 photos, masks = draw_scenes(3, 64, seed=5)
 
@@ -60,7 +60,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(home, kw, says, monkeypatc
     assert set(os.listdir(home))==before
 
 def test_as_a_process(home):
-    (home/'show.py').write_text('from densessl.figures import densessl_show\ndensessl_show()\n')
+    (home/'show.py').write_text('from densessl.evaluation.figures import densessl_show\ndensessl_show()\n')
     run = lambda *a: subprocess.run([sys.executable, 'show.py', *a], cwd=home, capture_output=True, text=True)
     r = run('a.safetensors', 'photo0.png', 'photo1.png', '--other', 'b.safetensors', '--picture', 'retrieval', '--out', 'process.html')
     assert r.returncode==0 and 'written to process.html' in r.stdout, r.stderr

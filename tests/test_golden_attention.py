@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from densessl.attention import attention_weights, mean_shift, query_index, query_mask
+from densessl.theory.attention import attention_weights, mean_shift, query_index, query_mask
 
 GOLDEN = Path(__file__).parent/'golden'/'flsl'
 TOL = dict(rtol=1e-9, atol=1e-11)
@@ -121,7 +121,7 @@ def test_mask_frequencies(name):
 
 
 def test_the_mathematics_imports_torch_only():
-    code = ('import sys, torch; before = set(sys.modules); import densessl.attention, densessl.softmask; '
+    code = ('import sys, torch; before = set(sys.modules); import densessl.theory.attention, densessl.theory.softmask; '
             'new = {m.split(".")[0] for m in set(sys.modules) - before}; print(*sorted(new - set(sys.stdlib_module_names)))')
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert set(out.split()) <= {'densessl', 'torch'}

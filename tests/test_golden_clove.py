@@ -8,10 +8,10 @@ from safetensors import safe_open
 from torch import nn
 from torch.testing import assert_close
 
-from densessl.clove import CLoVE, CLoVELoss, clove_presets
-from densessl.optim import lars, split_decay
-from densessl.schedules import cosine, warmup_cosine
-from densessl.views import View
+from densessl.methods.clove import CLoVE, CLoVELoss, clove_presets
+from densessl.training.optim import lars, split_decay
+from densessl.training.schedules import cosine, warmup_cosine
+from densessl.data.views import View
 
 golden = Path(__file__).parent/'golden'/'clove'
 

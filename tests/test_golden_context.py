@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from densessl.context import NMHSA
-from densessl.heads import ConvProjector
+from densessl.theory.context import NMHSA
+from densessl.methods.heads import ConvProjector
 
 GOLDEN = Path(__file__).parent/'golden'/'clove'
 TOL = dict(rtol=1e-9, atol=1e-11)

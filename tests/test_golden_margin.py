@@ -7,8 +7,8 @@ from safetensors import safe_open
 from torch.autograd import grad
 from torch.testing import assert_close
 
-from densessl.margin import clove_objective, margin_ranking_loss, view_pairs
-from densessl.matching import match_cells
+from densessl.theory.margin import clove_objective, margin_ranking_loss, view_pairs
+from densessl.theory.matching import match_cells
 
 golden = Path(__file__).parent/'golden'/'clove'
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from densessl.matching import cell_centres, cell_diagonal, cell_distances, match_cells, matched_share
-from densessl.views import flip_boxes
+from densessl.theory.matching import cell_centres, cell_diagonal, cell_distances, match_cells, matched_share
+from densessl.data.views import flip_boxes
 
 GOLDEN = Path(__file__).parent/'golden'/'clove'
 PAIRS = ['disjoint_7x7', 'flip_q_7x7', 'identical_7x7', 'identical_flip_k', 'inner', 'local_3x3_to_7x7', 'local_float32', 'overlap_7x7', 'small_margin']

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from torch.autograd import grad
 from torch.testing import assert_close
 
-from densessl.modes import flsl_objective, mode_loss, prototype_loss, volume_kl
+from densessl.theory.modes import flsl_objective, mode_loss, prototype_loss, volume_kl
 
 golden = Path(__file__).parent/'golden'/'flsl'
 

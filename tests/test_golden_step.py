@@ -18,15 +18,15 @@ from safetensors import safe_open
 from torch import nn
 from torch.testing import assert_close
 
-import densessl.flsl
-from densessl.attention import mean_shift, query_index, query_mask
-from densessl.augment import make_views
-from densessl.callback.teacher import TeacherEMA
-from densessl.encoders import dense_encoder, sincos_positions
-from densessl.flsl import FLSL, FLSLConfig, FLSLLoss, flsl_presets, flsl_recipe
-from densessl.heads import PrototypeHead
-from densessl.modes import flsl_objective
-from densessl.optim import ClipGrad, FreezeLastLayer, adamw, clip_per_parameter_, split_decay
+import densessl.methods.flsl
+from densessl.theory.attention import mean_shift, query_index, query_mask
+from densessl.data.augment import make_views
+from densessl.training.teacher import TeacherEMA
+from densessl.methods.encoders import dense_encoder, sincos_positions
+from densessl.methods.flsl import FLSL, FLSLConfig, FLSLLoss, flsl_presets, flsl_recipe
+from densessl.methods.heads import PrototypeHead
+from densessl.theory.modes import flsl_objective
+from densessl.training.optim import ClipGrad, FreezeLastLayer, adamw, clip_per_parameter_, split_decay
 
 GOLDEN = Path(__file__).parent/'golden'/'flsl'
 TOL, GRAD = dict(rtol=1e-9, atol=1e-11), dict(rtol=1e-9, atol=1e-10)
@@ -71,7 +71,7 @@ def stored_masks(t, monkeypatch):
     def mask(H, W, window, n=1, random=True, **kwargs):
         asked.append((H, W, window, n, random))
         return [t['mask.1'], torch.cat([t['mask.2'], t['mask.3']])][(len(asked)-1)%2]
-    monkeypatch.setattr(densessl.flsl, 'query_mask', mask)
+    monkeypatch.setattr(densessl.methods.flsl, 'query_mask', mask)
     return asked
 
 
@@ -214,7 +214,7 @@ def test_official_preset(monkeypatch):
     model = FLSL(enc, c).train()
     masks = []
     def noted(*args, **kwargs): masks.append(query_mask(*args, **kwargs)); return masks[-1]
-    monkeypatch.setattr(densessl.flsl, 'query_mask', noted)
+    monkeypatch.setattr(densessl.methods.flsl, 'query_mask', noted)
     canvas = torch.randint(256, (2, 3, 256, 256), dtype=torch.uint8)
     v = make_views(flsl_recipe(c), canvas, torch.tensor([[256, 256]]*2))
     first, again = model(v), model(v)

@@ -24,15 +24,15 @@ import torch.distributed as dist
 from fastai.callback.core import Callback
 from torch.testing import assert_close
 
-from densessl.augment import _blur_matrices, adjust_color, draw_augment
-from densessl.callback.guard import _from_first
-from densessl.callback.score import DenseScore
-from densessl.core import InputError
-from densessl.data import scene_dls
-from densessl.encoders import dense_encoder
-from densessl.learner import AutocastBF16, compile_blocks, methods
-from densessl.synthetic import draw_scenes
-from densessl.views import Augment, _crop_resize_batched
+from densessl.data.augment import _blur_matrices, adjust_color, draw_augment
+from densessl.training.guard import _from_first
+from densessl.training.score import DenseScore
+from densessl.ground.core import InputError
+from densessl.data.images import scene_dls
+from densessl.methods.encoders import dense_encoder
+from densessl.training.learner import AutocastBF16, compile_blocks, methods
+from densessl.ground.synthetic import draw_scenes
+from densessl.data.views import Augment, _crop_resize_batched
 from pretend_gpu import OnGPU, pretend_gpu
 
 ROOT = Path(__file__).resolve().parents[1]

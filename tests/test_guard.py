@@ -7,13 +7,13 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.training import GradientAccumulation
 from torch.testing import assert_close
 
-from densessl.callback.guard import OutOfMemory, StopIfNotFinite
-from densessl.clove import clove_presets, clove_recipe
-from densessl.core import InputError
-from densessl.data import scene_dls
-from densessl.dino import dino_presets, dino_recipe
-from densessl.flsl import flsl_presets, flsl_recipe
-from densessl.learner import clove_learner, dino_learner, flsl_learner
+from densessl.training.guard import OutOfMemory, StopIfNotFinite
+from densessl.methods.clove import clove_presets, clove_recipe
+from densessl.ground.core import InputError
+from densessl.data.images import scene_dls
+from densessl.methods.dino import dino_presets, dino_recipe
+from densessl.methods.flsl import flsl_presets, flsl_recipe
+from densessl.training.learner import clove_learner, dino_learner, flsl_learner
 from pretend_gpu import pretend_gpu
 
 VIT, CNN = dict(patch_size=8, embed_dim=12, depth=2, num_heads=2), dict(output_stride=8)

@@ -18,11 +18,11 @@ import pytest
 import torch
 from PIL import Image
 
-from densessl import data
-from densessl.core import InputError
-from densessl.data import BadFiles, CanvasDataset, _bad_note, _printable, find_images, image_dls, load_canvas
-from densessl.synthetic import draw_scenes
-from densessl.views import CropSpec, Recipe
+from densessl.data import images as data
+from densessl.ground.core import InputError
+from densessl.data.images import BadFiles, CanvasDataset, _bad_note, _printable, find_images, image_dls, load_canvas
+from densessl.ground.synthetic import draw_scenes
+from densessl.data.views import CropSpec, Recipe
 
 S = 32
 RECIPE = Recipe((CropSpec('teacher', 32, (.8, 1.)), CropSpec('local', 16, (.05, .4), within='teacher', count=2)))
@@ -183,7 +183,7 @@ BOMBS = {
 @pytest.mark.parametrize('name', BOMBS)
 def test_bombs_are_refused_by_their_header(tmp_path, name):
     (tmp_path/name).write_bytes(BOMBS[name])
-    src = ('import sys; from densessl.data import load_canvas\n'
+    src = ('import sys; from densessl.data.images import load_canvas\n'
            'def peak(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))\n'
            'was = peak()\ntry: load_canvas(sys.argv[1], 64)\nexcept Exception as e: print(type(e).__name__)\nprint(peak()-was)') if name == 'huge.png' else None
     with at_most(20), pytest.raises(Exception): load_canvas(tmp_path/name, 64)
@@ -273,7 +273,7 @@ def test_names(photos):
     assert epoch(photos) == {} and len(find_images(photos)) == 12+len(NAMES)
     for n in NAMES:
         with open(os.path.join(os.fsencode(photos), n), 'wb') as f: f.write(b'oops')
-    src = ('import sys; from densessl.data import *; from densessl.views import *\n'
+    src = ('import sys; from densessl.data.images import *; from densessl.data.views import *\n'
            'dls = image_dls(sys.argv[1], Recipe((CropSpec("a", 16),)), bs=2, num_workers=1, device="cpu", drop_last=False, max_bad=1.)\n'
            'list(dls.train); print(dls.bad_files.report()); open(sys.argv[2], "w", encoding="utf-8").write(dls.bad_files.report())')
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', src, str(photos), str(photos/'list.txt')], capture_output=True, env=os.environ | dict(PYTHONIOENCODING='utf-8:strict'))

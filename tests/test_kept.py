@@ -8,13 +8,14 @@ import torch
 from fastai.data.load import DataLoader
 from PIL import Image
 
-from densessl import data, kept
-from densessl.callback.checkpoint import rest_of_epoch
-from densessl.core import InputError
-from densessl.data import MakeViews, ViewLoader, _n_workers, image_dls, scene_dls
-from densessl.distributed import RankLoader
-from densessl.synthetic import draw_scenes
-from densessl.views import CropSpec, Recipe
+from densessl.data import images as data
+from densessl.data import kept
+from densessl.training.resume import rest_of_epoch
+from densessl.ground.core import InputError
+from densessl.data.images import MakeViews, ViewLoader, _n_workers, image_dls, scene_dls
+from densessl.training.distributed import RankLoader
+from densessl.ground.synthetic import draw_scenes
+from densessl.data.views import CropSpec, Recipe
 from pretend_gpu import OnGPU, pretend_gpu
 
 RECIPE = Recipe((CropSpec('teacher', 32, (.8, 1.)), CropSpec('local', 16, (.05, .4), within='teacher', count=2)))

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 
-from densessl.core import InputError
-from densessl.labelled import *
-from densessl.coco import BACKGROUND, read_panoptic
-from densessl.data import read_photo
-from densessl.masks import color_label
+from densessl.ground.core import InputError
+from densessl.data.labelled import *
+from densessl.data.coco import BACKGROUND, read_panoptic
+from densessl.data.images import read_photo
+from densessl.data.masks import color_label
 
 RNG = np.random.default_rng(0)
 IMAGES, MASKS = RNG.integers(0, 256, (12,9,14,3), dtype=np.uint8), RNG.integers(0, 4, (12,9,14), dtype=np.uint8)
@@ -466,7 +466,7 @@ def test_coco_as_it_lies():
 # ---- what evaluation does with a folder
 
 def test_videos_are_told_from_boxes_and_from_photographs(tmp_path):
-    from densessl.report import is_davis, judge_for
+    from densessl.evaluation.report import is_davis, judge_for
     davis, boxes = tmp_path/'davis', tmp_path/'boxes'
     write(davis/'JPEGImages/480p/x/0.png', IMAGES[0]); write(davis/'Annotations/480p/x/0.png', MASKS[0])
     write(boxes/'JPEGImages/a.png', IMAGES[0]); (boxes/'Annotations').mkdir(); (boxes/'Annotations/a.xml').write_text('<annotation/>')
@@ -477,13 +477,13 @@ def test_videos_are_told_from_boxes_and_from_photographs(tmp_path):
     with pytest.raises(InputError, match="'colour=1' in --labelled_as is not one of"): judge_for(tmp_path/'set', 32, labelled_as='colour=1')
 
 def test_photographs_alone_are_said_to_be_unlabelled(tmp_path, capsys):
-    from densessl.report import judge_for
+    from densessl.evaluation.report import judge_for
     save(tmp_path, [np.kron(i, np.ones((4,4,1), np.uint8)) for i in IMAGES])
     judge_for(tmp_path, 32)
     assert capsys.readouterr().out=='read as photographs without labels: 12 of 12\n'
 
 def test_frames_come_in_the_order_of_their_numbers(tmp_path):
-    from densessl.video import davis_sequences
+    from densessl.evaluation.video import davis_sequences
     for t in range(12): write(tmp_path/f'JPEGImages/480p/x/{t}.png', IMAGES[t]); write(tmp_path/f'Annotations/480p/x/{t}.png', MASKS[t])
     (tmp_path/'ImageSets/2017').mkdir(parents=True); (tmp_path/'ImageSets/2017/val.txt').write_text('x\n')
     video = davis_sequences(tmp_path)[0].load()

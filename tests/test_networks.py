@@ -7,11 +7,11 @@ import numpy as np, pytest, timm, torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from densessl import transfer
-from densessl.core import InputError
-from densessl.encoders import DenseEncoder, check_exportable, dense_encoder, resample_positions
-from densessl.transfer import export_backbone, load_backbone
-from densessl.weights import init_backbone, open_backbone
+from densessl.methods import export as transfer
+from densessl.ground.core import InputError
+from densessl.methods.encoders import DenseEncoder, check_exportable, dense_encoder, resample_positions
+from densessl.methods.export import export_backbone, load_backbone
+from densessl.methods.weights import init_backbone, open_backbone
 
 VIT = dict(img_size=64, embed_dim=64, depth=2, num_heads=2)
 
@@ -479,7 +479,7 @@ def test_names_that_mean_two_things(tmp_path, monkeypatch, capsys):
     (tmp_path/'resnet50').mkdir()
     export_backbone(vit(), tmp_path/'run'/'backbone.safetensors')
     asked = []
-    monkeypatch.setattr('densessl.weights.dense_encoder', lambda name, **kw: asked.append(name) or dense_encoder('test_resnet'))
+    monkeypatch.setattr('densessl.methods.weights.dense_encoder', lambda name, **kw: asked.append(name) or dense_encoder('test_resnet'))
     monkeypatch.setattr('torch.nn.Module.pretrained_cfg', dict(mean=(0,0,0), std=(1,1,1)), raising=False)
     open_backbone('resnet50')
     assert asked==['resnet50'] and "also a folder of that name: write ./resnet50" in capsys.readouterr().out

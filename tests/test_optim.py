@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from densessl.ema import ema_update
-from densessl.optim import clip_per_parameter_, lars, split_decay
+from densessl.methods.student_teacher import ema_update
+from densessl.training.optim import clip_per_parameter_, lars, split_decay
 
 class Operators(TorchDispatchMode):
     "Counts what would be launched on a GPU; one for all tensors of a `_foreach_`"

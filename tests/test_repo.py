@@ -25,7 +25,7 @@ def exports(p):
     return [m for s in code(p) for m in re.findall(r'^#\|\s*(?:default_exp|exporti?|exports)[ \t]+([\w.]+)', s, flags=re.M)]
 
 def modules(): return {m: p for p in notebooks() for m in exports(p)}
-def maths(): return [m for m, p in modules().items() if page(p) and 10 <= page(p) < 20]
+def maths(): return [m for m, p in modules().items() if page(p) and 20 <= page(p) < 40]
 
 def imported(src, package=''):
     "Names of the densessl modules that `src` imports; `package` is where its relative imports start"
@@ -132,7 +132,7 @@ def test_page_numbers_are_unique():
 @pytest.mark.parametrize('p', [p for p in notebooks() if page(p) is None], ids=rel)
 def test_only_numbered_pages_export(p): assert not exports(p)
 
-@pytest.mark.parametrize('mod', ['core', *maths()])
+@pytest.mark.parametrize('mod', ['ground.core', *maths()])
 def test_maths_imports_torch_only(mod):
     "Nothing heavy beyond torch, and of densessl nothing but core and the other pages of mathematics"
     src = ('import sys, torch; was = set(sys.modules); import densessl.%s\n'
@@ -140,7 +140,7 @@ def test_maths_imports_torch_only(mod):
     r = subprocess.run([sys.executable, '-c', src], capture_output=True, text=True, cwd=ROOT)
     assert r.returncode == 0, r.stderr
     new = set(r.stdout.split()) - set(sys.stdlib_module_names)
-    own = {'densessl', 'densessl.core', *(f'densessl.{m}' for m in maths())}
+    own = {'densessl', 'densessl.ground.core', *(f'densessl.{m}' for m in maths())}
     assert f'densessl.{mod}' in new
     # `torch` itself: it loads some of its parts late
     assert new - own <= {'torch'}, f'densessl.{mod} imports {sorted(new-own)}'
@@ -264,6 +264,6 @@ def test_settings_version_is_the_package_version():
 def test_command_and_function_have_the_same_defaults():
     "A default stands for 'not given': with another one, `--resume` would take it for a changed setting"
     from densessl.cli import pretrain
-    from densessl.commands import densessl_pretrain
+    from densessl.ground.commands import densessl_pretrain
     command, function = ({k: p.default for k, p in inspect.signature(inspect.unwrap(f)).parameters.items()} for f in (densessl_pretrain, pretrain))
     assert command == {k: function[k] for k in command}

@@ -10,13 +10,13 @@ from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.training import GradientAccumulation
 from PIL import Image
 
-from densessl.callback import checkpoint
-from densessl.callback.checkpoint import (RunStopped, SaveRun, gather_state, newest_checkpoint, numerics, read_checkpoint, read_header, restore_state, run_checkpoints,
+from densessl.training import resume as checkpoint
+from densessl.training.resume import (RunStopped, SaveRun, gather_state, newest_checkpoint, numerics, read_checkpoint, read_header, restore_state, run_checkpoints,
                                           check_data, writable_folder, write_checkpoint)
 from densessl.cli import absolute_paths, pretrain, resumed
-from densessl.core import InputError
-from densessl.data import image_dls, scene_dls
-from densessl.learner import methods
+from densessl.ground.core import InputError
+from densessl.data.images import image_dls, scene_dls
+from densessl.training.learner import methods
 
 pytestmark = [pytest.mark.skipif(sys.platform!='linux', reason='forks'), pytest.mark.usefixtures('one_thread')]
 SMALL = dict(
@@ -372,7 +372,7 @@ def test_file_names_of_any_bytes(tmp_path):
 def many(rank, world, port, folder, out, step, resume, bs):
     "One process of several"
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    from densessl.distributed import ManyProcesses
+    from densessl.training.distributed import ManyProcesses
     import fastai.distributed
     learn = make('flsl', seed=int(resume), bs=bs)
     learn.add_cb(ManyProcesses())
@@ -413,7 +413,7 @@ def test_two_processes(tmp_path):
 
 def test_shards(photos, tmp_path):
     "Photographs in tar files, shared out among two workers: exact with as many workers, and said aloud with others"
-    from densessl.shards import shard_dls, write_shards
+    from densessl.data.shards import shard_dls, write_shards
     write_shards(photos, tmp_path/'tars', per_shard=10)
     m, (change, arch, kwargs) = methods['flsl'], SMALL['flsl']
     config = replace(m.presets['scenes'], img_size=32, local_size=16, **change)
@@ -548,8 +548,8 @@ def test_folders_that_cannot_be_written_are_found_before_the_work(tmp_path):
 
 
 def test_files_have_the_mode_of_the_umask(tmp_path):
-    from densessl.evaluation import write_scores
-    from densessl.transfer import export_backbone
+    from densessl.evaluation.scores import write_scores
+    from densessl.methods.export import export_backbone
     was = os.umask(0o027)
     try:
         write_checkpoint(tmp_path/'a.run', {}, {})
@@ -561,7 +561,7 @@ def test_files_have_the_mode_of_the_umask(tmp_path):
 
 def test_scores_on_a_full_disk_do_not_end_the_run(photos, tmp_path):
     "The files of DenseScore cost a warning each; nothing half written stays"
-    from densessl.callback.score import DenseScore
+    from densessl.training.score import DenseScore
     learn, limit, score = make('flsl', photos), file_limit(500), DenseScore(1, out=tmp_path/'out', verbose=False)
     with learn.no_logging(), pytest.warns(UserWarning, match='best.safetensors could not be written .File too large.'):
         learn.fit(EPOCHS, cbs=[score, Between(2, 2*STEPS+1, limit.__enter__, None)])
@@ -573,7 +573,7 @@ def test_scores_on_a_full_disk_do_not_end_the_run(photos, tmp_path):
 def test_what_processes_share_is_where_the_network_is(monkeypatch):
     "nccl adds up tensors of a GPU only, but sums come back from a file, and fastai's loss before the first batch is a zero, both on the CPU; `meta` stands in"
     from types import SimpleNamespace as Stub
-    from densessl.callback.monitor import LossPart
+    from densessl.training.monitor import LossPart
     learn, devices = Stub(model=torch.nn.Linear(1, 1, device='meta'), loss=torch.zeros(()), train_iter=1), []
     cb = SaveRun('never')
     cb.learn, cb.last = learn, (0, time.monotonic())
@@ -610,7 +610,7 @@ def test_photographs_that_moved(photos, tmp_path):
 # --- the command, as a user starts and stops it -------------------------------------------------------------------------------------------------------------
 
 COMMAND = """import os, signal, sys, time
-from densessl.callback.teacher import TeacherEMA
+from densessl.training.teacher import TeacherEMA
 from densessl.cli import densessl_pretrain
 update = TeacherEMA.after_step
 def after_step(self):
@@ -675,8 +675,9 @@ def small_run(**changes):
 @pytest.mark.parametrize('where', ('write', 'scoring', 'after', 'report'))
 def test_interrupted_outside_the_steps(where, photos, tmp_path, monkeypatch, capsys):
     "In the first write of a checkpoint, while the start is scored, when the epoch is over, and while the report is written: one line that resumes the run"
-    from densessl import cli, commands
-    from densessl.callback import score
+    from densessl import cli
+    from densessl.ground import commands
+    from densessl.training import score
     places = dict(write=(checkpoint._Hashed, 'write'), scoring=(score.DenseScore, '_score_start'), after=(SaveRun, 'after_epoch'), report=(cli, 'run_report'))
     owner, name = places[where]
     real, run = getattr(owner, name), tmp_path/'run'

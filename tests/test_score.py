@@ -10,17 +10,17 @@ import torch.multiprocessing as mp
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from PIL import Image
 
-from densessl.callback.checkpoint import SaveRun
-from densessl.callback.score import DenseScore, network_scores, prototype_head
-from densessl.clove import clove_presets
-from densessl.core import InputError
-from densessl.data import image_dls, scene_dls
-from densessl.dino import dino_presets
-from densessl.evaluation import SegmentationData, read_scores
-from densessl.flsl import flsl_presets
-from densessl.learner import methods
-from densessl.synthetic import CLASSES, draw_scenes
-from densessl.transfer import load_backbone
+from densessl.training.resume import SaveRun
+from densessl.training.score import DenseScore, network_scores, prototype_head
+from densessl.methods.clove import clove_presets
+from densessl.ground.core import InputError
+from densessl.data.images import image_dls, scene_dls
+from densessl.methods.dino import dino_presets
+from densessl.evaluation.scores import SegmentationData, read_scores
+from densessl.methods.flsl import flsl_presets
+from densessl.training.learner import methods
+from densessl.ground.synthetic import CLASSES, draw_scenes
+from densessl.methods.export import load_backbone
 
 VIT = 'vit_tiny_patch16_224', dict(patch_size=8, embed_dim=24, depth=1, num_heads=2)
 TINY = dict(
@@ -92,7 +92,7 @@ def test_best_checkpoint_gives_its_score(method, photos, tmp_path):
 
 def test_prototype_head_is_the_methods_own():
     "Logits of the teacher for its own tokens, as the method would assign them"
-    from densessl.attention import mean_shift, unit
+    from densessl.theory.attention import mean_shift, unit
     f, d = (learner(o).model.eval() for o in ('flsl', 'dino'))
     v = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(scores, path):
         path.write_text('[{"mod')
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr('densessl.callback.score.write_scores', full)
+    monkeypatch.setattr('densessl.training.score.write_scores', full)
     with pytest.warns(UserWarning, match='could not be written'): cb._score()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()}==before
 

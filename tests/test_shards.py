@@ -16,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from densessl import shards as S
-from densessl.core import InputError
-from densessl.data import MakeViews, find_images, image_dls, load_canvas
-from densessl.shards import ShardLoader, count_images, is_shards, read_shard, shard_dls, shard_list, write_shards
-from densessl.synthetic import draw_scenes
-from densessl.views import CropSpec, Recipe
+from densessl.data import shards as S
+from densessl.ground.core import InputError
+from densessl.data.images import MakeViews, find_images, image_dls, load_canvas
+from densessl.data.shards import ShardLoader, count_images, is_shards, read_shard, shard_dls, shard_list, write_shards
+from densessl.ground.synthetic import draw_scenes
+from densessl.data.views import CropSpec, Recipe
 
 RECIPE = Recipe((CropSpec('teacher', 32, (.8, 1.)), CropSpec('local', 16, (.05, .4), within='teacher', count=2)))
 N, PER = 43, 6
@@ -167,8 +167,8 @@ def test_validation_images_are_apart(tars, want):
 
 def test_learner_trains_on_shards(tars, tmp_path):
     "The same learner, views to look at, plain `fit`"
-    from densessl.flsl import FLSLConfig, flsl_recipe
-    from densessl.learner import flsl_learner
+    from densessl.methods.flsl import FLSLConfig, flsl_recipe
+    from densessl.training.learner import flsl_learner
     c = FLSLConfig(img_size=32, n_prototypes=16)
     dls = shard_dls(tars, flsl_recipe(c), bs=4, num_workers=1, device='cpu', valid_pct=.2)
     learn = flsl_learner(dls, 'vit_tiny_patch16_224', c, model_kwargs=dict(patch_size=8, embed_dim=24, depth=1, num_heads=3), path=tmp_path)
@@ -203,7 +203,7 @@ def test_resume_reads_only_what_it_needs(tars, monkeypatch):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_checkpoint_callback_protocol(tars, workers):
     "`rest_of_epoch` of the checkpoints, which sets the generator and asks for a start: the rest of the epoch, and the next one"
-    rest = pytest.importorskip('densessl.callback.checkpoint').rest_of_epoch
+    rest = pytest.importorskip('densessl.training.resume').rest_of_epoch
     dl = loader(tars, workers=workers)
     batches(dl); state = dl.rng.getstate(); full, then = batches(dl), batches(dl)
     for stop in (1, 8, 21):
@@ -448,7 +448,7 @@ def test_nothing_is_overwritten_and_nothing_half_done(photos, tmp_path, monkeypa
         assert is_shards(out)
 
 
-SCRIPT = 'import sys\nfrom densessl.shards import densessl_shard\nsys.exit(densessl_shard())\n'
+SCRIPT = 'import sys\nfrom densessl.data.shards import densessl_shard\nsys.exit(densessl_shard())\n'
 
 
 def run(*args):
@@ -665,7 +665,7 @@ def test_what_a_file_is_that_is_no_tar_file(tmp_path, data, why):
 
 
 def test_what_is_not_read_in_shards_is_said(tmp_path):
-    from densessl.data import IMAGE_SUFFIXES
+    from densessl.data.images import IMAGE_SUFFIXES
     if '.heic' in IMAGE_SUFFIXES: pytest.skip('HEIC can be read here')
     tar_of(tmp_path/'0.tar', [(f'{i}.{o}', image()) for i in range(4) for o in ('heic', 'json')])
     with pytest.raises(InputError, match=r'there is no photograph in .*not read: 4 .heic \(install pillow-heif'): shard_list(tmp_path/'0.tar')

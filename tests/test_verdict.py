@@ -8,15 +8,15 @@ from fastai.callback.core import Callback
 from PIL import Image
 from torch import nn
 
-from densessl.callback.score import DenseScore
+from densessl.training.score import DenseScore
 from densessl.cli import pretrain
-from densessl.encoders import dense_encoder
-from densessl.evaluation import SegmentationData, Score, dense_scores
-from densessl.report import evaluate
-from densessl.run_report import _MONITORED
-from densessl.synthetic import CLASSES, draw_scenes
-from densessl.transfer import export_backbone
-from densessl.verdict import GAUGE_NAMES, diverged_loss, gain_over_starts, gather_statistics, judge_training, random_start
+from densessl.methods.encoders import dense_encoder
+from densessl.evaluation.scores import SegmentationData, Score, dense_scores
+from densessl.evaluation.report import evaluate
+from densessl.evaluation.run_report import _MONITORED
+from densessl.ground.synthetic import CLASSES, draw_scenes
+from densessl.methods.export import export_backbone
+from densessl.evaluation.verdict import GAUGE_NAMES, diverged_loss, gain_over_starts, gather_statistics, judge_training, random_start
 from test_score import LABELLED, TINY, fit, learner, photos
 
 SMALL = dict(
@@ -44,7 +44,7 @@ def test_a_training_that_changes_nothing_did_not_help(kind, tmp_path, capsys):
 
 @pytest.mark.parametrize('kind,lr', [('clove', 3e4), ('flsl', 1e4), ('flsl', 3e5)])
 def test_a_training_that_diverges_did_not_help(kind, lr, tmp_path, capsys):
-    from densessl.core import InputError
+    from densessl.ground.core import InputError
     try: said, best = run(kind, tmp_path/'run', capsys, lr=lr)
     except InputError as e: said, best = str(e), ''     # a loss or features that are not finite: no verdict at all
     assert 'helped' not in said+best
@@ -136,7 +136,7 @@ def test_one_class_is_no_success(tmp_path):
             Image.new('L', (40,40), 0).save(tmp_path/f'lab/labels/{split}/{i}.png')
     (tmp_path/'lab/classes.txt').write_text('ground\nother')
     export_backbone(dense_encoder('vit_tiny_patch16_224', img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2), tmp_path/'b.safetensors')
-    from densessl.core import InputError
+    from densessl.ground.core import InputError
     try: said = evaluate(str(tmp_path/'b.safetensors'), tmp_path/'lab')[1]
     except InputError as e: said = str(e)
     assert ('one class' in said or 'two classes' in said) and 'helped' not in said
@@ -169,7 +169,7 @@ def test_report_after_a_fit_with_the_callback(method, photos):
 
 def test_statistics_are_those_of_training_views(photos):
     "Views, cropped and colored, of the photographs trained on; not those kept apart"
-    from densessl.callback.score import training_views
+    from densessl.training.score import training_views
     learn = learner('clove', photos)
     a, b = training_views(learn.dls), training_views(learn.dls, n=4)
     assert sum(map(len, a))==2*18 and sum(map(len, b))==2*4 and a[0].shape[1:]==(3,32,32)

@@ -9,9 +9,9 @@ from sklearn.metrics import jaccard_score
 from torch import nn
 from torch.testing import assert_close
 
-from densessl.core import InputError
-from densessl.evaluation import patch_labels, read_scores, scores_table, write_scores
-from densessl.video import *
+from densessl.ground.core import InputError
+from densessl.evaluation.scores import patch_labels, read_scores, scores_table, write_scores
+from densessl.evaluation.video import *
 
 def rng(seed=0): return torch.Generator().manual_seed(seed)
 def unit(*shape, seed=0, dtype=torch.float32): return F.normalize(torch.randn(*shape, generator=rng(seed), dtype=dtype), dim=-3)
@@ -307,7 +307,7 @@ def test_a_video_of_one_frame(tmp_path):
     (('a', 'b', 'c'), ''), (('2021-01-01', '2021-02-01', '2021-02-05'), ''), (('1', '01', '2', '3'), '')))
 def test_frames_at_an_even_pace_have_no_gap(stems, said):
     "Every fifth frame of a video, as YouTube-VOS has them"
-    from densessl.video import _missing_frames
+    from densessl.evaluation.video import _missing_frames
     assert _missing_frames(stems)==said
 
 def test_frames_in_the_order_of_their_numbers(tmp_path):
