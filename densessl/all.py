@@ -9,6 +9,7 @@ __all__ = []
 import fastai.callback.fp16, fastai.callback.progress, fastai.callback.schedule, fastai.callback.training
 
 from .ground.core import *
+from .ground.ranks import *
 from .ground.synthetic import *
 from .ground.visualise import *
 from .theory.attention import *
@@ -17,6 +18,7 @@ from .theory.modes import *
 from .theory.matching import *
 from .theory.context import *
 from .theory.margin import *
+from .theory.statistics import *
 from .data.views import *
 from .data.augment import *
 from .data.images import *

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 from densessl.data.augment import make_views
 from densessl.training.resume import SaveRun
-from densessl.training.guard import StopIfNotFinite, _from_first
+from densessl.ground.ranks import from_first_rank
+from densessl.training.guard import StopIfNotFinite
 from densessl.methods.clove import CLoVE, CLoVELoss, clove_presets, clove_recipe
 from densessl.ground.core import InputError
 from densessl.data.images import scene_dls
@@ -236,14 +237,14 @@ class Exchanges(Callback):
         dist.all_reduce = noted
     def before_batch(self): self.callers.clear()
     def after_batch(self):
-        self.flags.append(self.callers.count('_ranks_where'))
+        self.flags.append(self.callers.count('ranks_where'))
         self.synced.append(self.learn.model.require_backward_grad_sync)
         self.buffers_sent = self.learn.model.broadcast_buffers
     def after_fit(self): dist.all_reduce = self.plain
 
 def exchanges(bs):
     "With everything that talks; and with accumulated gradients"
-    folder, res = _from_first(tempfile.mkdtemp), {}
+    folder, res = from_first_rank(tempfile.mkdtemp), {}
     for name,cbs in dict(plain=[], accumulated=[GradientAccumulation(2*bs)]).items():
         learn = make_learner('dino', bs, cbs=[seen := Exchanges(), *cbs])
         with learn.distrib_ctx(cpu=True): fit(learn, cbs=[] if cbs else SaveRun(f'{folder}/run'))

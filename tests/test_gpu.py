@@ -25,7 +25,7 @@ from fastai.callback.core import Callback
 from torch.testing import assert_close
 
 from densessl.data.augment import _blur_matrices, adjust_color, draw_augment
-from densessl.training.guard import _from_first
+from densessl.ground.ranks import from_first_rank
 from densessl.training.score import DenseScore
 from densessl.ground.core import InputError
 from densessl.data.images import scene_dls
@@ -107,7 +107,7 @@ def test_it_computes_what_the_cpu_computes():
 # ---- a step of each method stays on the device
 
 # fastai's recorder takes each loss to the CPU; the guard asks once whether loss and gradients are finite
-STEP_WAITS = Counter({'guard._ranks_where': 1, 'torch_core._inner': 1})
+STEP_WAITS = Counter({'ranks.ranks_where': 1, 'torch_core._inner': 1})
 # numbers drawn for boxes, colours, blur and flips, and the boxes themselves; all of them are small and none waits
 STEP_COPIES = dict(flsl=31, clove=32, dino=32)
 
@@ -156,7 +156,7 @@ def test_a_look_of_the_monitor(method):
 @pytest.mark.parametrize('method,how', [('flsl', 'bf16'), ('clove', 'bf16'), ('dino', 'bf16'), ('flsl', 'fp16'), ('dino', 'fp16')])
 def test_half_precision_stays_on_the_device(method, how):
     "fp16 waits where fastai's scaler asks whether the step overflowed, and the guard looks at the loss before that"
-    more = Counter({'fp16.before_step': 2, 'fp16.after_step': 1, 'guard._ranks_where': 1} if how=='fp16' else {})
+    more = Counter({'fp16.before_step': 2, 'fp16.after_step': 1, 'ranks.ranks_where': 1} if how=='fp16' else {})
     with pretend_gpu() as g:
         learn, steps = steps_of(method, g, how)
         assert all(math.isfinite(float(o)) for o in learn.recorder.losses)
@@ -209,7 +209,7 @@ def test_views_on_the_device(method):
 def wait_for_the_first(rank, init, out):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=init, rank=rank, world_size=2, timeout=timedelta(seconds=1))
-    value = _from_first(lambda: time.sleep(2.5) or 'scores')
+    value = from_first_rank(lambda: time.sleep(2.5) or 'scores')
     (out/str(rank)).write_text(value)
     os._exit(0)
 

@@ -132,15 +132,15 @@ def test_page_numbers_are_unique():
 @pytest.mark.parametrize('p', [p for p in notebooks() if page(p) is None], ids=rel)
 def test_only_numbered_pages_export(p): assert not exports(p)
 
-@pytest.mark.parametrize('mod', ['ground.core', *maths()])
+@pytest.mark.parametrize('mod', ['ground.core', 'ground.ranks', *maths()])
 def test_maths_imports_torch_only(mod):
-    "Nothing heavy beyond torch, and of densessl nothing but core and the other pages of mathematics"
+    "Nothing heavy beyond torch, and of densessl nothing but `core`, `ranks` and the other pages of mathematics"
     src = ('import sys, torch; was = set(sys.modules); import densessl.%s\n'
            'print(*sorted({m if m.startswith("densessl") else m.split(".")[0] for m in set(sys.modules)-was}))' % mod)
     r = subprocess.run([sys.executable, '-c', src], capture_output=True, text=True, cwd=ROOT)
     assert r.returncode == 0, r.stderr
     new = set(r.stdout.split()) - set(sys.stdlib_module_names)
-    own = {'densessl', 'densessl.ground.core', *(f'densessl.{m}' for m in maths())}
+    own = {'densessl', 'densessl.ground', 'densessl.ground.core', 'densessl.ground.ranks', 'densessl.theory', *(f'densessl.{m}' for m in maths())}
     assert f'densessl.{mod}' in new
     # `torch` itself: it loads some of its parts late
     assert new - own <= {'torch'}, f'densessl.{mod} imports {sorted(new-own)}'

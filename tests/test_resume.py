@@ -577,8 +577,8 @@ def test_what_processes_share_is_where_the_network_is(monkeypatch):
     learn, devices = Stub(model=torch.nn.Linear(1, 1, device='meta'), loss=torch.zeros(()), train_iter=1), []
     cb = SaveRun('never')
     cb.learn, cb.last = learn, (0, time.monotonic())
-    monkeypatch.setattr(checkpoint, '_world', lambda: 2)
-    monkeypatch.setattr(checkpoint, '_ranks_where', lambda flags, device: devices.append(device.type) or ([], []))
+    monkeypatch.setattr(checkpoint, 'n_ranks', lambda: 2)
+    monkeypatch.setattr(checkpoint, 'ranks_where', lambda flags, device: devices.append(device.type) or ([], []))
     cb._save_or_stop(0, 1)
     part, other = LossPart('intra'), Stub()
     recorder = Stub(learn=learn, smooth_loss=other, metrics=[part])

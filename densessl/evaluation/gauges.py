@@ -18,7 +18,7 @@ from ..ground.core import InputError, fp32
 from ..theory.attention import attention_weights, unit
 from ..theory.softmask import suggest_beta
 from ..data.views import crop_resize, flip_boxes, random_boxes
-from ..training.monitor import prototype_use, token_rank
+from ..theory.statistics import prototype_use, token_rank
 from .scores import Score, carry_centres, correspondence_score, extract
 
 # %% ../../nbs/54_evaluation.gauges.ipynb #6fb35da1

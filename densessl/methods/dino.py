@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..ground.core import InputError, fp32, check_ramp, check_ranges, rebuilt_from_list
 from ..theory.softmask import mode_spread
-from ..theory.modes import mean_over_ranks
+from ..ground.ranks import mean_over_ranks
 from ..data.views import Augment, CropSpec, Recipe
 from .encoders import DenseEncoder, dense_encoder
 from .heads import PrototypeHead

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ground.core import InputError, fp32
-from .modes import mean_over_ranks
+from ..ground.ranks import mean_over_ranks
 
 # %% ../../nbs/27_theory.margin.ipynb #57182143
 def negative_weights(

@@ -16,20 +16,10 @@ from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import find_bs, num_distrib, rank_distrib
 
 from ..ground.core import InputError
-from .guard import _all, _from_first, _world
+from ..ground.ranks import from_first_rank, gather_objects, mean_over_ranks, n_ranks
 from .monitor import CollapseMonitor
 
 # %% ../../nbs/67_training.distributed.ipynb #0dec21c1
-class _Mean(torch.autograd.Function):
-    "Mean over all processes; its gradient is the mean of their gradients"
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x/dist.get_world_size()
-    @staticmethod
-    def backward(ctx, g): return _Mean.forward(ctx, g)
-
 class RanksBatchNorm(nn.modules.batchnorm._BatchNorm):
     "Batch norm over all processes, on any device; as many cells in each process"
     def __init__(self, *args, **kwargs):
@@ -37,14 +27,14 @@ class RanksBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.drop, self.act = nn.Identity(), nn.Identity()
     def _check_input_dim(self, x): pass
     def forward(self, x):
-        if not self.training or _world()==1: y = super().forward(x)
+        if not self.training or n_ranks()==1: y = super().forward(x)
         else:
             dims, z = [0, *range(2, x.dim())], x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             def wide(v): return v.view(1, -1, *[1]*(x.dim()-2))
-            mean = _Mean.apply(z.mean(dims))
-            var = _Mean.apply((z-wide(mean)).square().mean(dims))
+            mean = mean_over_ranks(z.mean(dims), exchange_gradient=True)
+            var = mean_over_ranks((z-wide(mean)).square().mean(dims), exchange_gradient=True)
             if self.running_mean is not None:
-                n = x.numel()//x.shape[1]*_world()
+                n = x.numel()//x.shape[1]*n_ranks()
                 with torch.no_grad():
                     self.num_batches_tracked.add_(1)
                     m = self.momentum if self.momentum is not None else 1/self.num_batches_tracked.item()
@@ -103,7 +93,7 @@ class RankLoader(DataLoader):
     def get_idxs(self):
         "The indices of this process: its part of each step"
         idxs, step = list(self.dl.get_idxs()), self.bs*self.world
-        idxs = _from_first(lambda: idxs)                 # the order of process 0, in all
+        idxs = from_first_rank(lambda: idxs)                 # the order of process 0, in all
         full = len(idxs)//step*step
         mine = [i for s in range(0, full, step) for i in idxs[s+self.rank*self.bs:s+(self.rank+1)*self.bs]]
         rest = [] if self.drop_last else idxs[full:]
@@ -159,7 +149,7 @@ class ManyProcesses(Callback):
     def before_batch(self):
         "Accumulated gradients are exchanged once a step, with its last batch"
         acc = next((cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
-        if acc is None or not self.training or _world()<2: return
+        if acc is None or not self.training or n_ranks()<2: return
         last = acc.count+find_bs(self.learn.yb)>=acc.n_acc
         self.learn.model.require_backward_grad_sync = last      # as `no_sync` does
 
@@ -173,7 +163,7 @@ class ManyProcesses(Callback):
         "Do all processes have the same data, and enough?"
         n, bs = self.dls.train.n, self.dls.bs
         if n is None: return
-        seen, sizes = zip(*_all((n, bs)))
+        seen, sizes = zip(*gather_objects((n, bs)))
         if len(set(seen))>1:
             raise InputError(f'the processes see different numbers of photographs ({", ".join(map(str, seen))}): '
                              'give all of them the same folder')

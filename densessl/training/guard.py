@@ -7,11 +7,10 @@ __all__ = ['holds_bad_numbers', 'first_bad_module', 'finite_gradients', 'first_b
            'is_out_of_memory', 'memory_advice', 'OutOfMemory']
 
 # %% ../../nbs/65_training.guard.ipynb #f463183f
-import functools, math, warnings
+import math, warnings
 from contextlib import nullcontext
-from datetime import timedelta
 
-import torch, torch.distributed as dist
+import torch
 from torch import Tensor, nn
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
@@ -19,6 +18,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import get_model
 
 from ..ground.core import InputError
+from ..ground.ranks import gather_objects, n_ranks, ranks_where, this_rank
 
 # %% ../../nbs/65_training.guard.ipynb #0a1aeaf0
 def holds_bad_numbers(
@@ -67,39 +67,6 @@ def first_bad_gradient(
     "Name of the first parameter, in the order of the model, whose gradient has no finite norm"
     return next((n for n,p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad.norm())), '')
 
-# %% ../../nbs/65_training.guard.ipynb #cac75c0f
-def _world(): return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-def _rank(): return dist.get_rank() if _world()>1 else 0
-
-def _ranks_where(flags, device):
-    "For each flag the processes in which it is true, the same lists in all of them: one exchange, one copy to the host"
-    table = torch.zeros(len(flags), _world(), device=device)
-    for row,flag in zip(table, flags): row[_rank()] = flag
-    if _world()>1: dist.all_reduce(table)
-    return [[r for r,up in enumerate(row) if up] for row in table.tolist()]
-
-def _all(o):
-    "What each process has, in a list"
-    res = [o]*_world()
-    if len(res)>1: dist.all_gather_object(res, o)
-    return res
-
-@functools.lru_cache(maxsize=1)
-def _patient(everybody):
-    "A group of all processes in which one may take hours: nccl ends a run when the others wait for ten minutes"
-    return dist.new_group(backend='gloo', timeout=timedelta(hours=6)) if dist.is_gloo_available() else everybody
-
-def _from_first(f):
-    "What `f` returns in the first process, or its complaint, in all"
-    if _world()==1: return f()
-    box, group = [None], _patient(dist.group.WORLD)
-    if not _rank():
-        try: box = [(f(), None)]
-        except InputError as e: box = [(None, str(e))]
-    dist.broadcast_object_list(box, 0, group=group)
-    if box[0][1]: raise InputError(box[0][1])
-    return box[0][0]
-
 # %% ../../nbs/65_training.guard.ipynb #65786cd4
 class StopIfNotFinite(Callback):
     "Stop before a loss or a gradient that is not finite reaches the weights, or leave such a step out"
@@ -119,7 +86,7 @@ class StopIfNotFinite(Callback):
     def before_fit(self):
         "Where looking means waiting, the loss is looked at together with the gradients"
         apart = any(isinstance(cb, (GradientAccumulation, MixedPrecision)) for cb in self.learn.cbs)
-        self.one_look = not apart and (_world()>1 or self._device()=='cuda')
+        self.one_look = not apart and (n_ranks()>1 or self._device()=='cuda')
 
     def _device(self): return torch.device(getattr(self.dls, 'device', None) or 'cpu').type
 
@@ -144,9 +111,9 @@ class StopIfNotFinite(Callback):
 
     def _look(self, cancel, **flags):
         "Act on the first of the flags that is up in some process; what else processes have to agree on travels along"
-        saving = next((cb for cb in self.learn.cbs if hasattr(type(cb), 'wishes') and cb.run and _world()>1), None)
+        saving = next((cb for cb in self.learn.cbs if hasattr(type(cb), 'wishes') and cb.run and n_ranks()>1), None)
         wishes = saving.wishes(self.train_iter+1) if saving else ()
-        found = _ranks_where([*flags.values(), *wishes], self.learn.loss.device)
+        found = ranks_where([*flags.values(), *wishes], self.learn.loss.device)
         if saving: saving.granted = found[len(flags):]
         for what,ranks in zip(flags, found):
             if ranks and hasattr(self.learn, 'lr_finder'): raise CancelFitException()
@@ -162,10 +129,10 @@ class StopIfNotFinite(Callback):
             if what=='loss': self.learn.yb = ()      # the recorder passes over it
             raise cancel()
         where = f'step {self.train_iter} of epoch {self.epoch+1}'
-        if _world()>1: where += f' in process {", ".join(map(str, ranks))} of {_world()}'
+        if n_ranks()>1: where += f' in process {", ".join(map(str, ranks))} of {n_ranks()}'
         again = f'; {self.skip} steps before it were left out' if self.skip else ''
         text = self._loss_text(where) if what=='loss' else self._gradient_text(where)
-        raise InputError(_all(text)[ranks[0]] + again)
+        raise InputError(gather_objects(text)[ranks[0]] + again)
 
     def _terms(self):
         "The terms of the loss that are not finite"
@@ -205,7 +172,7 @@ class StopIfNotFinite(Callback):
     def after_train(self):
         "Say how many steps of the epoch were left out"
         n = sum(o['epoch']==self.epoch+1 for o in self.skipped)
-        if not n or _rank(): return
+        if not n or this_rank(): return
         warnings.warn(f'epoch {self.epoch+1}: {n} steps were left out because loss or gradient were not finite')
 
 # %% ../../nbs/65_training.guard.ipynb #38a6a9f7

@@ -30,8 +30,8 @@ from ..ground.core import InputError
 from ..theory.attention import attention_weights, unit
 from ..data.augment import make_views
 from .guard import OutOfMemory, StopIfNotFinite
-from .monitor import (CollapseMonitor, LossPart, diagnose_matches, effective_rank, in_fit, match_state,
-                                       pack_rows, unpack_rows)
+from ..theory.statistics import effective_rank
+from .monitor import CollapseMonitor, LossPart, diagnose_matches, in_fit, match_state, pack_rows, unpack_rows
 from .progress import show_progress
 from .teacher import TeacherEMA
 from ..data.images import MakeViews, ViewLoader

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..ground.core import InputError
-from .guard import _all, _from_first, _rank, _ranks_where, _world
+from ..ground.ranks import from_first_rank, gather_objects, n_ranks, ranks_where, this_rank
 from .monitor import LossPart
 from .learner import AutocastBF16
 
@@ -246,7 +246,7 @@ def run_settings(
     settings = dict(
         method=type(m).__name__, config=getattr(m, 'config', None),
         arch=getattr(enc, 'arch', None), model_kwargs=getattr(enc, 'model_kwargs', None),
-        epochs=learn.n_epoch, lr=learn.opt.hypers[-1]['lr'], batch=(dl.bs or 1)*_world(), optimizer=type(opt).__name__,
+        epochs=learn.n_epoch, lr=learn.opt.hypers[-1]['lr'], batch=(dl.bs or 1)*n_ranks(), optimizer=type(opt).__name__,
         accumulation=[cb.n_acc for cb in learn.cbs if isinstance(cb, GradientAccumulation)],
         precision=[cb.name for cb in learn.cbs if isinstance(cb, (MixedPrecision, AutocastBF16))],
         data=data_identity(dl.dataset), shuffle=_inner(dl).shuffle, drop_last=dl.drop_last,
@@ -557,7 +557,7 @@ class SaveRun(Callback):
         self.granted = None
         self.mine = run_settings(self.learn) | json.loads(json.dumps(_flat(self.more), default=str))
         try:
-            path = _from_first(self._open)
+            path = from_first_rank(self._open)
             if path is None: self._save(0, 0, must=True)
             else: self._resume(path)
         except BaseException:
@@ -588,9 +588,9 @@ class SaveRun(Callback):
 
     def _resume(self, path):
         "Everything as it was at the checkpoint"
-        try: header, state = self.loaded[1:] if not _rank() else read_checkpoint(path)
+        try: header, state = self.loaded[1:] if not this_rank() else read_checkpoint(path)
         except OSError as e:
-            raise InputError(f'process {_rank()} cannot read {path!r} ({e.strerror}): '
+            raise InputError(f'process {this_rank()} cannot read {path!r} ({e.strerror}): '
                              'give a folder that all processes see') from e
         self.loaded = None
         if header['method']!=self.mine['method']:
@@ -604,8 +604,9 @@ class SaveRun(Callback):
         if differ := compare_settings(header['loader'], _order_settings(_inner(self.dls.train))):
             warnings.warn(f'the order of the photographs depends on settings that have changed ({differ}): '
                           'the rest of the epoch sees others, everything else is as it was')
-        for p in self.folder.glob('step-*.run.part') if not _rank() else (): p.unlink()       # a write that was killed
-        if not _rank(): print(f'resuming {path}, {_place(header)}', flush=True)
+        if not this_rank():
+            for p in self.folder.glob('step-*.run.part'): p.unlink()       # a write that was killed
+        if not this_rank(): print(f'resuming {path}, {_place(header)}', flush=True)
         own = self._own(state['ranks'])
         restore_state(state, self.learn, self)
         if state['bad_files']: self.dls.bad_files.load_state_dict(state['bad_files'])
@@ -620,13 +621,13 @@ class SaveRun(Callback):
 
     def _own(self, ranks):
         "The generators of this process"
-        if len(ranks)==_world(): return ranks[_rank()]
-        if not _rank():
-            warnings.warn(f'the run was saved by {len(ranks)} processes and is resumed by {_world()}: '
+        if len(ranks)==n_ranks(): return ranks[this_rank()]
+        if not this_rank():
+            warnings.warn(f'the run was saved by {len(ranks)} processes and is resumed by {n_ranks()}: '
                           'the rest of the epoch sees other photographs in other views, everything else is as it was')
         now = random_states()
         set_random_states(ranks[0]['now'])
-        seed = random.getrandbits(31) + _rank()
+        seed = random.getrandbits(31) + this_rank()
         random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
         own = ranks[0] | dict(now=random_states())
         set_random_states(now)
@@ -691,7 +692,7 @@ class SaveRun(Callback):
         if not agreed:
             agreed = self.wishes(self.train_iter)
             device = next(self.learn.model.parameters()).device  # the loss is a zero on the CPU before the first batch
-            if _world()>1: agreed = _ranks_where(agreed, device)
+            if n_ranks()>1: agreed = ranks_where(agreed, device)
         due, stop = agreed
         if due or stop or must: self._save(epoch, batch)
         if stop: self._stop()
@@ -701,8 +702,8 @@ class SaveRun(Callback):
         learn, began = self.learn, time.perf_counter()
         self.last = learn.train_iter, time.monotonic()
         loaders = [_inner(dl).rng.getstate() for dl in learn.dls.loaders]
-        ranks = _all(dict(now=random_states(), loaders=loaders, start=self.start if batch else None))
-        if _rank(): return
+        ranks = gather_objects(dict(now=random_states(), loaders=loaders, start=self.start if batch else None))
+        if this_rank(): return
         header = dict(
             version=__version__, method=self.mine['method'], epoch=epoch, epochs=learn.n_epoch, batch=batch,
             batches=len(learn.dls.train), step=learn.train_iter, processes=len(ranks),
@@ -758,7 +759,7 @@ class SaveRun(Callback):
         "Everything as it was before the fit; after a signal, leave with its code"
         self._leave()
         if self.stopped is not None:
-            if not _rank():
+            if not this_rank():
                 path, header = self.saved
                 print(f'stopped; the state {_place(header)} is in {path}. To resume: {self.command}', flush=True)
             self.learn._end_cleanup()

@@ -24,7 +24,7 @@ from ..data.augment import make_views
 from ..methods.dino import DINO
 from ..methods.encoders import DenseEncoder
 from ..methods.flsl import FLSL
-from .guard import _from_first, _rank
+from ..ground.ranks import from_first_rank, this_rank
 from .resume import random_states, set_random_states, without_stopping
 from ..data.labelled import labelled_data
 from ..evaluation.verdict import Verdict, confirmed, diverged_loss, judge_training, seen_collapse
@@ -327,7 +327,7 @@ class DenseScore(Callback):
         if not self.run: return
         self.learn._dense_score = self   # given to `fit`, it is gone afterwards; the report asks for it
         self.base,self.trained = self.done,False
-        self.best_by = _from_first(self._chosen)
+        self.best_by = from_first_rank(self._chosen)
 
     def _there(self):
         "Names of the scores of this run"
@@ -348,7 +348,7 @@ class DenseScore(Callback):
     def before_train(self):
         "Score the start"
         self.epoch_losses = []
-        if self.epoch==0 and self.done==(0,0): _from_first(self._score_start)
+        if self.epoch==0 and self.done==(0,0): from_first_rank(self._score_start)
 
     def after_loss(self):
         "Remember the loss; a batch that is cancelled has none"
@@ -376,11 +376,11 @@ class DenseScore(Callback):
         "Score the product, if it is time"
         if not self.trained: return   # `learn.validate()` and skipped epochs come by here, too
         self.trained,self.done = False,(self.base[0]+self.epoch+1, self.base[1]+self.train_iter)
-        if self.done[0]%self.every==0 or self.epoch+1==self.n_epoch: _from_first(self._score)
+        if self.done[0]%self.every==0 or self.epoch+1==self.n_epoch: from_first_rank(self._score)
 
     def after_fit(self):
         "Say what it came to, if it has come to its end"
-        if self.say and self.done[0]==self.base[0]+self.n_epoch: _from_first(self._say)
+        if self.say and self.done[0]==self.base[0]+self.n_epoch: from_first_rank(self._say)
 
     def _say(self):
         "The verdict as a warning if something is wrong, or else as a line"
@@ -551,7 +551,7 @@ def row(self:DenseScore):
     "Score now if it is time; the values of `columns`, the same in all processes"
     self.score_epoch()
     last = self.history[-1] if self.history else {}
-    return _from_first(lambda: [last.get(k, float('nan')) for k in self.columns])
+    return from_first_rank(lambda: [last.get(k, float('nan')) for k in self.columns])
 
 # %% ../../nbs/71_training.score.ipynb #c2f03b3a
 class _ScoreList(list):
