@@ -90,7 +90,7 @@ def readme_text():
     try: import nbformat, nbconvert
     except ImportError: sys.exit('nbconvert is missing: call this with .venv/bin/python, or pip install nbconvert.')
     nb = nbformat.read(os.path.join(ROOT, 'nbs', 'index.ipynb'), as_version=4)
-    nb.metadata['language_info'] = {'name': 'python'}  # nbdev_clean takes it away; it colours the code
+    nb.metadata['language_info'] = {'name': 'python'}  # nbdev_clean takes it away; it colors the code
     cells = []
     for c in nb.cells:
         if c.cell_type == 'code':

@@ -1,8 +1,8 @@
-"""What the dense scores cost: seconds and memory of the nearest-neighbour score, how both grow with the memory, and videos.
+"""What the dense scores cost: seconds and memory of the nearest-neighbor score, how both grow with the memory, and videos.
 
     python benchmarks/evaluation.py score FOLDER    labelled folder (any layout of `labelled_data`), ViT-S/16 at 224: seconds of each part, peak memory,
                                                     share of the extraction outside the backbone
-    python benchmarks/evaluation.py memory          neighbours of 2,048 patches among 10 k to 1 M: made-up unit vectors of 384 dimensions, 150 classes
+    python benchmarks/evaluation.py memory          neighbors of 2,048 patches among 10 k to 1 M: made-up unit vectors of 384 dimensions, 150 classes
     python benchmarks/evaluation.py davis FOLDER    folder in the layout of DAVIS: frames a second of features, propagation and scoring
 The network is not trained: that changes no time. `--busy` counts processor seconds instead of seconds on the wall, for a machine that others use; with one thread they
 are what an idle machine would take. Peak memory comes from a process of its own for each variant.
@@ -13,7 +13,7 @@ import torch, torch.nn.functional as F
 
 from common import machine, peak, rss
 from densessl.methods.encoders import dense_encoder
-from densessl.evaluation.scores import _by_neighbours, _ious, neighbour_labels, patch_bank
+from densessl.evaluation.scores import _by_neighbors, _ious, neighbor_labels, patch_bank
 from densessl.data.labelled import labelled_data
 from densessl.evaluation.video import davis_sequences, propagate_labels, propagate_video, video_scores
 
@@ -52,21 +52,21 @@ def vectors(M):
     return x.to(DEVICE), F.one_hot(torch.randint(CLASSES, (M,), generator=g), CLASSES).float().to(DEVICE) if M<=10**5 else torch.full((M,CLASSES), 1/CLASSES, device=DEVICE)
 
 def score(folder, arch, size, splits, memory):
-    "One nearest-neighbour score, its parts timed"
+    "One nearest-neighbor score, its parts timed"
     began = now()
     train, test = labelled_data(folder, size, splits)
     read = now()
     encoder = timed_encoder(arch)
     bank = patch_bank(encoder, train, memory, progress=False)
     filled, inside = now(), encoder.feature_map.seconds
-    names = Clock(_by_neighbours(30, .02, memory).fit(bank))
+    names = Clock(_by_neighbors(30, .02, memory).fit(bank))
     (value, _), = _ious(encoder, test, dict(nn=names), progress=False)[0].values()
     done = now()
     extraction, backbone = filled-read, inside
     print(f'{train.name} ({len(train)}) -> {test.name} ({len(test)}), {arch} at {size}, memory {len(bank.order):,} patches')
     print(f'reading {read-began:.1f} s; memory {extraction:.1f} s, {len(train)/extraction:.1f} images a second, of which outside the backbone {1-backbone/extraction:.1%}')
     test_backbone = encoder.feature_map.seconds-inside
-    print(f'scoring {done-filled:.1f} s: backbone {test_backbone:.1f} s, neighbours {names.seconds:.1f} s, upsampling and counting {done-filled-test_backbone-names.seconds:.1f} s')
+    print(f'scoring {done-filled:.1f} s: backbone {test_backbone:.1f} s, neighbors {names.seconds:.1f} s, upsampling and counting {done-filled-test_backbone-names.seconds:.1f} s')
     print(f'total {done-began:.1f} s, mIoU {value:.3f} (an untrained network)')
 
 def davis(folder, arch, names, size):
@@ -96,7 +96,7 @@ def main():
         if a.args[0]=='score': score(a.args[1], a.args[2], int(a.args[3]), a.args[4:6] or None, None)
         else:
             base, (x, y) = rss(), vectors(int(a.args[1]))
-            neighbour_labels(x[torch.arange(QUERIES)%len(x)], x, y)
+            neighbor_labels(x[torch.arange(QUERIES)%len(x)], x, y)
             return print(rss()-base)
         return print(rss())
     print(machine(a.threads), DEVICE, 'processor seconds' if a.busy else 'seconds on the wall')
@@ -110,7 +110,7 @@ def main():
             x, y = vectors(M)
             q = x[torch.arange(QUERIES)%M]
             if DEVICE=='cuda': torch.cuda.reset_peak_memory_stats(); base = torch.cuda.memory_allocated()
-            def run(): neighbour_labels(q, x, y)
+            def run(): neighbor_labels(q, x, y)
             def product():   # the similarities alone
                 for part in q.split(1024):
                     for keys in x.split(2**15): part@keys.T

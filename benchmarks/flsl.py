@@ -20,7 +20,7 @@ from densessl.training.optim import clip_per_parameter_, split_decay
 
 CONFIG = FLSLConfig(n_prototypes=4096)
 
-def optimiser(model):
+def optimizer(model):
     bare, decayed = split_decay(model.student)
     return torch.optim.AdamW([dict(params=bare, weight_decay=0.), dict(params=decayed, weight_decay=.04)], lr=1e-4)
 
@@ -29,7 +29,7 @@ def our_step(bf16, views):
     model, loss_func = FLSL(dense_encoder('vit_small_patch16_224', drop_path_rate=.1), CONFIG).train(), FLSLLoss(CONFIG)
     for m in model.modules():
         if bf16 and getattr(m, 'fused_attn', False): m.fused_attn = False   # as the learner's AutocastBF16 does on a CPU
-    opt = optimiser(model)
+    opt = optimizer(model)
     def step():
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=bf16): loss = loss_func(model(views))
         loss.backward()
@@ -45,7 +45,7 @@ def plain_step(bf16, views):
     torch.manual_seed(0)
     model = FLSL(dense_encoder('vit_small_patch16_224', drop_path_rate=.1), CONFIG).train()
     for p in model.teacher.parameters(): p.requires_grad_(True)
-    opt = optimiser(model)
+    opt = optimizer(model)
     def attend(q, Z, beta): return (beta*q@Z.mT).softmax(-1)@Z
     def step():
         opt.zero_grad()

@@ -11,7 +11,7 @@ import fastai.callback.fp16, fastai.callback.progress, fastai.callback.schedule,
 from .ground.core import *
 from .ground.ranks import *
 from .ground.synthetic import *
-from .ground.visualise import *
+from .ground.visualize import *
 from .theory.attention import *
 from .theory.softmask import *
 from .theory.modes import *

@@ -1,7 +1,7 @@
 """FLSL, DINO and the random start on the same photographs: the same ViT, steps and seeds. Every second epoch a backbone is kept, and all are scored afterwards.
 
     python experiments/comparison.py train flsl PHOTOS RUNS --seed 0                                                    (and dino; seeds 0, 1, 2)
-    python experiments/comparison.py train flsl PHOTOS RUNS --seed 0 --settings augment=null --name flsl-untouched     (views whose colours are left alone)
+    python experiments/comparison.py train flsl PHOTOS RUNS --seed 0 --settings augment=null --name flsl-untouched     (views whose colors are left alone)
     python experiments/comparison.py score RUNS PHOTOS --camvid DIR --out nbs/experiments/results/comparison.json
     python experiments/comparison.py show RUNS --camvid DIR --out nbs/experiments/results
     python experiments/comparison.py ends RUNS PHOTOS --camvid DIR --coco DIR --davis DIR --out nbs/experiments/results/comparison_ends.json    (more scores of starts and ends)
@@ -21,13 +21,13 @@ from densessl.data.augment import make_views
 from densessl.training.score import kept_photographs
 from densessl.cli import change_settings, parse_kwargs
 from densessl.data.images import image_dls
-from densessl.evaluation.scores import carry_centres, dense_scores
+from densessl.evaluation.scores import carry_centers, dense_scores
 from densessl.evaluation.figures import show_ass, show_probing, tsne_layers
 from densessl.methods.flsl import FLSLConfig, flsl_recipe
 from densessl.evaluation.gauges import label_free_gauges
 from densessl.data.labelled import labelled_data, segmentation_folder
 from densessl.training.learner import methods
-from densessl.theory.matching import cell_centres
+from densessl.theory.matching import cell_centers
 from densessl.methods.export import export_backbone, load_backbone
 from densessl.evaluation.video import davis_score
 from densessl.data.views import Augment
@@ -87,7 +87,7 @@ def positives(enc, photos, hw, augment, beta=20.):
     views = make_views(flsl_recipe(FLSLConfig(img_size=64, local_size=32, augment=augment)), photos, hw)
     s, t = views['student'], views['teacher']
     grid = enc.grid(64, 64)
-    at, cells = carry_centres(s.boxes[0], t.boxes[0], grid), cell_centres(torch.tensor([0.,0.,1.,1.]), grid)
+    at, cells = carry_centers(s.boxes[0], t.boxes[0], grid), cell_centers(torch.tensor([0.,0.,1.,1.]), grid)
     near = ((at[:,:,None]-cells).abs()*torch.tensor(grid[::-1])).amax(-1)<1.5
     zs, zt = (unit(enc.tokens(v.images[0])) for v in (s, t))
     return (attention_weights(zs, zt, beta)*near).sum(-1)[((at>0)&(at<1)).all(-1)].mean().item()
@@ -103,7 +103,7 @@ def ends(a):
         enc = load_backbone(f)
         s = dense_scores(enc, *camvid, label=key, probes=('clustering', 'overclustering')) + dense_scores(enc, *things, memory=20000, label=key) + davis_score(enc, a.davis, size=120, label=key)
         photos, hw, _ = kept_photographs(loaders(a.photos, methods['dino'].recipe(methods['dino'].presets['scenes']), int(f.parent.name.split('_')[-1])))
-        found = [dict(probe=f'positives in place, {k}', value=positives(enc, photos, hw, v), protocol='student and teacher view of the photographs kept apart, beta 20, within 1.5 cells') for k,v in (('colours changed', Augment()), ('colours untouched', None))]
+        found = [dict(probe=f'positives in place, {k}', value=positives(enc, photos, hw, v), protocol='student and teacher view of the photographs kept apart, beta 20, within 1.5 cells') for k,v in (('colors changed', Augment()), ('colors untouched', None))]
         res[key] = [dict(probe=o.probe, value=o.value, protocol=o.protocol) for o in s] + found
         out.write_text(json.dumps(res))
         print(key, found, [(o.probe, round(100*o.value, 1)) for o in s], flush=True)

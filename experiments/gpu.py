@@ -15,8 +15,8 @@ or a folder with train/ (photographs) and camvid/, davis/ (what is scored); part
 
 The first run of `learns` (nbs/experiments/gpu.ipynb: batches of 512, teacher temperatures from 0.04 to 0.07, 70 seconds an arm) taught nothing: after 35 steps
 all targets were uniform. What is expected of the second, written down before it. The temperature stays at 0.04. A step has 2,048 photographs, 49,152 queries
-for FLSL's 4,096 prototypes and inverse temperatures 2 and 4. A random start scores about 15 % by nearest neighbour. DINO should end above its start by three
-points or more: if it does not, the time was too short and says nothing of FLSL. FLSL should end above DINO in nearest neighbour and DAVIS, which ask for
+for FLSL's 4,096 prototypes and inverse temperatures 2 and 4. A random start scores about 15 % by nearest neighbor. DINO should end above its start by three
+points or more: if it does not, the time was too short and says nothing of FLSL. FLSL should end above DINO in nearest neighbor and DAVIS, which ask for
 dense features. Going on from DINO's network, FLSL should end above DINO that went on for the same seconds. If FLSL ends below its own start, look at the
 curves first: `target_entropy` near ln K (targets uniform) asks for a lower temperature, few prototypes `used` for a larger gamma, a `spread` near 1 (each mode
 is the mean of its view) for larger inverse temperatures, 5 and 10 first.
@@ -515,7 +515,7 @@ def photographs(folder, side, tiny):
 
 
 def scores_of(encoder, data, videos=True):
-    "Nearest neighbour, linear probe, correspondence, DAVIS"
+    "Nearest neighbor, linear probe, correspondence, DAVIS"
     encoder.eval()
     res = {s.probe: s.value for s in dense_scores(encoder, *data['labelled'], memory=20000)}
     res['correspondence'] = correspondence_score(encoder, data['photos'], data['hw'], data['size']).value

@@ -5,7 +5,7 @@
 Each try starts a run of several epochs with its progress bar in a process of its own (FLSL, CLoVE or DINO; a folder of photographs; with or without
 gradient accumulation; each start with another number of workers), ends it with SIGKILL, SIGTERM or SIGINT after a random time, starts it again, perhaps
 ends that one too, and lets the last one go to the end. All that the run leaves
-is compared with a run that was not disturbed: tensors of model and optimiser, curves, table, histories, random states. The last lines give the seconds
+is compared with a run that was not disturbed: tensors of model and optimizer, curves, table, histories, random states. The last lines give the seconds
 that a checkpoint costs for a ViT-S/16 with FLSL."""
 import argparse, json, multiprocessing as mp, os, random, shutil, signal, sys, tempfile, time, warnings
 from collections import Counter
@@ -52,7 +52,7 @@ def work(out, method, photos, workers, accumulate, folder=None):
         warnings.simplefilter('ignore')
         learn.fit(EPOCHS, cbs=SaveRun(folder, every=1, resume=True) if folder else [])
     r, opt = learn.recorder, learn.opt.state_dict()
-    tensors = dict(**learn.model.state_dict(), **{f'optimiser.{i}.{k}': torch.as_tensor(v) for i,s in opt['state'].items() for k,v in s.items()}, losses=torch.stack([*r.losses]), draws=torch.rand(4))
+    tensors = dict(**learn.model.state_dict(), **{f'optimizer.{i}.{k}': torch.as_tensor(v) for i,s in opt['state'].items() for k,v in s.items()}, losses=torch.stack([*r.losses]), draws=torch.rand(4))
     rest = dict(groups=opt['param_groups'], values=[list(v) for v in r.values], schedules=learn.schedules.history, monitor=learn.collapse_monitor.history, order=learn.dls.train.rng.getstate(),
                 python=random.getstate(), numpy=str(np.random.get_state()))
     torch.save((tensors, {k: repr(v) for k,v in rest.items()}), out.with_suffix('.part'))

@@ -207,7 +207,7 @@ def pretend_gpu():
     with ExitStack() as stack:
         for k,v in there.items(): stack.enter_context(mock.patch.object(torch.cuda, k, v))
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, torch.__future__.get_swap_module_params_on_conversion())
-        torch.__future__.set_swap_module_params_on_conversion(True)       # `model.to('cuda')` keeps the parameters that an optimiser has
+        torch.__future__.set_swap_module_params_on_conversion(True)       # `model.to('cuda')` keeps the parameters that an optimizer has
         for k in ('_accelerator_graph_capture_health_check', '_cuda_graph_capture_health_check'):
             if hasattr(torch.optim.Optimizer, k): stack.enter_context(mock.patch.object(torch.optim.Optimizer, k, lambda self: None))
         for owner,k in ((torch.autocast, '__init__'), (torch, 'is_autocast_enabled'), (torch, 'get_autocast_dtype')):

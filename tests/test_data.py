@@ -94,7 +94,7 @@ def test_draft_is_never_below_the_canvas(tmp_path):
     "A checkerboard of single pixels survives if the canvas is as large as the photograph, although 1/2 was on offer in one direction"
     board = ((torch.arange(64)[:, None]+torch.arange(256)[None]) % 2*255).byte()
     Image.fromarray(board.numpy()).save(tmp_path/'a.jpg', quality=100)
-    assert load_canvas(tmp_path/'a.jpg', 64)[0].float().std() < 30       # four columns in one: grey
+    assert load_canvas(tmp_path/'a.jpg', 64)[0].float().std() < 30       # four columns in one: gray
     tall = Image.fromarray((torch.arange(64)[:, None].expand(64, 256) % 2*255).byte().contiguous().numpy()); tall.save(tmp_path/'b.jpg', quality=100)
     assert load_canvas(tmp_path/'b.jpg', 64)[0].float().std() > 100      # rows are not to be halved
 

@@ -1,4 +1,4 @@
-"DINO's loss against forms written otherwise, its centre in several processes, and the module under fastai"
+"DINO's loss against forms written otherwise, its center in several processes, and the module under fastai"
 import pytest, torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -8,7 +8,7 @@ from timm.loss import SoftTargetCrossEntropy
 from torch.testing import assert_close
 
 from densessl.data.augment import make_views
-from densessl.methods.dino import DINO, DINOLoss, centre_update, dino_loss, dino_presets, dino_recipe
+from densessl.methods.dino import DINO, DINOLoss, center_update, dino_loss, dino_presets, dino_recipe
 from densessl.methods.encoders import dense_encoder
 from densessl.ground.synthetic import draw_scenes
 
@@ -36,20 +36,20 @@ def test_loss_and_gradient_equal_loops(V, G):
         grads.append((loss.detach(), *torch.autograd.grad(loss, x)))
     for other in grads[1:]: assert_close(grads[0], other)
 
-def test_centre_follows_and_is_restored():
+def test_center_follows_and_is_restored():
     m, views = model().train(), make_views(dino_recipe(tiny), draw_scenes(3, 48, seed=0)[0])
     for _ in range(3): m(views)
-    assert_close(m.centre, (1-.9**3)*m.eval()(views).teacher_logits.mean((0,1)), rtol=1e-4, atol=1e-6)
+    assert_close(m.center, (1-.9**3)*m.eval()(views).teacher_logits.mean((0,1)), rtol=1e-4, atol=1e-6)
     other = model()
     other.load_state_dict(m.state_dict())
-    assert_close(other.centre, m.centre)
+    assert_close(other.center, m.center)
 
 def test_half_precision():
     m, views = model().train(), make_views(dino_recipe(tiny), draw_scenes(3, 48, seed=0)[0])
     f = DINOLoss(tiny)
     with torch.autocast('cpu', dtype=torch.bfloat16): loss = f(m(views))
     loss.backward()
-    assert loss.dtype==m.centre.dtype==torch.float32
+    assert loss.dtype==m.center.dtype==torch.float32
     assert all(torch.isfinite(p.grad).all() for p in m.student.parameters() if p.grad is not None)
 
 def rank(i, world, init, out):
@@ -59,7 +59,7 @@ def rank(i, world, init, out):
     x = s.chunk(world, 1)[i].clone().requires_grad_()
     terms = dino_loss(x, t.chunk(world, 1)[i], c)
     terms.loss.backward()
-    torch.save((terms.loss.detach(), x.grad/world, centre_update(c, t.chunk(world, 1)[i])), f'{out}/{i}.pt')
+    torch.save((terms.loss.detach(), x.grad/world, center_update(c, t.chunk(world, 1)[i])), f'{out}/{i}.pt')
     dist.barrier(); dist.destroy_process_group()
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason='needs gloo')
@@ -71,4 +71,4 @@ def test_processes_equal_one(tmp_path, world=2):
     got = [torch.load(tmp_path/f'{i}.pt') for i in range(world)]
     assert_close(sum(g[0] for g in got)/world, loss.detach())
     assert_close(torch.cat([g[1] for g in got], 1), s.grad)
-    for g in got: assert_close(g[2], centre_update(c, t))
+    for g in got: assert_close(g[2], center_update(c, t))

@@ -131,7 +131,7 @@ def test_step_equals_one_process(results, world, record_property):
             assert_close(r['loss'], want['loss'], rtol=1e-10, atol=1e-12)
             for k in ('grads', 'buffers'):
                 for n in want[k]: assert_close(r[k][n], want[k][n], rtol=1e-8, atol=1e-11, msg=lambda m: f'{name} {k} {n}: {m}')
-    # without synchronised batch norm CLoVE is another computation, the others have no batch norm
+    # without synchronized batch norm CLoVE is another computation, the others have no batch norm
     want = numbers('clove', make_batch('clove'))
     assert (got[0]['clove', False]['loss']-want['loss']).abs()>1e-3
 

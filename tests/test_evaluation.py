@@ -19,8 +19,8 @@ def scenes(n, seed, size=32): return SegmentationData(*draw_scenes(n, size, seed
 def pixels(x): return F.pixel_unshuffle(x, 4)
 def overclustering(*args, **kw): return clustering_miou(*args, clusters=60, **kw)
 TRAIN, TEST = scenes(24, 1), scenes(12, 2)
-PROBES = (nearest_neighbour_miou, linear_probe_miou, overclustering)
-ALL = ('nearest neighbour', 'linear', 'clustering', 'overclustering')
+PROBES = (nearest_neighbor_miou, linear_probe_miou, overclustering)
+ALL = ('nearest neighbor', 'linear', 'clustering', 'overclustering')
 
 def test_iou_is_sklearns_over_the_whole_pipeline():
     "Upsample, argmax and count by other means"
@@ -37,11 +37,11 @@ def test_iou_is_sklearns_over_the_whole_pipeline():
         _count(m, maps, masks, budget)
         assert mean_iou(m)[0]==pytest.approx(want, abs=1e-6)
 
-def test_one_neighbour_is_sklearns():
+def test_one_neighbor_is_sklearns():
     maps = [extract(pixels, d) for d in (TRAIN, TEST)]
     flat = lambda f: F.normalize(f, dim=1).permute(0,2,3,1).reshape(-1, f.shape[1])
     hard = patch_labels(TRAIN.masks, (8,8), 7)[0].permute(0,2,3,1).reshape(-1,7)
-    got = neighbour_labels(flat(maps[1]), flat(maps[0]), hard, k=1)
+    got = neighbor_labels(flat(maps[1]), flat(maps[0]), hard, k=1)
     i = KNeighborsClassifier(1).fit(flat(maps[0]).numpy(), np.arange(len(hard))).predict(flat(maps[1]).numpy())
     assert_close(got, hard[torch.as_tensor(i)])
 
@@ -86,9 +86,9 @@ def test_other_sizes_and_an_ignored_class():
 
 def test_ignored_test_pixels_do_not_count():
     void = TEST.masks.clone(); void[:,:,:16] = 255
-    a = nearest_neighbour_miou(pixels, replace(TRAIN, ignore_index=255), replace(TEST, masks=void, ignore_index=255))
+    a = nearest_neighbor_miou(pixels, replace(TRAIN, ignore_index=255), replace(TEST, masks=void, ignore_index=255))
     half = replace(TEST, images=TEST.images[...,16:], masks=TEST.masks[...,16:])
-    b = nearest_neighbour_miou(pixels, TRAIN, half)
+    b = nearest_neighbor_miou(pixels, TRAIN, half)
     # the right halves alone differ only by the upsampling along their left border
     assert a.value==pytest.approx(b.value, abs=.03)
 
@@ -126,20 +126,20 @@ def test_memory_is_bounded():
             if isinstance(out, torch.Tensor): seen.append(out.shape)
             return out
     q = F.normalize(torch.randn(3000, 4), dim=-1)
-    with Spy(): neighbour_labels(q, q, torch.ones(3000, 2), k=3, budget=2**18)
+    with Spy(): neighbor_labels(q, q, torch.ones(3000, 2), k=3, budget=2**18)
     assert max(s.numel() for s in seen) <= 2**18
     seen.clear()   # and of the features of 24 images, 64 patches each, there are never more than a batch or 100
-    with Spy(): nearest_neighbour_miou(pixels, TRAIN, TEST, memory=100, batch_size=2)
+    with Spy(): nearest_neighbor_miou(pixels, TRAIN, TEST, memory=100, batch_size=2)
     assert max(s.numel() for s in seen if 48 in s) == 2*64*48
 
-def test_neighbours_in_blocks_are_the_neighbours():
+def test_neighbors_in_blocks_are_the_neighbors():
     "Ties aside, blocks of keys change nothing: against a full sort"
     g = torch.Generator().manual_seed(0)
     q, k, v = F.normalize(torch.randn(50,6, generator=g), dim=-1), F.normalize(torch.randn(700,6, generator=g), dim=-1), torch.rand(700,3, generator=g)
     s, i = (q@k.T).sort(1, descending=True)
     for n in (1, 7, 699, 2000):
         want = ((s[:,:n]/.1).softmax(1)[...,None]*v[i[:,:n]]).sum(1)
-        for budget in (1, 600, 5000, 2**25): assert_close(neighbour_labels(q, k, v, n, .1, budget), want)
+        for budget in (1, 600, 5000, 2**25): assert_close(neighbor_labels(q, k, v, n, .1, budget), want)
 
 def test_files_score_as_memory_does(tmp_path):
     "Read batch by batch from disk, or held: the same scores, the same protocol; what is wrong in one file stops the score"
@@ -158,8 +158,8 @@ def test_files_score_as_memory_does(tmp_path):
     Image.new('L', (32,32), 9).save(tmp_path/'set/labels/val/11.png')
     with pytest.raises(InputError, match="masks hold the labels 9, outside 0 to 6"): dense_scores(pixels, *labelled_data(tmp_path/'set', 32, n_classes=7, load=False), **kw)
 
-def test_rows_are_standardised_as_they_are_drawn():
-    "The linear layer sees the same rows whether they are standardised before or batch by batch"
+def test_rows_are_standardized_as_they_are_drawn():
+    "The linear layer sees the same rows whether they are standardized before or batch by batch"
     g = torch.Generator().manual_seed(0)
     x, y = 5+3*torch.randn(300,4, generator=g), torch.rand(300,3, generator=g).softmax(1)
     a = fit_linear((x-x.mean(0))/x.std(0), y, torch.ones(300), 40, batch=64)
@@ -188,7 +188,7 @@ def test_results_grow_and_never_break(tmp_path):
 
 def test_progress_is_shown_where_it_is_wanted(capsys, monkeypatch):
     "The bar of fastprogress itself: batch by batch, the name of the data beside it; none for short runs, none if it is not wanted"
-    probe = lambda **kw: nearest_neighbour_miou(pixels, TRAIN, TEST, **kw).value
+    probe = lambda **kw: nearest_neighbor_miou(pixels, TRAIN, TEST, **kw).value
     plain = [probe(), probe(batch_size=1, progress=False)]
     assert capsys.readouterr().out==''
     assert probe(batch_size=8, progress=True)==plain[0]
@@ -222,7 +222,7 @@ def test_folder_reads_palette_masks_and_any_image_mode(tmp_path):
 
 def test_scores_are_plain_json(tmp_path):
     scores = dense_scores(pixels, TRAIN, TEST, 'pixels', steps=5, layer=None)
-    assert [s.model for s in scores]==['pixels']*2 and [s.probe for s in scores]==['nearest neighbour', 'linear']
+    assert [s.model for s in scores]==['pixels']*2 and [s.probe for s in scores]==['nearest neighbor', 'linear']
     d = json.loads(write_scores(scores, tmp_path/'s.json').read_text(), parse_constant=lambda c: pytest.fail(f'{c} is not JSON'))
     assert d[0]['value']==scores[0].value and read_scores(tmp_path/'s.json')==scores
     lines = scores_table(scores, protocol=False).splitlines()

@@ -71,7 +71,7 @@ def fit(learn, n=1, **kwargs):
     return learn
 
 class Kinds(Callback):
-    "What the forward pass computes in, how often the teacher moved, the largest gradient the optimiser gets"
+    "What the forward pass computes in, how often the teacher moved, the largest gradient the optimizer gets"
     run_valid, order = False, 40
     def before_fit(self):
         self.kinds, self.largest, self.moved = set(), 0., 0
@@ -153,7 +153,7 @@ def test_precision_ends_with_an_error(precision, error):
     learn.fit(1, cbs=seen)
     assert seen.kinds=={torch.float32} and len(losses(learn))==3
 
-def test_precision_ends_with_a_cancelled_batch():
+def test_precision_ends_with_a_canceled_batch():
     def cancel(cb): raise CancelBatchException
     for mixed in (AutocastBF16(), ScaledOnCPU()):
         learner(cbs=mixed).fit(1, cbs=Callback(after_pred=cancel))
@@ -161,7 +161,7 @@ def test_precision_ends_with_a_cancelled_batch():
 
 @pytest.mark.parametrize('left_out', [(0,), (1, 2), (0, 1, 2)])
 @pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss'])
-def test_batches_that_are_cancelled(event, left_out):
+def test_batches_that_are_canceled(event, left_out):
     "Before there is a prediction or a loss, too; what the monitor sees is of whole batches alone"
     class Leave(Callback):
         order = -10
@@ -202,9 +202,9 @@ def test_lr_find_ends_where_gradients_break_down():
     learn.lr_find(num_it=20, show_plot=False, suggest_funcs=None)
     for k,v in weights(learn).items(): assert torch.equal(v, before[k]), k
 
-# ---------------------------------------------------------------- what the optimiser gets
+# ---------------------------------------------------------------- what the optimizer gets
 class Hypers(Callback):
-    "The optimiser's values at each step"
+    "The optimizer's values at each step"
     order, run_valid = 100, False
     def before_fit(self): self.seen = []
     def before_step(self): self.seen.append([dict(h) for h in self.opt.hypers])

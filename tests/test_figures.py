@@ -90,14 +90,14 @@ def test_tsne_from_the_shell_is_of_the_first_three_photographs(home):
         show_backbone(str(home/'a.safetensors'), names(home, 3)+names(home, 2), picture='tsne', out=home/'tsne.png')
     assert torch.equal(seen[0], photos) and Image.open(home/'tsne.png').size[0]>300
 
-def test_segments_colour_every_stage_of_a_cnn(monkeypatch):
+def test_segments_color_every_stage_of_a_cnn(monkeypatch):
     "The stages before the last are finer: each of their patches has the segment of the patch it lies in"
     torch.manual_seed(0)
     e = dense_encoder('test_resnet', img_size=128)
     photos = draw_scenes(2, 128, seed=5)[0]
     place = lambda z, *_: torch.stack([z.double()@torch.arange(z.shape[1]).double()]*2, 1)   # by which a patch is known
     monkeypatch.setattr(figures, '_tsne', place)
-    before, last = layer_tokens(e, figures._normalised(photos, (.485,.456,.406), (.229,.224,.225)), [-2,-1])
+    before, last = layer_tokens(e, figures._normalized(photos, (.485,.456,.406), (.229,.224,.225)), [-2,-1])
     labels = [mode_segments(z, suggest_beta(unit(z)))[0].view(last.grid)+1 for z in last.tokens]
     labels[1] += labels[0].max()
     fig = tsne_layers(e, photos, layers=[-2], n_tokens=10**4, perplexity=5)
@@ -136,7 +136,7 @@ def test_gpu_gives_the_same_pictures():
     torch.testing.assert_close(layer_tokens(e, x)[0].tokens.cpu(), t[0].tokens, rtol=1e-3, atol=1e-3)
     show_ass(e, photos), show_probing(e, photos[0]), tsne_layers(e, photos, masks, CLASSES, n_tokens=40, perplexity=5)
 
-def test_each_backbone_sees_its_own_normalisation(home, monkeypatch):
+def test_each_backbone_sees_its_own_normalization(home, monkeypatch):
     export_backbone(vit(), home/'half.safetensors', overwrite=True, mean=(.5,.4,.3), std=(.2,.2,.1))
     seen, layers = {}, figures._layers
     def spy(e, p, l, mean, std, *a):

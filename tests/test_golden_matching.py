@@ -1,6 +1,6 @@
 """CLoVE's public code, reproduced: distances and matches of cells, and the coordinates of its crops.
 
-The numbers in `golden/clove` were made by running sthalles/CLoVE unchanged. Its crops are counted in pixel centres, j/(W-1);
+The numbers in `golden/clove` were made by running sthalles/CLoVE unchanged. Its crops are counted in pixel centers, j/(W-1);
 densessl counts edges, j/W. The conversion stands here, and so does how far apart the two are.
 """
 import json
@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch.testing import assert_close
 
-from densessl.theory.matching import cell_centres, cell_diagonal, cell_distances, match_cells, matched_share
+from densessl.theory.matching import cell_centers, cell_diagonal, cell_distances, match_cells, matched_share
 from densessl.data.views import flip_boxes
 
 GOLDEN = Path(__file__).parent/'golden'/'clove'
@@ -25,7 +25,7 @@ def load(name):
 
 
 def public(boxes, H, W):
-    "Boxes by the edges of their pixels -> by the centres of their first and last pixel"
+    "Boxes by the edges of their pixels -> by the centers of their first and last pixel"
     flipped, size = boxes[:,0]>boxes[:,2], torch.tensor([W, H], dtype=boxes.dtype)
     b = flip_boxes(boxes, flipped)
     return flip_boxes(torch.cat([b[:,:2]*size/(size-1), (b[:,2:]*size-1)/(size-1)], 1), flipped)
@@ -80,13 +80,13 @@ def test_coordinates(name):
 
 @pytest.mark.parametrize('name', COORDS)
 def test_our_coordinates_are_within_a_pixel(name):
-    "No edge and no cell centre is more than 1/(W-1) from the public code's; and they do differ"
+    "No edge and no cell center is more than 1/(W-1) from the public code's; and they do differ"
     t, s = load(f'coords_{name}')
     ours, pixel = edges(t, s), 1/(torch.tensor([s['W'], s['H']]).double()-1)
     off = (ours-t['coord_final']).abs()
     assert (off <= pixel.repeat(2)*(1+1e-9)).all() and off.max()>0
     for grid in ((7,7), (3,3)):
-        assert ((cell_centres(ours, grid)-cell_centres(t['coord_final'], grid)).abs() <= pixel*(1+1e-9)).all()
+        assert ((cell_centers(ours, grid)-cell_centers(t['coord_final'], grid)).abs() <= pixel*(1+1e-9)).all()
 
 
 def test_our_coordinates_change_few_matches():

@@ -41,19 +41,19 @@ def test_objective(name):
     close(grad(loss.ce, s, retain_graph=True)[0], d['grad_kmeans_student_pred'], gradient=True)
     if cfg['vmr']: close(grad(loss.kl, s)[0], d['grad_vmr_student_pred'], gradient=True)
 
-def test_objective_of_centred_teacher():
-    "Centering belongs to DINO and is off in FLSL's recipe: a running centre taken from the teacher's logits before the call"
+def test_objective_of_centered_teacher():
+    "Centering belongs to DINO and is off in FLSL's recipe: a running center taken from the teacher's logits before the call"
     cfg, d = load('loss_centering_shared')
-    centre, m = torch.zeros(cfg['K'], dtype=torch.float64), cfg['center_momentum']
+    center, m = torch.zeros(cfg['K'], dtype=torch.float64), cfg['center_momentum']
     for i in range(cfg['steps']):
         x, mode, s, t = (d[f'step{i}.{k}'] for k in ('x', 'mode', 'student_pred', 'teacher_pred'))
         s = s.clone().requires_grad_()
-        total, parts = objective(x, mode, s, t-centre, cfg, d['temp_t'])
-        centre = m*centre + (1-m)*t.mean(0)
+        total, parts = objective(x, mode, s, t-center, cfg, d['temp_t'])
+        center = m*center + (1-m)*t.mean(0)
         close(total.detach(), d[f'step{i}.total'])
         for got,k in zip(parts, ('ms', 'kmeans', 'vmr')): close(got, d[f'step{i}.{k}'])
         close(grad(total, s)[0], d[f'step{i}.grad_total_student_pred'], gradient=True)
-        close(centre[None], d[f'step{i}.center_after'])
+        close(center[None], d[f'step{i}.center_after'])
 
 VMR = ['balanced_onehot', 'collapsed_exact', 'nearly_collapsed', 'prior', 'prior_equal', 'random', 'single_row', 'uniform']
 

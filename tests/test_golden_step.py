@@ -166,7 +166,7 @@ def test_step_of_the_learner(monkeypatch, rest):
     check_after(model, t, s, ('head.prototypes',) if rest else ())
 
 
-# ---- normalised modes, random queries
+# ---- normalized modes, random queries
 
 def test_step_with_norm_on_modes():
     "A variant of the public code that `FLSL` leaves out: the backbone's last norm applies to the modes instead"

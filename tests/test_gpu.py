@@ -87,12 +87,12 @@ def test_what_does_not_wait_is_not_counted(name):
 
 @without_one
 def test_it_computes_what_the_cpu_computes():
-    "A small network with its gradients, half precision and an optimiser's step"
+    "A small network with its gradients, half precision and an optimizer's step"
     def work(device):
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.GELU(), torch.nn.Linear(8, 2))
         x, opt = torch.randn(5, 6), torch.optim.AdamW(net.parameters(), lr=.1)
-        net.to(device)                                     # the optimiser keeps its parameters
+        net.to(device)                                     # the optimizer keeps its parameters
         with torch.autocast(device, dtype=torch.bfloat16): loss = net(x.to(device)).square().mean()
         loss.backward()
         opt.step()
@@ -108,7 +108,7 @@ def test_it_computes_what_the_cpu_computes():
 
 # fastai's recorder takes each loss to the CPU; the guard asks once whether loss and gradients are finite
 STEP_WAITS = Counter({'ranks.ranks_where': 1, 'torch_core._inner': 1})
-# numbers drawn for boxes, colours, blur and flips, and the boxes themselves; all of them are small and none waits
+# numbers drawn for boxes, colors, blur and flips, and the boxes themselves; all of them are small and none waits
 STEP_COPIES = dict(flsl=31, clove=32, dino=32)
 
 class Steps(Callback):
@@ -335,7 +335,7 @@ def test_the_experiment_in_miniature(tmp_path):
         assert learns[arm].get('steps', 0)>1, learns[arm]
         for name in (f'{arm}_half', arm):
             found = json.loads((tmp_path/f'scores_{name}.json').read_text())
-            assert {'nearest neighbour', 'linear', 'correspondence'}<=found['scores'].keys(), found
+            assert {'nearest neighbor', 'linear', 'correspondence'}<=found['scores'].keys(), found
             assert f'  {name:<22}' in r.stdout
         assert (tmp_path/f'modes_{arm}.png').stat().st_size>1000
     assert {'scores_start_vit_0.json', 'scores_start_cnn_0.json'}<={p.name for p in tmp_path.iterdir()}

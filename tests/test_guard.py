@@ -84,7 +84,7 @@ def test_stops_and_names(name, what, device='cpu'):
 @pytest.mark.parametrize('name', METHODS)
 @pytest.mark.parametrize('what', ['images', 'module', 'gradient'])
 def test_a_step_left_out_leaves_no_trace(name, what, device='cpu'):
-    "As if the batch had never been there: weights, statistics, centre, teacher"
+    "As if the batch had never been there: weights, statistics, center, teacher"
     learn, want = fit(make(name, Spoil(what), skip=1, device=device)), state(fit(make(name, Never(what), device=device)))
     assert [(o['step'], o['what']) for o in learn.stop_if_not_finite.skipped]==[(3, 'gradient' if what=='gradient' else 'loss')]
     for k,v in state(learn).items(): assert_close(v, want[k], rtol=0, atol=0, msg=lambda m: f'{k}: {m}')

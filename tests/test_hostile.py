@@ -42,7 +42,7 @@ def whole_files():
     clear = rgb.convert('RGBA'); clear.putalpha(rgb.convert('L'))
     return {
         'plain.jpg': saved(rgb, 'JPEG'), 'exif.jpg': saved(rgb, 'JPEG', exif=exif), 'progressive.jpg': saved(rgb, 'JPEG', progressive=True),
-        'cmyk.jpg': saved(rgb.convert('CMYK'), 'JPEG'), 'grey.jpg': saved(rgb.convert('L'), 'JPEG'), 'mpo.jpg': saved(rgb, 'MPO', save_all=True, append_images=[other]),
+        'cmyk.jpg': saved(rgb.convert('CMYK'), 'JPEG'), 'gray.jpg': saved(rgb.convert('L'), 'JPEG'), 'mpo.jpg': saved(rgb, 'MPO', save_all=True, append_images=[other]),
         'plain.png': saved(rgb, 'PNG', exif=exif), 'palette.png': saved(rgb.quantize(64), 'PNG', transparency=bytes(range(64))), 'deep.png': saved(deep, 'PNG'),
         'clear.png': saved(clear, 'PNG'), 'animated.png': saved(rgb, 'PNG', save_all=True, append_images=[other]),
         'lossy.webp': saved(rgb, 'WEBP'), 'lossless.webp': saved(clear, 'WEBP', lossless=True), 'animated.webp': saved(rgb, 'WEBP', save_all=True, append_images=[other]),

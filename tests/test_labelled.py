@@ -131,7 +131,7 @@ def test_sizes_of_images_and_masks(tmp_path):
     assert train.sizes==((28,28),(18,28)) and (train.masks[:,::2,::2].numpy()==MASKS[:8]).all()
 
 def test_images_are_averaged_when_they_shrink(tmp_path):
-    "A board of black and white pixels becomes grey, not black or white"
+    "A board of black and white pixels becomes gray, not black or white"
     board = np.broadcast_to((np.indices((16,16)).sum(0)%2*255)[...,None], (16,16,3)).astype(np.uint8)
     for s in ('train', 'val'): save(tmp_path/f'images/{s}', [board]*2, 'ab'); save(tmp_path/f'labels/{s}', [MASKS[0][:8,:8].repeat(2,0).repeat(2,1)]*2, 'ab')
     x = quiet(tmp_path, 8)[0].images.float()
@@ -224,9 +224,9 @@ KINDS = {   # how masks are written -> arguments, list of classes, names
     'RGBA of numbers': (dict(change=lambda m: np.stack([m]*3+[m*0+255], -1)), None, None),
     'with alpha':      (dict(change=lambda m: Image.merge('LA', [Image.fromarray(m), Image.new('L', (14,9), 255)])), None, None),
     'webp':            (dict(mask='masks/{part}/{n}.webp', change=lambda m: np.stack([m]*3, -1), lossless=True), None, None),
-    'grey scale':      (dict(change=lambda m: GREYS[m]), None, ('0','85','170','255')),
-    'grey and names':  (dict(change=lambda m: GREYS[m]), ('classes.txt', 'a\nb\nc\nd'), tuple('abcd')),
-    'grey gif':        (dict(mask='masks/{part}/{n}.gif', change=lambda m: GREYS[m]), None, ('0','85','170','255')),
+    'gray scale':      (dict(change=lambda m: GREYS[m]), None, ('0','85','170','255')),
+    'gray and names':  (dict(change=lambda m: GREYS[m]), ('classes.txt', 'a\nb\nc\nd'), tuple('abcd')),
+    'gray gif':        (dict(mask='masks/{part}/{n}.gif', change=lambda m: GREYS[m]), None, ('0','85','170','255')),
     'colors':          (dict(change=lambda m: PAINT[m]), ('classes.csv', 'name,r,g,b\n'+'\n'.join(f'{n},{r},{g},{b}' for n,(r,g,b) in zip('abcd', PAINT))), tuple('abcd')),
     'colors, CVAT':    (dict(change=lambda m: PAINT[m]), ('labelmap.txt', '# label:color_rgb:parts:actions\n'+'\n'.join(f'{n}:{r},{g},{b}::' for n,(r,g,b) in zip('abcd', PAINT))), tuple('abcd')),
     'Windows':         (dict(), ('classes.txt', '\ufeffa\r\nb\r\nc\r\nd\r\n\r\n'), tuple('abcd')),
@@ -474,7 +474,7 @@ def test_videos_are_told_from_boxes_and_from_photographs(tmp_path):
     with pytest.raises(InputError, match='boxes of Pascal VOC .as a.xml.: boxes are not scored here'): judge_for(boxes, 32)
     recolor(tmp_path/'set')
     with pytest.raises(InputError, match='look like masks'): judge_for(tmp_path/'set', 32)
-    with pytest.raises(InputError, match="'colour=1' in --labelled_as is not one of"): judge_for(tmp_path/'set', 32, labelled_as='colour=1')
+    with pytest.raises(InputError, match="'color=1' in --labelled_as is not one of"): judge_for(tmp_path/'set', 32, labelled_as='color=1')
 
 def test_photographs_alone_are_said_to_be_unlabelled(tmp_path, capsys):
     from densessl.evaluation.report import judge_for

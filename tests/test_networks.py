@@ -524,6 +524,6 @@ def test_a_run_continues_from_an_export(tmp_path):
         with pytest.raises(InputError, match=says) as bad: learner(init=str(tmp_path/'b.safetensors'), model_kwargs=SMALL_VIT|kw)
         assert 'arch=None' in str(bad.value)
 
-def test_other_normalisation_is_said(tmp_path):
+def test_other_normalization_is_said(tmp_path):
     export_backbone(vit(), tmp_path/'b.safetensors', mean=(.5,.5,.5))
     with pytest.warns(UserWarning, match='mean'): learner(init=str(tmp_path/'b.safetensors'), model_kwargs=SMALL_VIT)

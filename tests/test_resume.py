@@ -75,7 +75,7 @@ def everything(learn):
     "All that a run leaves: tensors, and the rest as text"
     r, opt = learn.recorder, learn.opt.state_dict()
     bad = learn.dls.bad_files
-    return (dict(**learn.model.state_dict(), **{f'optimiser.{i}.{k}': torch.as_tensor(v) for i,s in opt['state'].items() for k,v in s.items()}, losses=torch.stack([*r.losses]), draws=torch.rand(4)),
+    return (dict(**learn.model.state_dict(), **{f'optimizer.{i}.{k}': torch.as_tensor(v) for i,s in opt['state'].items() for k,v in s.items()}, losses=torch.stack([*r.losses]), draws=torch.rand(4)),
             {k: repr(v) for k,v in dict(groups=opt['param_groups'], lrs=r.lrs, iters=list(r.iters), values=[list(v) for v in r.values], schedules=learn.schedules.history, monitor=learn.collapse_monitor.history,
                                         order=learn.dls.train.rng.getstate(), python=random.getstate(), numpy=np.random.get_state(), pct=learn.pct_train, bad=list(bad), seen=getattr(bad, 'seen', 0)).items()})
 

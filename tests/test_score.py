@@ -100,9 +100,9 @@ def test_prototype_head_is_the_methods_own():
         Z = unit(f.teacher.encoder.tokens(v))
         want = f.teacher.head(mean_shift(Z, Z, f.config.beta_ca)*24**.5)
         torch.testing.assert_close(head(f.product.tokens(v)), want.flatten(0, 1)); assert temp==f.config.temp_t[1]
-        d.centre.normal_()
+        d.center.normal_()
         head, temp = prototype_head(d)
-        torch.testing.assert_close(head(d.product.tokens(v)), d.teacher.head(d.product.tokens(v).mean(1))-d.centre)
+        torch.testing.assert_close(head(d.product.tokens(v)), d.teacher.head(d.product.tokens(v).mean(1))-d.center)
 
 KILLED = '''import os, signal, sys, warnings
 warnings.simplefilter('ignore')
@@ -122,11 +122,11 @@ def test_killed_run_keeps_its_curve(tmp_path):
     scores = read_scores(tmp_path/'run/scores_by_epoch.json')
     assert list(dict.fromkeys(s.model for s in scores))==['before training', 'epoch 1', 'epoch 2']
     lines = r.stdout.splitlines()
-    assert [l.split(':')[0].split(' of ')[0] for l in lines]==['before training', 'epoch 1', 'epoch 2'] and all('nearest neighbour' in l for l in lines)
-    value = {s.model: s.value for s in scores if s.probe=='nearest neighbour'}
+    assert [l.split(':')[0].split(' of ')[0] for l in lines]==['before training', 'epoch 1', 'epoch 2'] and all('nearest neighbor' in l for l in lines)
+    value = {s.model: s.value for s in scores if s.probe=='nearest neighbor'}
     best = max(('epoch 1', 'epoch 2'), key=value.get)
     got = network_scores(load_backbone(tmp_path/'run/best.safetensors'), x, torch.full((12,2), 32), 32, LABELLED)[-1]
-    assert got.probe=='nearest neighbour' and got.value==value[best]
+    assert got.probe=='nearest neighbor' and got.value==value[best]
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     cb = fit(learner('dino', None, DenseScore(out=tmp_path, verbose=False)), 1).dense_score
@@ -160,7 +160,7 @@ def test_exact_resume(step, tmp_path):
     assert again.conclusion==whole.conclusion and again.first_losses==whole.first_losses
     assert len(again.epoch_losses)==4 and again.epoch_losses==whole.epoch_losses
 
-def test_a_batch_that_is_cancelled_has_no_loss():
+def test_a_batch_that_is_canceled_has_no_loss():
     class Leave(Callback):
         def before_batch(self):
             if self.iter==1: raise CancelBatchException
@@ -194,9 +194,9 @@ def test_labelled_folder(tmp_path):
 
 def test_bad_input_is_one_sentence():
     "Without fastai's words about events, and before any step"
-    learn = learner('dino', None, Watch(), DenseScore(best_by='nearest neighbour'))
+    learn = learner('dino', None, Watch(), DenseScore(best_by='nearest neighbor'))
     with pytest.raises(InputError) as e: fit(learn, 1)
-    assert str(e.value).startswith("best_by is 'nearest neighbour'") and 'values' not in vars(learn.watch)
+    assert str(e.value).startswith("best_by is 'nearest neighbor'") and 'values' not in vars(learn.watch)
 
 class Break(Callback):
     "An epoch that ends in a network that sees nothing"

@@ -55,7 +55,7 @@ def test_learning_rate_zero(method):
     g = cb.conclusion.gains[0]
     assert cb.conclusion.answer=='cannot tell' and g.starts==5
     assert cb.learn.collapse_monitor.history[0].keys()-{'step', 'epoch', 'progress', 'loss', 'K'}==_MONITORED[method].keys()   # the report explains each
-    if method!='clove': assert cb.history[-1]['nearest neighbour']==cb.history[0]['nearest neighbour']    # one of the starts itself
+    if method!='clove': assert cb.history[-1]['nearest neighbor']==cb.history[0]['nearest neighbor']    # one of the starts itself
 
 def test_a_loss_that_rose_outweighs_scores():
     "A network that by luck scores well after a training whose loss went up"
@@ -107,7 +107,7 @@ def test_a_few_test_images_tell_less():
     train, test = painted(30, 1), painted(40, 2)
     half = []
     for data in (test[:4], test):
-        a, b = (dense_scores(Oracle(None, n), train, data, probes='nearest neighbour')[0] for n in (1., .5))
+        a, b = (dense_scores(Oracle(None, n), train, data, probes='nearest neighbor')[0] for n in (1., .5))
         half.append(gain_over_starts(b, [a], fixed=True).images)
     assert half[0]>2*half[1]
 
@@ -115,7 +115,7 @@ def test_bootstrap_of_a_score_is_its_spread_over_test_sets():
     "Many test sets of 20 images score as differently as one, resampled, says"
     train = painted(30, 1)
     f = Oracle(None, 1.5)
-    got = [dense_scores(f, train, painted(20, 100+i), probes='nearest neighbour')[0] for i in range(30)]
+    got = [dense_scores(f, train, painted(20, 100+i), probes='nearest neighbor')[0] for i in range(30)]
     real = torch.tensor([s.value for s in got]).std()
     said = torch.tensor([torch.tensor(s.resampled).std() for s in got]).mean()
     assert .6<said/real<1.6

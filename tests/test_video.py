@@ -15,10 +15,10 @@ from densessl.evaluation.video import *
 
 def rng(seed=0): return torch.Generator().manual_seed(seed)
 def unit(*shape, seed=0, dtype=torch.float32): return F.normalize(torch.randn(*shape, generator=rng(seed), dtype=dtype), dim=-3)
-def colours(x): return F.avg_pool2d(x, 4)
+def colors(x): return F.avg_pool2d(x, 4)
 
 def drifting(T=6, h=32, w=48, name='drifting', objects=2):
-    "Squares of one colour that move by one cell of four pixels a frame"
+    "Squares of one color that move by one cell of four pixels a frame"
     frames, masks = torch.full((T,3,h,w), 30, dtype=torch.uint8), torch.zeros(T,h,w, dtype=torch.uint8)
     for t in range(T):
         for o in range(objects):
@@ -113,7 +113,7 @@ def test_davis_rule_by_other_code():
 # ---- propagation
 
 def unfolded(target, keys, labels, radius, k, temp):
-    "By gathering each cell's neighbourhood, and by exp and sum as in the formula"
+    "By gathering each cell's neighborhood, and by exp and sum as in the formula"
     n, D, H, W = keys.shape
     side = 2*radius+1
     pad = lambda x, v: F.pad(x, (radius,)*4, value=v).unfold(2, side, 1).unfold(3, side, 1)    # (n,D,H,W,side,side)
@@ -209,7 +209,7 @@ def test_upsampled_masks_lie_where_the_cells_do():
 # ---- files and scores
 
 @pytest.mark.parametrize('mode', ('P', 'L'))
-def test_reader_takes_palettes_and_grey_masks(tmp_path, mode):
+def test_reader_takes_palettes_and_gray_masks(tmp_path, mode):
     v = drifting()
     save(tmp_path, v, mode=mode)
     (s,) = davis_sequences(tmp_path)
@@ -230,26 +230,26 @@ def test_reader_says_what_is_wrong(tmp_path):
     save(tmp_path, drifting())
     with pytest.raises(InputError, match='has no sequence x: it has drifting'): davis_sequences(tmp_path, names='x')
     Image.new('L', (10,10)).save(tmp_path/'Annotations/480p/drifting/00003.png')
-    with pytest.raises(InputError, match='00003.png is 10x10, its image 48x32'): davis_score(colours, tmp_path, multiple=4)
+    with pytest.raises(InputError, match='00003.png is 10x10, its image 48x32'): davis_score(colors, tmp_path, multiple=4)
     Image.new('RGB', (48,32), 'red').save(tmp_path/'Annotations/480p/drifting/00003.png')
-    with pytest.raises(InputError, match='holds the numbers of its objects'): davis_score(colours, tmp_path, multiple=4)
+    with pytest.raises(InputError, match='holds the numbers of its objects'): davis_score(colors, tmp_path, multiple=4)
     (tmp_path/'Annotations/480p/drifting/00003.png').write_bytes(b'none')
-    with pytest.raises(InputError, match='cannot read'): davis_score(colours, tmp_path, multiple=4)
+    with pytest.raises(InputError, match='cannot read'): davis_score(colors, tmp_path, multiple=4)
 
 def test_scores_in_table_and_file(tmp_path):
     save(tmp_path, drifting())
-    scores = davis_score(colours, tmp_path, multiple=4, label='colours')
+    scores = davis_score(colors, tmp_path, multiple=4, label='colors')
     assert [s.probe for s in scores]==['DAVIS J&F', 'DAVIS J', 'DAVIS F'] and all(s.value>.9 for s in scores)
     assert scores[0].value==pytest.approx((scores[1].value+scores[2].value)/2)
     for part in (f'{tmp_path.name}-2017-val (1 sequences, 2 objects, 6 frames)', 'image 32x48 mask 32x48', 'n_last=7', 'radius=12', 'k=5', 'temp=0.1', 'tolerance=0.008', 'densessl '):
         assert part in scores[0].protocol
     assert read_scores(write_scores(scores, tmp_path/'s.json'))==scores
     json.loads((tmp_path/'s.json').read_text())
-    assert 'DAVIS J&F' in scores_table(scores) and davis_score(colours, tmp_path, multiple=4, names='drifting')[0].protocol!=scores[0].protocol
+    assert 'DAVIS J&F' in scores_table(scores) and davis_score(colors, tmp_path, multiple=4, names='drifting')[0].protocol!=scores[0].protocol
 
 def test_score_does_not_depend_on_batch_or_order():
     v, w = drifting(), drifting(4, 40, 56, 'w', 1)
-    a, b = (davis_score(colours, o, multiple=4, batch_size=n)[0] for o,n in (([v,w],8), ([w,v],1)))
+    a, b = (davis_score(colors, o, multiple=4, batch_size=n)[0] for o,n in (([v,w],8), ([w,v],1)))
     assert a.value==pytest.approx(b.value, abs=1e-9) and a.protocol==b.protocol
 
 def test_network_is_left_as_it_was():
@@ -271,7 +271,7 @@ def test_timm_networks_and_amp():
 
 def test_other_features_of_the_same_place_score_lower():
     "Features of another place carry the labels away"
-    good, bad = (davis_score(f, [drifting()], multiple=4)[0].value for f in (colours, lambda x: colours(x).flip(-1) if x[0,0,0,0]>9 else torch.rand(len(x),3,8,12, generator=rng(2))))
+    good, bad = (davis_score(f, [drifting()], multiple=4)[0].value for f in (colors, lambda x: colors(x).flip(-1) if x[0,0,0,0]>9 else torch.rand(len(x),3,8,12, generator=rng(2))))
     assert bad < good-.3
 
 @pytest.mark.gpu
@@ -287,20 +287,20 @@ def test_gpu_gives_the_same():
     assert_close(contour_accuracy(a.cuda(), b.cuda()).cpu(), contour_accuracy(a, b))
 
 def test_progress_of_videos(capsys):
-    a = davis_score(colours, [drifting()], multiple=4, batch_size=2)
+    a = davis_score(colors, [drifting()], multiple=4, batch_size=2)
     assert capsys.readouterr().out==''
-    assert davis_score(colours, [drifting()], multiple=4, batch_size=2, progress=True)==a and '[3/3' in capsys.readouterr().out
+    assert davis_score(colors, [drifting()], multiple=4, batch_size=2, progress=True)==a and '[3/3' in capsys.readouterr().out
 
 @pytest.mark.parametrize('folder,said', (('JPEGImages', 'drifting: 1 of 6 masks have no frame, as 00003: a video with a gap'), ('Annotations', 'drifting: 1 of 6 frames have no mask, as 00003'), ('both', 'drifting: 1 of the frames 0 to 5 are missing, as 3')))
 def test_missing_frames(tmp_path, folder, said):
     save(tmp_path, drifting())
     for kind in (('JPEGImages', 'Annotations') if folder=='both' else (folder,)): (tmp_path/kind/'480p/drifting/00003.png').unlink()
-    with pytest.raises(InputError, match=said): davis_score(colours, tmp_path, multiple=4)
+    with pytest.raises(InputError, match=said): davis_score(colors, tmp_path, multiple=4)
 
 def test_a_video_of_one_frame(tmp_path):
     v = drifting()
     save(tmp_path, Video(v.frames[:1], v.masks[:1], 'one'))
-    with pytest.raises(InputError, match='one has fewer than 3 frames, so none between the first and the last'): davis_score(colours, tmp_path, multiple=4)
+    with pytest.raises(InputError, match='one has fewer than 3 frames, so none between the first and the last'): davis_score(colors, tmp_path, multiple=4)
 
 @pytest.mark.parametrize('stems,said', (
     (('0', '5', '10', '15'), ''), (('00000', '00005', '00015'), '1 of the frames 0 to 15 are missing, as 10'), (('frame_1', 'frame_2', 'frame_4'), '1 of the frames 1 to 4 are missing, as 3'),
@@ -324,8 +324,8 @@ def test_frames_in_the_order_of_their_numbers(tmp_path):
 def test_davis_at_full_resolution(tmp_path):
     "The only resolution there is; 480p where there are two"
     save(tmp_path, drifting())
-    want = davis_score(colours, tmp_path, multiple=4)[0].value
+    want = davis_score(colors, tmp_path, multiple=4)[0].value
     for kind in ('JPEGImages', 'Annotations'): (tmp_path/kind/'480p').rename(tmp_path/kind/'Full-Resolution')
-    assert davis_score(colours, tmp_path, multiple=4)[0].value==want
+    assert davis_score(colors, tmp_path, multiple=4)[0].value==want
     for kind in ('JPEGImages', 'Annotations'): (tmp_path/kind/'480p').mkdir()
     with pytest.raises(InputError, match='no frame in .*480p'): davis_sequences(tmp_path)

@@ -46,7 +46,7 @@ def fill_polygon(
     xy,   # Corners x0, y0, x1, y1, ... in pixels; the last joins the first
     hw,   # Height and width
 ):        # Mask, bool array (h,w)
-    "The pixels whose centres lie inside a polygon (even-odd rule)"
+    "The pixels whose centers lie inside a polygon (even-odd rule)"
     h, w = hw
     if len(xy)%2: raise InputError(f'a polygon must hold x and y of each corner, got {len(xy)} numbers')
     x, y = np.asarray(xy, float).reshape(-1, 2).T

@@ -293,9 +293,9 @@ def load_canvas(
 _MAP_WORDS = MASK_NAMES | frozenset('''instance instances heatmap heatmaps superpixels segs segm segmap panoptic trimap
     trimaps matte mattes depth depths disparity disp normals labeled labelled'''.split())
 _COPY_WORDS = frozenset('thumb thumbs thumbnail thumbnails preview previews tn'.split())
-_PHOTO_WORDS = frozenset('''image images img imgs rgb color colors colour colours photo photos jpeg jpg picture
+_PHOTO_WORDS = frozenset('''image images img imgs rgb color colors color colors photo photos jpeg jpg picture
     pictures sat full big large small original originals'''.split())
-_OTHER_WORDS = frozenset('ids id color colour colored map maps train raw ground rgb'.split())   # may follow
+_OTHER_WORDS = frozenset('ids id color color colored map maps train raw ground rgb'.split())   # may follow
 _ROOTS = [o for o in _MAP_WORDS|_COPY_WORDS if not any(p in o for p in _MAP_WORDS|_COPY_WORDS if p!=o)]
 
 def _has_word(text):

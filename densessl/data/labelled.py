@@ -85,7 +85,7 @@ def resize_nearest(
     mask,   # Array (h,w)
     size,   # Height and width; default as it is
 ):          # Array of that size
-    "Each pixel takes the label at its centre, so no label appears that was not there"
+    "Each pixel takes the label at its center, so no label appears that was not there"
     if size is None: return mask
     y, x = ((2*np.arange(n)+1)*m//(2*n) for n,m in zip(size, mask.shape))
     return mask[y][:,x]
@@ -445,7 +445,7 @@ def labelled_data(
     images:str=None,        # Name of the folders of photographs, if it is an unusual one
     labels:str=None,        # Name of the folders of masks, likewise
     divisor:int=None,       # Labels from here on are class*divisor + instance
-    threshold:int=None,     # Grey values from here on are class 1, others 0
+    threshold:int=None,     # Gray values from here on are class 1, others 0
     palette:str=None,       # 'index' or 'color': what counts in palette files; default as the list of classes has it
     orientation:str=None,   # 'upright' or 'stored': what masks of photographs turned by EXIF are drawn on
     say=print,              # Takes the line that says how the files are read; None: nobody

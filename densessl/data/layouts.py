@@ -91,7 +91,7 @@ MASK_WORDS  = MASK_NAMES | set('lbl lbls gts segs segmentationclass target targe
 PARTS = dict(train='train training trn tr', val='val valid validation dev va', test='test testing tst te ts')
 _PART = {w: k for k,v in PARTS.items() for w in v.split()}
 _FILL = set('dir folder ground set sets data dataset split part'.split())
-_COPIES = set('''color colors colour colours colormap colormaps colored rgb visualization viz vis overlay overlays
+_COPIES = set('''color colors color colors colormap colormaps colored rgb visualization viz vis overlay overlays
     human'''.split())
 _MASK_ENDS = ('masks?|labels?|lbl|label(train)?ids|train_?ids?|gt|gtfine|gtcoarse|segs?|segmentations?|annotations?|'
               'annot|anno|semantic|truth|manual1?|jpe?g|png|tiff?|bmp')

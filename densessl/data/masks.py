@@ -74,19 +74,19 @@ def _lossy(im, path):
 
 def _black_and_white(a, path):
     "A mask of a lossy file, if it can be trusted"
-    grey = a if a.ndim==2 else a[...,:3].mean(-1)
-    near = ((grey<64) | (grey>191)).mean()
-    if grey.max()>191 and near>=.99 or grey.max()==0: return np.where(grey>127, 255, 0).astype(np.uint8)
+    gray = a if a.ndim==2 else a[...,:3].mean(-1)
+    near = ((gray<64) | (gray>191)).mean()
+    if gray.max()>191 and near>=.99 or gray.max()==0: return np.where(gray>127, 255, 0).astype(np.uint8)
     advice = f'save masks as PNG, or {option("threshold=128")} if these are black and white'
     raise InputError(f'{path} is compressed in a way that changes labels: {advice}')
 
 def _palette(im, by_color):
-    "Indices of a palette file; the colors if it is a GIF, or if the palette is one of different greys"
+    "Indices of a palette file; the colors if it is a GIF, or if the palette is one of different grays"
     index, colors = np.array(im), np.array(im.getpalette('RGB')).reshape(-1, 3)
     if index.max()>=len(colors): return index
     if by_color or im.format=='GIF': return color_label(colors)[index]
-    grey = (colors==colors[:,:1]).all() and len({*colors[:,0]})==len(colors)
-    return colors[:,0].astype(np.uint8)[index] if grey else index
+    gray = (colors==colors[:,:1]).all() and len({*colors[:,0]})==len(colors)
+    return colors[:,0].astype(np.uint8)[index] if gray else index
 
 def _without_hidden(labels, hidden, path):
     "Transparent pixels become black"
@@ -114,15 +114,15 @@ def _values(im, path, by_color):
 
 def read_mask(
     path,                # Image file
-    threshold:int=None,  # Grey values from here on become 1, the others 0; default as they are
+    threshold:int=None,  # Gray values from here on become 1, the others 0; default as they are
     palette:str='index', # What counts in a palette file, 'index' or 'color'
 ):                       # Labels, integer array (h,w); colors as `color_label` makes them
     "A mask as it is on disk"
     with open_image(path) as im:
         if (n := _pages(im))>1: raise InputError(f'{path} holds {n} pages: a mask is one picture')
         if threshold is None: return _values(im, path, palette=='color')
-        grey = im if im.mode[0] in 'IF' else im.convert('L')     # Pillow would cut 16 bits to 8
-        return (np.array(grey)>=threshold).astype(np.uint8)
+        gray = im if im.mode[0] in 'IF' else im.convert('L')     # Pillow would cut 16 bits to 8
+        return (np.array(gray)>=threshold).astype(np.uint8)
 
 def palette_colors(
     path,    # Image file
@@ -226,12 +226,12 @@ def _listing(labels, n=6):
     labels = sorted(labels)
     return ', '.join(map(label_name, labels[:n])) + (f' ... ({len(labels)} in all)' if labels[n:] else '')
 
-def _is_grey(label): return label<COLOR or (label-COLOR)%0x10101==0
+def _is_gray(label): return label<COLOR or (label-COLOR)%0x10101==0
 
 def _least_gap(labels): return min((b-a for a,b in zip(sorted(labels), sorted(labels)[1:])), default=0)
 
 def _even(labels):
-    "Are these grey values in even steps from 0 on?"
+    "Are these gray values in even steps from 0 on?"
     step = _least_gap(labels)
     return step>=32 and min(labels)==0 and all(abs(l-step*round(l/step))<=1.5 for l in labels)
 
@@ -248,7 +248,7 @@ def class_table(
 
 # %% ../../nbs/16_data.masks.ipynb #bffb1778
 def _listed_classes(found, listed, none=False):
-    "Labels of a list; grey values that are as many as the list is long stand for it in order"
+    "Labels of a list; gray values that are as many as the list is long stand for it in order"
     extra = found - {*listed.names}
     if extra and len(found)==len(listed.names) and _least_gap(found)>=10:
         table, names = class_table(dict(zip(sorted(found), (listed.names[l] for l in sorted(listed.names)))))
@@ -316,7 +316,7 @@ def _refuse_blurred(counts):
     top, total = max(counts), sum(counts.values())
     between = [l for l in counts if 32<l<min(top, 224)]
     if 200<top<256 and len(between)>=16 and counts.get(0, 0)+counts[top]>.8*total:
-        raise InputError(f'masks are black and white with {len(between)} grey values between, as if smoothed: '
+        raise InputError(f'masks are black and white with {len(between)} gray values between, as if smoothed: '
                          f'{option("threshold=128")}')
     main = _main_labels(counts)
     rest = len(counts) - len(main)
@@ -331,9 +331,9 @@ def several(x):
     return () if x is None else (x,) if isinstance(x, (int, str)) else tuple(x)
 
 def _plain_values(labels):
-    "Label -> itself, where black and white files stand among colors, or grey colors among numbers, as their like"
+    "Label -> itself, where black and white files stand among colors, or gray colors among numbers, as their like"
     if not any(l>=COLOR for l in labels): return {l: l for l in labels}
-    if all(map(_is_grey, labels)): return {l: (l-COLOR)//0x10101 if l>=COLOR else l for l in labels}
+    if all(map(_is_gray, labels)): return {l: (l-COLOR)//0x10101 if l>=COLOR else l for l in labels}
     if mixed := {l for l in labels if l<COLOR} - {0, 255}:
         raise InputError(f'some masks hold colors and some numbers ({_listing(mixed)}): save all in one way')
     return {l: l if l>=COLOR else COLOR+l*0x10101 for l in labels}
@@ -341,7 +341,7 @@ def _plain_values(labels):
 def _as_masks_write(label, colored):
     "A label that the user gives: 0 and #000000 mean the same"
     if colored and 0<=label<256: return COLOR+label*0x10101
-    return (label-COLOR)//0x10101 if not colored and label>=COLOR and _is_grey(label) else label
+    return (label-COLOR)//0x10101 if not colored and label>=COLOR and _is_gray(label) else label
 
 def _numbered_classes(found, n_classes):
     "As many classes as the user says"

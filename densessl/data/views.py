@@ -134,13 +134,13 @@ def _range(name, v, lo, hi, what):
 # %% ../../nbs/10_data.views.ipynb #c6a967b7
 @dataclass(frozen=True)
 class Augment:
-    "What happens to the colours of a view: strengths and probabilities, drawn anew each time (defaults: FLSL)"
+    "What happens to the colors of a view: strengths and probabilities, drawn anew each time (defaults: FLSL)"
     brightness:float=0.4       # Factor drawn from 1 +- this
     contrast:float=0.4         # Factor drawn from 1 +- this
     saturation:float=0.2       # Factor drawn from 1 +- this
     hue:float=0.1              # Turn of the hue circle drawn from +- this, at most 0.5
     jitter_p:float=0.8         # Probability of the four above together
-    gray_p:float=0.2           # Probability of turning grey
+    gray_p:float=0.2           # Probability of turning gray
     blur_p:float|tuple=(0.5,0.1)       # Probability of blur; a tuple: one entry is tossed for each image
     blur_sigma:tuple=(0.1,2.)          # Standard deviation of the blur, uniform, in pixels of a view `blur_at` wide
     blur_at:int=224                    # View size at which `blur_sigma` is counted; 0: in pixels of the view itself
@@ -170,7 +170,7 @@ class CropSpec:
     count:int=1                # Views of this kind for each image, V
     within:str|None=None       # Cut from this earlier crop (one with count 1); None: from the photograph
     flip:float=0.5             # Probability of a mirrored view
-    augment:Augment|None=Augment()  # Colours; None leaves them alone
+    augment:Augment|None=Augment()  # Colors; None leaves them alone
     def __post_init__(self):
         for f in ('scale','ratio'): object.__setattr__(self, f, _tuple(getattr(self, f)))
         if isinstance(self.augment, dict): object.__setattr__(self, 'augment', Augment(**self.augment))
@@ -186,9 +186,9 @@ class CropSpec:
 # %% ../../nbs/10_data.views.ipynb #3fe73ee1
 @dataclass(frozen=True)
 class Recipe:
-    "All views of one image: crops in the order they are cut, and the normalisation of the pixels"
+    "All views of one image: crops in the order they are cut, and the normalization of the pixels"
     crops:tuple                            # `CropSpec`s
-    mean:tuple=(0.485,0.456,0.406)         # Subtracted from colours in [0,1] (ImageNet)
+    mean:tuple=(0.485,0.456,0.406)         # Subtracted from colors in [0,1] (ImageNet)
     std:tuple=(0.229,0.224,0.225)          # Divides them after that
     def __post_init__(self):
         object.__setattr__(self, 'crops', tuple(CropSpec(**c) if isinstance(c, dict) else c for c in self.crops))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Layer', 'layer_tokens', 'ass', 'show_ass', 'attention_maps', 'show_probing', 'mode_segments', 'show_segments',
-           'Agreement', 'neighbour_agreement', 'tsne_layers', 'nearest_patches', 'show_retrieval', 'show_pca',
+           'Agreement', 'neighbor_agreement', 'tsne_layers', 'nearest_patches', 'show_retrieval', 'show_pca',
            'show_correspondence', 'show_backbone']
 
 # %% ../../nbs/56_evaluation.figures.ipynb #e09fa772
@@ -28,11 +28,11 @@ from ..theory.attention import attention_weights, iterate_modes, merge_modes, un
 from ..ground.commands import densessl_show
 from ..ground.core import InputError, fp32
 from ..methods.encoders import DenseEncoder, dense_encoder
-from .scores import _eval_mode, carry_centres, patch_labels
+from .scores import _eval_mode, carry_centers, patch_labels
 from ..theory.softmask import suggest_beta
 from ..methods.export import backbone_labels, open_backbone
 from ..data.views import crop_resize, flip_boxes, random_boxes
-from ..ground.visualise import LABELS, colour, overlay_mask, pca_rgb
+from ..ground.visualize import LABELS, color, overlay_mask, pca_rgb
 
 # %% ../../nbs/56_evaluation.figures.ipynb #8e58a8ec
 class Layer(NamedTuple):
@@ -56,14 +56,14 @@ def _checked(encoder, images):
         raise InputError(f'an encoder must be a DenseEncoder, got {type(encoder).__name__}: build it with '
                          f'dense_encoder or load_backbone')
     if images.ndim!=4 or not images.is_floating_point():
-        raise InputError(f'images must be normalised floats (B,3,h,w), got {images.dtype} {tuple(images.shape)}')
+        raise InputError(f'images must be normalized floats (B,3,h,w), got {images.dtype} {tuple(images.shape)}')
     encoder.grid(*images.shape[-2:])
     return images.to(next(encoder.parameters()).device)
 
 @torch.no_grad()
 def layer_tokens(
     encoder:DenseEncoder,  # A ViT or a CNN
-    images:Tensor,         # Normalised images, (B,3,h,w)
+    images:Tensor,         # Normalized images, (B,3,h,w)
     layers=None,           # Indices, from 0, -1 is the last; default all
 )->list:                   # A `Layer` for each
     "Features of each layer for each patch, in eval mode and without gradient"
@@ -100,7 +100,7 @@ def _photos(photos):
         raise InputError(f'photographs must be uint8 (B,3,h,w), got {photos.dtype} {tuple(photos.shape)}')
     return photos
 
-def _normalised(photos, mean, std):
+def _normalized(photos, mean, std):
     mean, std = (torch.tensor(t, device=photos.device)[:,None,None] for t in (mean, std))
     return (photos.float()/255-mean)/std
 
@@ -110,7 +110,7 @@ def _of(norm, name):
 
 def _layers(encoder, photos, layers, mean, std):
     "`layer_tokens` of photographs, on the CPU; by default at most four, from the first to the last"
-    found = layer_tokens(encoder, _normalised(photos, mean, std))
+    found = layer_tokens(encoder, _normalized(photos, mean, std))
     if layers is None: layers = torch.linspace(0, len(found)-1, min(len(found), 4)).round().int().tolist()
     return [found[i]._replace(tokens=found[i].tokens.float().cpu()) for i in _pick(layers, len(found), encoder.arch)]
 
@@ -130,7 +130,7 @@ def _photo(ax, photo):
 
 def _dot(ax, photo, xy):
     "A patch of it as a dot"
-    ax.plot(xy[0]*photo.shape[-1]-.5, xy[1]*photo.shape[-2]-.5, 'o', ms=5, mfc=colour('anchor'), mec='k', mew=.8)
+    ax.plot(xy[0]*photo.shape[-1]-.5, xy[1]*photo.shape[-2]-.5, 'o', ms=5, mfc=color('anchor'), mec='k', mew=.8)
 
 # %% ../../nbs/56_evaluation.figures.ipynb #8ffc9121
 def show_ass(
@@ -138,9 +138,9 @@ def show_ass(
     photos:Tensor,             # uint8 (B,3,h,w), one a row
     layers=None,               # Indices, from 0; default at most four, from the first to the last
     size:float=1.15,           # Side of one picture, inches
-    mean=(.485,.456,.406),     # Normalisation that the encoders expect, or name -> normalisation
+    mean=(.485,.456,.406),     # Normalization that the encoders expect, or name -> normalization
     std=(.229,.224,.225),
-):                             # Figure; the number is the mean of the map, colours go from its least to its greatest
+):                             # Figure; the number is the mean of the map, colors go from its least to its greatest
     "Maps of the aggregated similarity score, layer by layer: bright patches are like the rest, dark ones stand out"
     photos = _photos(photos)
     cols = [(name, l) for name,e in _titled(encoders).items()
@@ -158,7 +158,7 @@ def show_ass(
 @torch.no_grad()
 def attention_maps(
     encoder:DenseEncoder,  # A ViT
-    images:Tensor,         # Normalised images, (B,3,h,w)
+    images:Tensor,         # Normalized images, (B,3,h,w)
     layer:int=-1,          # Block, from 0; -1 is the last
 )->Tensor:                 # (B, heads, N, N), float32, rows sum to 1; class and register tokens come first
     "The attention weights that a block uses, of each head, in eval mode and without gradient"
@@ -197,12 +197,12 @@ def show_probing(
     patch=(.5,.5),          # The patch that looks, its (x, y) in [0,1] of the photograph
     layer:int=-1,           # Block, from 0; -1 is the last
     size:float=1.15,        # Side of one picture, inches
-    mean=(.485,.456,.406),  # Normalisation that the encoders expect, or name -> normalisation
+    mean=(.485,.456,.406),  # Normalization that the encoders expect, or name -> normalization
     std=(.229,.224,.225),
 ):                          # Figure; the number says over how many patches the attention spreads, exp of its entropy
     "The attention of one patch to all patches: mean over the heads, then every head; each scaled to its largest weight"
     photos = _photos(photo[None])
-    maps = {n: attention_maps(e, _normalised(photos, _of(mean, n), _of(std, n)),
+    maps = {n: attention_maps(e, _normalized(photos, _of(mean, n), _of(std, n)),
                               layer)[0].cpu() for n,e in _titled(encoders).items()}
     fig, axs = _figure(len(maps), 2+max(len(a) for a in maps.values()), size)
     for row,(name,a) in zip(axs, maps.items()):
@@ -234,7 +234,7 @@ def show_segments(
     beta:float=None,        # Inverse temperature; default suggested for each encoder
     things:float=4,         # How many things the photograph holds, about, where `beta` is not given
     size:float=1.3,         # Side of one picture, inches
-    mean=(.485,.456,.406),  # Normalisation that the encoders expect, or name -> normalisation
+    mean=(.485,.456,.406),  # Normalization that the encoders expect, or name -> normalization
     std=(.229,.224,.225),
 ):                          # Figure
     "Soft masks of some patches over the photograph, and the segments of patches that share a mode"
@@ -265,10 +265,10 @@ class Agreement(NamedTuple):
     chance:float  # The same for a token drawn blindly
 
 @fp32
-def neighbour_agreement(
+def neighbor_agreement(
     tokens:Tensor,        # (N, D), any norm
     labels:Tensor,        # Class of each token, (N,)
-    groups:Tensor=None,   # Photograph of each token, (N,): the neighbour is in another; default each token its own
+    groups:Tensor=None,   # Photograph of each token, (N,): the neighbor is in another; default each token its own
 )->Agreement:
     "Share of tokens whose most similar token, in another group, has their class; an exact search"
     N = len(tokens)
@@ -278,7 +278,7 @@ def neighbour_agreement(
                          f'{tuple(labels.shape)} and {tuple(groups.shape)}')
     other = groups[:,None]!=groups
     if not N or not other.any(-1).all():
-        raise InputError('all tokens are of one photograph: their neighbours are sought in others, so give two or more')
+        raise InputError('all tokens are of one photograph: their neighbors are sought in others, so give two or more')
     z, same = unit(tokens), labels[:,None]==labels
     near = (z@z.mT).masked_fill(~other, -torch.inf).argmax(-1)
     return Agreement((labels[near]==labels).double().mean().item(),
@@ -293,8 +293,8 @@ def _segments(encoder, photos, mean, std):
     return F.interpolate(labels.unflatten(-1, grid)[:,None].float(), photos.shape[-2:])[:,0].long()
 
 def _within(z, y, image):
-    "`neighbour_agreement` inside each photograph, their mean"
-    each = [neighbour_agreement(z[image==b], y[image==b]) for b in image.unique() if (image==b).sum()>1]
+    "`neighbor_agreement` inside each photograph, their mean"
+    each = [neighbor_agreement(z[image==b], y[image==b]) for b in image.unique() if (image==b).sum()>1]
     return torch.tensor(each).view(-1, 2).mean(0).tolist()
 
 def _tsne(z, perplexity, seed):
@@ -314,14 +314,14 @@ def tsne_layers(
     ignore_index:int=None,   # Label that is left out
     purity:float=.7,         # Patches are drawn of which one class covers at least this share
     n_tokens:int=500,        # Patches that are drawn, chosen at random
-    perplexity:float=20.,    # Of t-SNE: about how many neighbours count, below the number of patches
+    perplexity:float=20.,    # Of t-SNE: about how many neighbors count, below the number of patches
     seed:int=0,              # Of the choice and of t-SNE
     size:float=1.7,          # Side of one picture, inches
-    mean=(.485,.456,.406),   # Normalisation that the encoders expect, or name -> normalisation
+    mean=(.485,.456,.406),   # Normalization that the encoders expect, or name -> normalization
     std=(.229,.224,.225),
-):                           # Figure; its numbers: `neighbour_agreement` of the patches drawn, and chance; classes
-                             # have neighbours in other photographs, segments in their own
-    "t-SNE of the patches' features, layer by layer, coloured by class or segment, and how often the nearest shares it"
+):                           # Figure; its numbers: `neighbor_agreement` of the patches drawn, and chance; classes
+                             # have neighbors in other photographs, segments in their own
+    "t-SNE of the patches' features, layer by layer, colored by class or segment, and how often the nearest shares it"
     photos, encoders, own = _photos(photos), _titled(encoders), masks is None
     if own and classes is not None: raise InputError('classes are the names of the labels in masks: give masks too')
     found = {n: _layers(e, photos, layers, _of(mean, n), _of(std, n)) for n,e in encoders.items()}
@@ -342,7 +342,7 @@ def tsne_layers(
                 raise InputError(f'{len(at)} patches are too few for a perplexity of {perplexity:g}: give more or '
                                  f'larger photographs, or a lower purity or perplexity')
             z, y, image = l.tokens.flatten(0, 1)[at], share.indices[at], at//l.tokens.shape[1]
-            value, chance = (_within if own else neighbour_agreement)(z, y, image)
+            value, chance = (_within if own else neighbor_agreement)(z, y, image)
             ax.scatter(*_tsne(unit(z), perplexity, seed).T, c=y%LABELS.N, cmap=LABELS, vmin=0, vmax=LABELS.N-1,
                        s=5+500/len(at), lw=0)
             ax.set_title(f'{l.name}: {value:.2f}'+' within'*own+f'\nchance {chance:.2f}', fontsize=8)
@@ -380,7 +380,7 @@ def show_retrieval(
     masks:Tensor=None,       # Class of each pixel, integer (B,H,W): frames tell whether the classes agree
     context:int=1,           # Patches shown around each patch, on every side
     size:float=1.15,         # Side of one picture, inches
-    mean=(.485,.456,.406),   # Normalisation that the encoders expect, or name -> normalisation
+    mean=(.485,.456,.406),   # Normalization that the encoders expect, or name -> normalization
     std=(.229,.224,.225),
 ):                           # Figure; the numbers are cosine similarities
     "A patch and the most similar patches of other photographs; with masks a frame is blue for its class, else red"
@@ -399,7 +399,7 @@ def show_retrieval(
             if s is None: c = 'anchor'
             elif label is None: c = 'other'
             else: c = 'positive' if label[b,i]==label[image,q] else 'negative'
-            for lw,ec in ((4, 'w'), (2, colour(c))):
+            for lw,ec in ((4, 'w'), (2, color(c))):
                 ax.add_patch(Rectangle((context*dw-.5, context*dh-.5), dw, dh, fill=False, ec=ec, lw=lw))
             ax.set_title('query' if s is None else f'{s:.2f}', fontsize=8)
         row[0].set_ylabel(name, fontsize=8)
@@ -411,7 +411,7 @@ def show_pca(
     photos:Tensor,             # uint8 (B,3,h,w), one a row
     layer:int=-1,              # Index, from 0
     size:float=1.15,           # Side of one picture, inches
-    mean=(.485,.456,.406),     # Normalisation that the encoders expect, or name -> normalisation
+    mean=(.485,.456,.406),     # Normalization that the encoders expect, or name -> normalization
     std=(.229,.224,.225),
 ):                             # Figure
     "The first three principal components of the unit tokens as red, green and blue"
@@ -434,7 +434,7 @@ def show_correspondence(
     scale=(.35,.7),          # Range of a view's share of the photograph's area
     seed:int=0,              # Of the views and of the choice
     size:float=1.6,          # Side of one view, inches
-    mean=(.485,.456,.406),   # Normalisation that the encoders expect, or name -> normalisation
+    mean=(.485,.456,.406),   # Normalization that the encoders expect, or name -> normalization
     std=(.229,.224,.225),
 ):                           # Figure; the numbers count all patches that both views show
     "Patches of one view joined with the most similar patch of another view: blue where that is right, red where not"
@@ -449,7 +449,7 @@ def show_correspondence(
     pair = torch.cat([v1[0], torch.full((3,S,S//16), 255, dtype=torch.uint8), v2[0]], -1)
     for ax,(name,e) in zip(axs[:,0], encoders.items()):
         (_, z, (h, w)), = _layers(e, torch.cat([v1, v2]), [-1], _of(mean, name), _of(std, name))
-        cells, at = torch.tensor([w, h]), carry_centres(b1, b2, (h, w))[0]
+        cells, at = torch.tensor([w, h]), carry_centers(b1, b2, (h, w))[0]
         both = ((at>0)&(at<1)).all(-1).nonzero()[:,0]
         if not len(both):
             raise InputError(f'the two views of seed {seed} do not overlap: choose another seed or a larger scale')
@@ -459,7 +459,7 @@ def show_correspondence(
         _photo(ax, pair)
         for i in torch.randperm(len(both), generator=torch.Generator().manual_seed(seed))[:n].tolist():
             (x1, y1), (x2, y2) = ((p[i]/cells*S-.5).tolist() for p in (start, found))
-            ax.plot([x1, x2+S+S//16], [y1, y2], '-o', c=colour('positive' if right[i] else 'negative'), lw=.8, ms=2.5)
+            ax.plot([x1, x2+S+S//16], [y1, y2], '-o', c=color('positive' if right[i] else 'negative'), lw=.8, ms=2.5)
         ax.set_title(f'{name}: {right.sum()} of {len(both)} right', fontsize=8)
     return fig
 
@@ -469,8 +469,8 @@ _captions = dict(
         'dark ones stand out. The number is the mean.',
     probing='Where the marked patch looks: the attention of the chosen block. The number says over how many patches '
             'it spreads.',
-    segments='The soft mask of the marked patch, and the patches that share a mode of the density, in one colour each.',
-    tsne='t-SNE of the patches of the first three photographs, coloured by the segments of the last layer. The numbers '
+    segments='The soft mask of the marked patch, and the patches that share a mode of the density, in one color each.',
+    tsne='t-SNE of the patches of the first three photographs, colored by the segments of the last layer. The numbers '
          'say how often the most similar patch is of the same segment, and how often one drawn blindly would be.',
     pca='The three directions in which the features vary most, over all photographs, as red, green and blue.',
     correspondence='Patches of one view and the most similar patch of another: blue where it shows the same place, red '

@@ -19,7 +19,7 @@ from ..theory.attention import attention_weights, unit
 from ..theory.softmask import suggest_beta
 from ..data.views import crop_resize, flip_boxes, random_boxes
 from ..theory.statistics import prototype_use, token_rank
-from .scores import Score, carry_centres, correspondence_score, extract
+from .scores import Score, carry_centers, correspondence_score, extract
 
 # %% ../../nbs/54_evaluation.gauges.ipynb #6fb35da1
 def rank_share(
@@ -83,7 +83,7 @@ def thing_mass(
 def token_clusters(
     Z:Tensor,     # Tokens, (B, N, D)
     k:int,        # Clusters in each view
-    seed:int=0,   # Of the first centres
+    seed:int=0,   # Of the first centers
 )->Tensor:        # Integers (B, N), on the device of `Z`
     "Cluster the tokens of each view by themselves: k-means"
     from sklearn.cluster import KMeans
@@ -113,7 +113,7 @@ def soft_mask_separation(
     if beta is None:
         try: beta = suggest_beta(z2, things=things)
         except InputError: return 0.   # all tokens of a view are equal
-    at = carry_centres(boxes1, boxes2, grid).to(z1.device)
+    at = carry_centers(boxes1, boxes2, grid).to(z1.device)
     inside = ((at>0)&(at<1)).all(-1)
     if not inside.any(): raise InputError('no two views overlap: raise scale')
     x, y = (at*at.new_tensor([W,H])).long().unbind(-1)
@@ -131,17 +131,17 @@ class Gauge(NamedTuple):
 
 GAUGES = {
     'correspondence': Gauge('higher', 'does a patch find its place in another view?',
-                            'about 4 cells of N for noise', 'by flat colour and fine detail, and by a little position '
+                            'about 4 cells of N for noise', 'by flat color and fine detail, and by a little position '
                                                             'added to either; says nothing about what things are'),
     'separation': Gauge('higher', 'does the soft mask of a patch fall on its own thing in another view?',
-                        '0 for noise', 'by flat colour, and by position where views show nearly the same part'),
+                        '0 for noise', 'by flat color, and by position where views show nearly the same part'),
     'token rank': Gauge('higher', 'along how many directions do tokens vary?',
                         '0 for constant features', 'by noise, which has the highest'),
     'position': Gauge('lower', 'how much of a token says only where in the view it is?',
                       '0 for noise and for constant features', 'by photographs that are alike in each place, as roads '
                                                                'under skies are'),
     'prototype use': Gauge('higher', 'how many prototypes do tokens tell apart?',
-                           '0 for constant features and for a head that does not decide', 'by noise, and by colour'),
+                           '0 for constant features and for a head that does not decide', 'by noise, and by color'),
 }
 
 # %% ../../nbs/54_evaluation.gauges.ipynb #95ebbf37
@@ -188,7 +188,7 @@ def label_free_gauges(
 # %% ../../nbs/54_evaluation.gauges.ipynb #298abb88
 def gauge_correlations(
     scores,                             # Scores of several models, each with the gauges and the target
-    target:str='nearest neighbour',     # Probe that is to be predicted
+    target:str='nearest neighbor',     # Probe that is to be predicted
 )->dict:                                # Probe -> Spearman's rho; NaN where a probe is the same for all models
     "How well each gauge orders models as a labelled score does"
     from scipy.stats import spearmanr

@@ -59,7 +59,7 @@ def _unlabelled(path, size, limit, say=print):
 def judge_for(
     data,                                     # Folder: labelled photographs, DAVIS, or photographs alone
     size:int=224,                             # Side to which photographs are brought; videos keep their size
-    probes=('nearest neighbour', 'linear'),   # For labelled photographs
+    probes=('nearest neighbor', 'linear'),   # For labelled photographs
     limit:int=None,                           # At most so many photographs of each part
     labelled_as='',                           # Options of `labelled_data`, as 'layout=folder,ignore_index=0'
     **kwargs,                                 # Arguments of `dense_scores` or `davis_score`, as k, memory, seed, layer
@@ -131,7 +131,7 @@ def _check_results(out):
         raise InputError(f'{str(picture)!r} would be replaced by the picture of the scores: choose another --out, or '
                          f'move this file away')
 
-def evaluate(backbone, data, others='', size=None, probes='nearest neighbour,linear', limit=None, seed=0, out=None,
+def evaluate(backbone, data, others='', size=None, probes='nearest neighbor,linear', limit=None, seed=0, out=None,
              device=None, starts=5,
              labelled_as=''):
     "What `densessl_evaluate` does; returns the scores and what is to be said of them"

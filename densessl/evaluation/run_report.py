@@ -172,7 +172,7 @@ _MONITORED = dict(   # method -> name of a number -> what it is
         'information': 'what one view tells of another, in nats; 0 or less is nothing',
         'alike': 'mean cosine between the average tokens of photographs; near 1 is a collapse',
         'spread': 'mean cosine between the tokens of a view; near 1: nothing dense is left in them',
-        'centre': 'length of the centre that is taken from the scores of the teacher',
+        'center': 'length of the center that is taken from the scores of the teacher',
         'entropy': 'how undecided the targets of the teacher are; 0 is certain',
         'kl': 'distance of the student from its targets',
         'perplexity': 'prototypes in use, weighted by how much; 1 is a collapse',

@@ -33,7 +33,7 @@ def _square(target, keys, labels, y0, x0, side, r, k, temp):
     at = [torch.arange(a, min(a+side, n), device=target.device) for a,n in ((y0,H), (x0,W))]
     ky, kx = (slice(max(0, a-r), min(n, a+side+r)) for a,n in ((y0,H), (x0,W)))
     dy, dx = ((torch.arange(s.start, s.stop, device=a.device)-a[:,None]).abs()>r for a,s in zip(at, (ky,kx)))
-    far = (dy[:,None,:,None] | dx[None,:,None,:]).flatten(2).flatten(0,1)               # (cells, neighbours of a frame)
+    far = (dy[:,None,:,None] | dx[None,:,None,:]).flatten(2).flatten(0,1)               # (cells, neighbors of a frame)
     q = target[:, y0:y0+side, x0:x0+side].flatten(1)
     s = q.T @ keys[:,:,ky,kx].transpose(0,1).flatten(1)
     s.view(len(far), len(keys), -1).masked_fill_(far[:,None], -math.inf)
@@ -47,7 +47,7 @@ def propagate_frame(
     target:Tensor,     # Features of a frame, (D,H,W), unit norm along D
     keys:Tensor,       # Features of the context frames, (n,D,H,W), unit norm along D
     labels:Tensor,     # Their label shares, (n,C,H,W)
-    radius:int=12,     # Neighbourhood, in cells up, down, left and right; None is the whole frame
+    radius:int=12,     # Neighborhood, in cells up, down, left and right; None is the whole frame
     k:int=5,           # Most similar cells that count, over all context frames
     temp:float=.1,     # Temperature that divides the cosine similarities, > 0
     budget:int=2**21,  # Similarities held at once (never less than those of one cell)
@@ -79,7 +79,7 @@ def grid_labels(
     grid,                # Height and width (H,W) of the grid
     n_labels:int=None,   # Number of labels C; default the largest + 1
 )->Tensor:               # One-hot, float32 (C,H,W)
-    "Label of each cell: that of the pixel at its centre, as the protocol does"
+    "Label of each cell: that of the pixel at its center, as the protocol does"
     if mask.ndim!=2 or mask.is_floating_point():
         raise InputError(f'mask must be integers (h,w), got {mask.dtype} {tuple(mask.shape)}')
     H, W = grid
@@ -93,7 +93,7 @@ def propagate_labels(
     features,          # (T,D,H,W), or any iterable of maps (D,H,W), one a frame; unit norm along D
     first_mask:Tensor, # Labels of the first frame: integer (h,w), 0 is background; or shares of cells, float (C,H,W)
     n_last:int=7,      # Frames before the target in its context, beside the first one
-    radius:int=12,     # Neighbourhood, cells; None is the whole frame
+    radius:int=12,     # Neighborhood, cells; None is the whole frame
     k:int=5,           # Most similar cells that count
     temp:float=.1,     # Temperature that divides the cosine similarities
     budget:int=2**21,  # Similarities held at once
@@ -155,7 +155,7 @@ def _check_masks(pred, true):
 def boundary_map(
     mask:Tensor,  # bool (...,h,w)
 )->Tensor:        # bool, same shape
-    "Pixels that differ from the neighbour to the right, below or right below (DAVIS)"
+    "Pixels that differ from the neighbor to the right, below or right below (DAVIS)"
     m = torch.cat([mask, mask[...,-1:]], -1)
     m = torch.cat([m, m[...,-1:,:]], -2)
     return (mask!=m[...,:-1,1:]) | (mask!=m[...,1:,:-1]) | (mask!=m[...,1:,1:])
@@ -232,12 +232,12 @@ class Video:
     def load(self): return self
 
 def _objects(masks, name):
-    "Numbers of objects; colors that are all grey are numbers"
-    grey = (masks>=COLOR) & ((masks-COLOR)%0x10101==0)
-    masks = torch.where(grey, (masks-COLOR)//0x10101, masks)
+    "Numbers of objects; colors that are all gray are numbers"
+    gray = (masks>=COLOR) & ((masks-COLOR)%0x10101==0)
+    masks = torch.where(gray, (masks-COLOR)//0x10101, masks)
     if masks.min()<0 or masks.max()>255:
         raise InputError(f'{name}: masks hold colors, or labels over 255: a mask of a video holds the numbers of its '
-                         f'objects, as a palette or grey PNG file')
+                         f'objects, as a palette or gray PNG file')
     return masks.byte()
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def densessl_evaluate(
     others:str='',         # Backbones to compare with, files or timm names, separated by commas
     labelled_as:str='',    # How to read labelled photographs, as layout=folder,ignore_index=0
     size:int=None,         # Side to which photographs are brought; by default that of the backbone
-    probes:str='nearest neighbour,linear', # For labelled photographs; also clustering, overclustering
+    probes:str='nearest neighbor,linear', # For labelled photographs; also clustering, overclustering
     limit:int=None,        # At most so many photographs of each part
     seed:int=0,            # Of the first random start and of the probes
     out:str=None,          # JSON file to add the scores to; a bar plot with its name and .png is drawn beside it

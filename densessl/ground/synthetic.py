@@ -24,7 +24,7 @@ def texture(
     kind:str,  # One of `TEXTURES`
     u:Tensor,  # First texture coordinate, any shape; one unit is one period
     v:Tensor,  # Second texture coordinate, same shape
-)->Tensor:     # Share of the second colour, in (0,1), shape of `u`
+)->Tensor:     # Share of the second color, in (0,1), shape of `u`
     "Pattern of texture `kind`"
     s = lambda t: torch.sin(2*math.pi*t)
     if   kind=='stripes': g = s(u)
@@ -37,8 +37,8 @@ def texture(
     return (3*g).sigmoid()
 
 # %% ../../nbs/05_ground.synthetic.ipynb #bc27e483
-def _colours(g):
-    "Two random colours, (2,3,1,1), at least 0.7 apart"
+def _colors(g):
+    "Two random colors, (2,3,1,1), at least 0.7 apart"
     a, b = torch.rand(2, 3, generator=g)
     while (a-b).abs().sum()<.7: b = torch.rand(3, generator=g)
     return a[:,None,None], b[:,None,None]
@@ -56,8 +56,8 @@ def draw_scene(
     generator=None,       # torch.Generator; default torch's global one
     radius=(.18,.32),     # Range of the things' radius, in sides of the scene
     periods=(8.,11.),     # Range of the textures' periods a side; `size` should be at least 6 times that
-    natural:bool=False,   # Colours by class, uneven light and much noise, see below
-    noise:float=None,     # Standard deviation of the noise, colours being in [0,1]; None is 0.03, natural scenes 0.6
+    natural:bool=False,   # Colors by class, uneven light and much noise, see below
+    noise:float=None,     # Standard deviation of the noise, colors being in [0,1]; None is 0.03, natural scenes 0.6
     box=(0.,0.,1.,1.),    # Part of the scene to draw, (x1,y1,x2,y2); x1 > x2 mirrors it
 ):                        # Image, uint8 (3,size,size); classes, int64 (size,size), an index into `CLASSES`
     "One random scene and its mask"
@@ -68,7 +68,7 @@ def draw_scene(
     at = (torch.arange(size)+.5)/size
     y, x = (box[1]+at*(box[3]-box[1]))[:,None], (box[0]+at*(box[2]-box[0]))[None]
     hsv = lambda h, s, v: torch.tensor(hsv_to_rgb(h%1, s, v))[:,None,None]
-    a, b = [hsv(U(0,1), U(0,.25), U(.3,1)) for _ in 'ab'] if natural else _colours(g)
+    a, b = [hsv(U(0,1), U(0,.25), U(.3,1)) for _ in 'ab'] if natural else _colors(g)
     turn = U(0, 2*math.pi)
     c, s = math.cos(turn), math.sin(turn)
     ramp = (x*c+y*s-min(c,0)-min(s,0))/(abs(c)+abs(s))
@@ -83,7 +83,7 @@ def draw_scene(
         c, s = f*math.cos(turn), f*math.sin(turn)
         w = texture(TEXTURES[kind], c*dx+s*dy, c*dy-s*dx)
         if natural: h, s, v, dark = kind//2/3+U(-.1,.1), U(.45,1), U(.55,1), U(.25,.6)
-        a, b = (hsv(h, s, v), hsv(h, s, v*dark)) if natural else _colours(g)
+        a, b = (hsv(h, s, v), hsv(h, s, v*dark)) if natural else _colors(g)
         img, mask = torch.where(inside, a*(1-w)+b*w, img), mask.masked_fill(inside, kind+1)
     if natural:
         at = torch.stack(torch.broadcast_tensors(x, y), -1)[None]*2-1

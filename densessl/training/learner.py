@@ -45,7 +45,7 @@ from .optim import ClipGrad, FreezeLastLayer, adamw, lars, split_decay
 from .schedules import cosine, linear_ramp, warmup_cosine
 from ..data.views import crop_resize, random_boxes
 from ..theory.matching import cell_distances
-from ..ground.visualise import pca_rgb, show_images, show_views, unnormalise
+from ..ground.visualize import pca_rgb, show_images, show_views, unnormalize
 
 # %% ../../nbs/68_training.learner.ipynb #00fa917c
 class Schedules(Callback):
@@ -407,7 +407,7 @@ def show_batch(self:ViewLoader,
     recipe = self.after_batch.recipe
     n = min(max_n, next(iter(views.values())).images.shape[1])
     names = [(k, i) for k,v in views.items() for i in range(len(v.images))]
-    pictures = [unnormalise(views[k].images[i,j], recipe.mean, recipe.std) for j in range(n) for k,i in names]
+    pictures = [unnormalize(views[k].images[i,j], recipe.mean, recipe.std) for j in range(n) for k,i in names]
     return show_images(pictures, [k for k,_ in names]*n, cols=len(names), **kwargs)
 
 # %% ../../nbs/68_training.learner.ipynb #df936fbb

@@ -153,7 +153,7 @@ class CollapseMonitor(Callback):
         if self.run: self._said = set()
 
     def after_loss(self):
-        "A batch that was cancelled does not come so far"
+        "A batch that was canceled does not come so far"
         self.whole = True
 
     def after_batch(self):

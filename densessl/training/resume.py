@@ -339,7 +339,7 @@ def _check_state(state, learn):
     groups, old = learn.opt.param_lists, state['opt'].get('param_groups')
     if old is not None and not said:
         now, then = [len(g) for g in groups], [len(g['params']) for g in old]
-        if now!=then: said.append(f'the optimiser has groups of {then} parameters, here {now}')
+        if now!=then: said.append(f'the optimizer has groups of {then} parameters, here {now}')
         else:
             pairs = [(p, state['opt']['state'].get(i, {})) for g,o in zip(groups, old) for p,i in zip(g, o['params'])]
             differ = [f'{k} of {names.get(id(p), "a parameter")} is {tuple(t.shape)}' for p,s in pairs

@@ -29,7 +29,7 @@ from .resume import random_states, set_random_states, without_stopping
 from ..data.labelled import labelled_data
 from ..evaluation.verdict import Verdict, confirmed, diverged_loss, judge_training, seen_collapse
 from ..evaluation.verdict import gather_statistics, has_batch_norm, random_start
-from ..evaluation.scores import (Score, correspondence_score, dense_scores, nearest_neighbour_miou,
+from ..evaluation.scores import (Score, correspondence_score, dense_scores, nearest_neighbor_miou,
                                         scores_table, write_scores)
 from ..methods.export import export_backbone, load_backbone
 from ..evaluation.gauges import GAUGES, label_free_gauges
@@ -75,11 +75,11 @@ def prototype_head(
             mode = mean_shift(Z, Z, c.beta_ca).flatten(0, 1)*(z.shape[-1]**.5 if c.normalize else 1.)
             return model.teacher.head(mode[::-(-len(mode)//queries)])
         return head, c.temp_t[-1]
-    if isinstance(model, DINO): return lambda z: model.teacher.head(z.mean(1)) - model.centre, model.config.temp_t[-1]
+    if isinstance(model, DINO): return lambda z: model.teacher.head(z.mean(1)) - model.center, model.config.temp_t[-1]
     return None
 
 # %% ../../nbs/71_training.score.ipynb #80a87276
-_PROBES = (*GAUGES, 'nearest neighbour', 'linear')
+_PROBES = (*GAUGES, 'nearest neighbor', 'linear')
 
 def network_scores(
     encoder,            # What `as_feature_map` takes
@@ -95,7 +95,7 @@ def network_scores(
     seed:int=0,         # Of all of them
     ordering=False,     # Of the gauges only correspondence, the one that orders backbones
     **kwargs,           # Arguments of `extract`
-)->list:                # Scores: the gauges, nearest neighbour, linear
+)->list:                # Scores: the gauges, nearest neighbor, linear
     "All scores of one network"
     gauges = gauges or {}
     if ordering:
@@ -105,7 +105,7 @@ def network_scores(
     if labelled is None: return scores
     kwargs = dict(label=label, seed=seed) | (probe or {}) | kwargs
     if linear: return scores + dense_scores(encoder, *labelled, **kwargs)
-    return scores + [nearest_neighbour_miou(encoder, *labelled, **kwargs)]
+    return scores + [nearest_neighbor_miou(encoder, *labelled, **kwargs)]
 
 def _pair(labelled, size=None):
     "Labelled data of a folder, or as given, checked"
@@ -183,7 +183,7 @@ class DenseScore(Callback):
     def __init__(self,
         every:int=1,        # Epochs between two scorings
         labelled=None,      # (train, test) SegmentationData, or a folder of `labelled_data`
-        best_by:str=None,   # Score that chooses the best; default nearest neighbour with labels, else correspondence
+        best_by:str=None,   # Score that chooses the best; default nearest neighbor with labels, else correspondence
         out=None,           # Folder for scores_by_epoch.json, best.safetensors, best.txt and start.safetensors
         linear:bool=False,  # With a linear probe, too
         photos=None,        # (canvases uint8 (n,3,S,S), heights and widths (n,2)); default `kept_photographs`
@@ -231,7 +231,7 @@ class DenseScore(Callback):
         return self._start
 
     def _ready(self):
-        "Photographs, labels, size and normalisation, read once"
+        "Photographs, labels, size and normalization, read once"
         if self._data is None:
             recipe = getattr(self.dls, 'recipe', None)
             if self.given_photos is None: photos, hw, data = kept_photographs(self.dls, self.n_photos)
@@ -331,7 +331,7 @@ class DenseScore(Callback):
 
     def _there(self):
         "Names of the scores of this run"
-        there = dict.fromkeys(_PROBES, True) | dict.fromkeys(('nearest neighbour', 'linear'), bool(self.labelled))
+        there = dict.fromkeys(_PROBES, True) | dict.fromkeys(('nearest neighbor', 'linear'), bool(self.labelled))
         there['linear'] &= self.linear
         there['prototype use'] = prototype_head(self.method) is not None
         return [p for p,is_there in there.items() if is_there]
@@ -340,7 +340,7 @@ class DenseScore(Callback):
         "Name of the score that chooses the best"
         self._ready()
         there = self._there()
-        by = self.best_by or ('nearest neighbour' if self.labelled else 'correspondence')
+        by = self.best_by or ('nearest neighbor' if self.labelled else 'correspondence')
         if by not in there:
             raise InputError(f'best_by is {by!r}, which this run does not score: use one of {", ".join(there)}')
         return by
@@ -351,7 +351,7 @@ class DenseScore(Callback):
         if self.epoch==0 and self.done==(0,0): from_first_rank(self._score_start)
 
     def after_loss(self):
-        "Remember the loss; a batch that is cancelled has none"
+        "Remember the loss; a batch that is canceled has none"
         if not self.training: return
         loss = self.learn.loss.detach()
         if len(self.first_losses)<8 and self.done[1]<8: self.first_losses.append(loss)
@@ -543,7 +543,7 @@ def columns(self:DenseScore):
     "Scores that fastai's table shows, those that a callback watches among them"
     there = self._there()
     watched = [cb.monitor for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and cb.monitor in there]
-    chosen = self.best_by or ('nearest neighbour' if self.labelled else 'correspondence')
+    chosen = self.best_by or ('nearest neighbor' if self.labelled else 'correspondence')
     return list(dict.fromkeys([chosen, *watched]))
 
 @patch

@@ -23,7 +23,7 @@ class TeacherEMA(Callback):
         super().__init__()
         momentum = cosine(.996, 1.) if momentum is None else momentum
         self.momentum_at = momentum if callable(momentum) else lambda pct: momentum
-        self.cancelled = False
+        self.canceled = False
 
     @property
     def owner(self):
@@ -36,13 +36,13 @@ class TeacherEMA(Callback):
         if not hasattr(self.owner, 'update_teacher'):
             raise InputError('TeacherEMA needs a model with a method update_teacher(momentum), '
                              f'{type(self.owner).__name__} has none')
-        self.cancelled = False
+        self.canceled = False
 
     def after_cancel_step(self):
         "Remember a step that overflowed"
-        self.cancelled = True
+        self.canceled = True
 
     def after_step(self):
         "Update, unless the student has not moved"
-        if not self.cancelled: self.owner.update_teacher(self.momentum_at(self.pct_train))
-        self.cancelled = False
+        if not self.canceled: self.owner.update_teacher(self.momentum_at(self.pct_train))
+        self.canceled = False
