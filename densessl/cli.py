@@ -43,7 +43,9 @@ from .training.progress import lasting_output, memory_in_use
 from .training.score import DenseScore, kept_photographs
 from .evaluation.report import open_backbone
 from .evaluation.run_report import run_report
-from .training.learner import dense_picture, has_bf16, methods, similarity_picture, tf32_beside_bf16
+from .training.learner import find_method, learner, methods
+from .training.pictures import dense_picture, similarity_picture
+from .training.precision import has_bf16, tf32_beside_bf16
 from .ground.synthetic import CLASSES, draw_scenes
 from .cost import CARDS, ENOUGH_STEPS, IN_LEARNER, cost, enough_epochs, fit_local_views, hours
 from .methods.export import export_backbone, plain_arguments
@@ -188,9 +190,7 @@ def _decide(job):
     if job.method is None:
         job.method = suits or 'flsl'
         if suits: job.notes.append(f'{suits}, which suits {job.arch}; --method chooses another')
-    if job.method not in methods:
-        raise InputError(f'there is no method {job.method!r}: use one of {", ".join(methods)}')
-    m = methods[job.method]
+    m = find_method(job.method)
     job.preset = job.preset or ('scenes' if drawn else 'paper')
     if job.preset not in m.presets:
         raise InputError(f'there is no preset {job.preset!r}: use one of {", ".join(m.presets)}')
@@ -202,7 +202,7 @@ def _decide(job):
     preset = m.presets[job.preset]
     job.config = change_settings(preset, changes)
     job.fits_temperature = not drawn and job.preset=='paper' and 'temp_t' not in changes
-    if stride and 'local_size' not in changes:
+    if stride and hasattr(preset, 'local_size') and 'local_size' not in changes:
         old, job.config = job.config.local_size, fit_local_views(job.config, preset, stride)
         if job.config.local_size!=old:
             job.notes.append(f'local views of {job.config.local_size} px, '
@@ -228,7 +228,7 @@ def _open(job, m):
     if job.score_every is None: job.score_every = max(1, job.epochs//(10 if job.folder else 4))
     if job.bf16 is None: job.bf16 = has_bf16(dls.device)
     init = dict(init=job.init) if job.init else {}
-    learn = m.learner(dls, job.arch, job.config, model_kwargs=job.kwargs, bf16=job.bf16,
+    learn = learner(dls, job.arch, m, job.config, model_kwargs=job.kwargs, bf16=job.bf16,
                       compile=job.compile, **init)
     other = open_backbone(job.baseline, job.config.img_size) if job.baseline else None
     return learn, pair, photos, other
@@ -275,7 +275,7 @@ def try_step(
     except Exception as e:
         if not is_out_of_memory(e): raise
         c = learn.model.config
-        advice = memory_advice(dls.bs, c.img_size, c.n_local, half=bf16)
+        advice = memory_advice(dls.bs, c.img_size, getattr(c, 'n_local', 0), half=bf16)
         raise InputError(f'{device} is out of memory: {advice}') from None
     finally: set_random_states(states)
     computing /= KEPT if device.type=='cpu' else IN_LEARNER
@@ -320,7 +320,7 @@ def _counted(n, what): return f'{n:,} {what}' + ('' if n==1 else 's')
 def _opening(job, learn):
     "What the run will do, and what speaks against it"
     dls, drawn, total = learn.dls, job.folder is None, job.steps*job.epochs
-    weights = sum(p.numel() for p in learn.model.product.parameters())/1e6
+    weights = sum(p.numel() for p in learn.model.backbone.parameters())/1e6
     sizes = ' and '.join(str(s) for s in dict.fromkeys(c.size for c in dls.recipe.crops))
     what = 'drawn scenes' if drawn else 'photographs'
     apart = f'{len(dls.valid.dataset)} more kept apart to score on; ' if len(dls.valid.dataset) else ''
@@ -332,9 +332,7 @@ def _opening(job, learn):
         f'{_counted(job.epochs, "epoch")}: {_counted(total, "step")}',
         f'{apart}views of {sizes} px, on {dls.device} in {numbers}',
         *job.notes]
-    if job.method=='flsl':
-        lines.append(f'inverse temperatures {c.beta_sa:g} and {c.beta_ca:g}, {c.n_prototypes:,} prototypes')
-    if hasattr(c, 'temp_t'): lines.append('teacher temperature {:.2g} to {:.2g}'.format(*c.temp_t))
+    lines += find_method(job.method).describe(c)
     if total<ENOUGH_STEPS:
         enough = math.ceil(ENOUGH_STEPS/max(1, job.steps))
         lines.append(f'short: below some {ENOUGH_STEPS} steps features hardly change (--epochs {enough})')
@@ -349,7 +347,7 @@ SCORES = (*MIOU, 'correspondence')   # what the table at the end shows; gauges a
 def _report(learn, score, out, photos, seconds, method, epochs, others, say):
     "Scores, pictures and the verdict of a run that has come to its end"
     model, dls, recipe = learn.model, learn.dls, learn.dls.recipe
-    start, trained, last = score.start, model.product, f'{method}, {_counted(epochs, "epoch")}'
+    start, trained, last = score.start, model.backbone, f'{method}, {_counted(epochs, "epoch")}'
     export_backbone(learn, out/'backbone.safetensors', overwrite=True)
     rows = learn.collapse_monitor.history
     with open(out/'history.csv', 'w', newline='') as f:

@@ -26,7 +26,7 @@ from densessl.evaluation.figures import show_ass, show_probing, tsne_layers
 from densessl.methods.flsl import FLSLConfig, flsl_recipe
 from densessl.evaluation.gauges import label_free_gauges
 from densessl.data.labelled import labelled_data, segmentation_folder
-from densessl.training.learner import methods
+from densessl.training.learner import learner, methods
 from densessl.theory.matching import cell_centers
 from densessl.methods.export import export_backbone, load_backbone
 from densessl.evaluation.video import davis_score
@@ -45,7 +45,7 @@ def train(a):
     set_seed(a.seed)
     config = change_settings(replace(m.presets['paper'], **SMALL[a.method]), parse_kwargs(a.settings, 'settings'))
     dls = loaders(a.photos, m.recipe(config), a.seed)
-    learn = m.learner(dls, 'vit_tiny_patch16_224', config, model_kwargs=VIT)
+    learn = learner(dls, 'vit_tiny_patch16_224', m, config, model_kwargs=VIT)
     class Keep(Callback):
         order = 90   # after the teacher's update
         def after_epoch(self):
@@ -114,7 +114,7 @@ def start_of(a, seed):
     set_seed(seed)
     config = replace(m.presets['paper'], **SMALL['dino'])
     dls = loaders(a.photos, m.recipe(config), seed)
-    return m.learner(dls, 'vit_tiny_patch16_224', config, model_kwargs=VIT).model.product.eval()
+    return learner(dls, 'vit_tiny_patch16_224', m, config, model_kwargs=VIT).model.backbone.eval()
 
 def starts(a):
     """Two more random starts beside the first backbones of the three runs, by the same scores; gauges of all five on the photographs that each run kept apart"""

@@ -49,14 +49,12 @@ from densessl.data.augment import make_views
 from densessl.training.resume import SaveRun, run_checkpoints
 from densessl.training.score import training_views
 from densessl.cli import change_settings, parse_kwargs
-from densessl.methods.clove import CLoVE, CLoVELoss
 from densessl.data.images import BadFiles, MakeViews, ViewLoader, find_images, image_dls, load_canvas, scene_dls
-from densessl.methods.dino import DINO, DINOLoss
 from densessl.methods.encoders import dense_encoder
 from densessl.evaluation.scores import SegmentationData, correspondence_score, dense_scores
-from densessl.methods.flsl import FLSL, FLSLLoss
 from densessl.data.labelled import labelled_data
-from densessl.training.learner import compile_blocks, methods
+from densessl.training.learner import learner, methods
+from densessl.training.precision import compile_blocks
 from densessl.training.optim import adamw, clip_per_parameter_, lars, split_decay
 from densessl.ground.synthetic import CLASSES, draw_scenes
 from densessl.methods.export import export_backbone
@@ -66,7 +64,6 @@ from densessl.methods.weights import open_backbone
 
 LIMITS = dict(right=60, fast=90, learns=450)                        # seconds
 PRECISIONS = dict(fp32=.99999, tf32=.999, bf16=.97, fp16=.98)       # cosine with the gradient of the CPU, at least
-CLASSES_OF = dict(flsl=(FLSL, FLSLLoss), clove=(CLoVE, CLoVELoss), dino=(DINO, DINOLoss))
 VIT = 'vit_tiny_patch16_224', dict(patch_size=8, embed_dim=48, depth=2, num_heads=3)
 CNN = 'test_resnet', dict(output_stride=8, stem_width=8, channels=[16, 16, 16, 32])
 NETWORKS = dict(flsl=VIT, clove=CNN, dino=VIT)
@@ -133,7 +130,7 @@ def small_learner(method, device, n=8, bs=4, cbs=(), **kwargs):
     torch.manual_seed(0)
     c, (arch, model_kwargs) = small_settings(method), NETWORKS[method]
     dls = scene_dls(n, methods[method].recipe(c), bs=bs, canvas=40, device=device)
-    return methods[method].learner(dls, arch, c, model_kwargs=model_kwargs, cbs=list(cbs), **kwargs)
+    return learner(dls, arch, methods[method], c, model_kwargs=model_kwargs, cbs=list(cbs), **kwargs)
 
 
 def fit(learn, epochs=1):
@@ -168,11 +165,11 @@ def gradients_of(model, loss_func, views, how, device):
 
 def step_beside_cpu(method, how, device):
     "Loss and gradients of a step beside those of the CPU in fp32"
-    c, (arch, kwargs), (kind, loss_kind) = small_settings(method), NETWORKS[method], CLASSES_OF[method]
+    c, (arch, kwargs), m = small_settings(method), NETWORKS[method], methods[method]
     torch.manual_seed(1)
-    model = kind(dense_encoder(arch, img_size=c.img_size, **kwargs), c).train()
+    model = m.model(dense_encoder(arch, img_size=c.img_size, **kwargs), c).train()
     views = make_views(methods[method].recipe(c), draw_scenes(6, 40, seed=4)[0], torch.full((6, 2), 40))
-    (l0, g0), (l, g) = (gradients_of(model, loss_kind(c), views, h, d) for h,d in (('fp32', torch.device('cpu')), (how, device)))
+    (l0, g0), (l, g) = (gradients_of(model, m.loss(c), views, h, d) for h,d in (('fp32', torch.device('cpu')), (how, device)))
     x0, x = (torch.cat([o[k].flatten() for k in g0]) for o in (g0, g))
     cosine = torch.cosine_similarity(x0, x, 0).item()
     error = abs(l-l0)/abs(l0)
@@ -330,14 +327,15 @@ class Clock:
 
 def training_step(method, bs, device, clock, tiny, compiled):
     "A function that trains one step of the paper's settings, from bytes on the device; marks on `clock` say where it is"
-    m, (kind, loss_kind) = methods[method], CLASSES_OF[method]
+    m = methods[method]
     c, (arch, kwargs) = (small_settings(method), NETWORKS[method]) if tiny else (m.presets['paper'], (m.arch, {}))
-    if method=='flsl' and not tiny: c = replace(c, n_prototypes=4096)
     torch.manual_seed(0)
-    model = kind(dense_encoder(arch, img_size=c.img_size, drop_path_rate=c.drop_path_rate, **kwargs), c).to(device).train()
+    encoder = dense_encoder(arch, img_size=c.img_size, drop_path_rate=c.drop_path_rate, **kwargs)
+    c = m.complete(c, encoder, 2**20)
+    model = m.model(encoder, c).to(device).train()
     if compiled: compile_blocks(model)
     opt = (lars if method=='clove' else adamw)(split_decay(model.student), lr=1e-4)
-    loss_func, params = loss_kind(c), [p for p in model.student.parameters() if p.requires_grad]
+    loss_func, params = m.loss(c), [p for p in model.student.parameters() if p.requires_grad]
     side = 40 if tiny else 256
     canvas, hw = torch.randint(256, (bs, 3, side, side), dtype=torch.uint8, device=device), torch.full((bs, 2), side)
 
@@ -424,7 +422,7 @@ def learner_speed(method, bs, device, tiny, compiled=False, steps=30):
                 at.append(time.perf_counter())
     images = torch.randint(256, (bs*steps, 3, side, side), dtype=torch.uint8, device=device)
     dls = dls_on_device(images, torch.full((len(images), 2), side), m.recipe(c), bs, device)
-    fit(m.learner(dls, arch, c, model_kwargs=kwargs, bf16=True, compile=compiled, cbs=[Times()]))
+    fit(learner(dls, arch, m, c, model_kwargs=kwargs, bf16=True, compile=compiled, cbs=[Times()]))
     return dict(images_per_second=round(bs*(steps-1-steps//3)/(at[1]-at[0]), 1))
 
 
@@ -582,7 +580,7 @@ def learn_arm(name, arm, record, images, hw, scorers, device, a):
     if arm.start: init['init'] = a.out/f'{arm.start}.safetensors'
     torch.manual_seed(a.seed)
     dls = dls_on_device(images, hw, m.recipe(c), bs, device)
-    learn = m.learner(dls, arch, c, model_kwargs=kwargs, monitor_every=5 if a.tiny else 25, compile=a.compile, **init)
+    learn = learner(dls, arch, m, c, model_kwargs=kwargs, monitor_every=5 if a.tiny else 25, compile=a.compile, **init)
     clock = ByTheClock(seconds, lambda: scorers(f'{name}_half', learn))
     learn.add_cb(clock)
     losses = fit(learn, 10**5)

@@ -16,7 +16,8 @@ from densessl.training.score import training_views
 from densessl.cli import change_settings, parse_kwargs
 from densessl.data.images import image_dls
 from densessl.evaluation.scores import correspondence_score, dense_scores, scores_table, segmentation_folder
-from densessl.training.learner import dense_picture, methods, similarity_picture
+from densessl.training.learner import learner as learner_of, methods
+from densessl.training.pictures import dense_picture, similarity_picture
 from densessl.methods.export import export_backbone
 from densessl.evaluation.verdict import gather_statistics, has_batch_norm
 
@@ -75,11 +76,11 @@ config = change_settings(replace(method.presets['paper'], **small), parse_kwargs
 def learner(seed):
     set_seed(seed)
     dls = image_dls(a.photos, method.recipe(config), bs=a.bs, num_workers=0, valid_pct=.032, seed=a.seed, canvas=128)
-    return method.learner(dls, a.arch or arch, config, model_kwargs=parse_kwargs(a.model_kwargs or model_kwargs), bf16=a.bf16)
+    return learner_of(dls, a.arch or arch, method, config, model_kwargs=parse_kwargs(a.model_kwargs or model_kwargs), bf16=a.bf16)
 
 def start_of(learn):
     "A copy of the backbone before training, its batch-norm statistics gathered on training views"
-    return gather_statistics(copy.deepcopy(learn.model.product), training_views(learn.dls))
+    return gather_statistics(copy.deepcopy(learn.model.backbone), training_views(learn.dls))
 
 learn = learner(a.seed)
 dls = learn.dls
@@ -91,7 +92,7 @@ if a.starts:
     out = Path(a.out)
     res = json.loads(out.read_text())
     found = res.setdefault('starts', {})
-    if not has_batch_norm(learn.model.product): found.setdefault(str(res['args']['seed']), res['before'])   # there are no statistics to gather
+    if not has_batch_norm(learn.model.backbone): found.setdefault(str(res['args']['seed']), res['before'])   # there are no statistics to gather
     for seed in range(a.starts):
         if str(seed) in found: continue
         found[str(seed)] = all_scores(start_of(learner(seed)), 'random start')
@@ -105,7 +106,7 @@ before = {} if a.no_before else all_scores(start, 'random start'); show('random 
 began = time.time()
 learn.fit(a.epochs)
 minutes = (time.time()-began)/60
-enc = learn.model.product
+enc = learn.model.backbone
 after = all_scores(enc, f'{a.method}, {a.epochs} epochs'); show(a.method, after)
 out = Path(a.out)
 export_backbone(learn, out.with_suffix('.safetensors'), overwrite=True)

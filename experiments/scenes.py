@@ -17,7 +17,7 @@ from densessl.cli import change_settings, parse_kwargs, scene_data
 from densessl.methods.clove import CLoVELoss
 from densessl.methods.encoders import dense_encoder
 from densessl.evaluation.scores import dense_scores, patch_labels
-from densessl.training.learner import methods
+from densessl.training.learner import learner as learner_of, methods
 from densessl.ground.synthetic import CLASSES, draw_scenes
 from densessl.evaluation.verdict import gather_statistics
 
@@ -81,11 +81,11 @@ def learner(config, seed, net):
     "The learner of a run, and how it is scored"
     set_seed(seed)
     dls, judge = scenes_and_judge(method.recipe(config), 32, seed)
-    return method.learner(dls, net.scene_arch, config, model_kwargs=parse_kwargs(net.scene_kwargs), monitor_every=32), judge
+    return learner_of(dls, net.scene_arch, method, config, model_kwargs=parse_kwargs(net.scene_kwargs), monitor_every=32), judge
 
 def start_of(learn):
     "A copy of the backbone before training, its batch-norm statistics gathered on training views"
-    return gather_statistics(copy.deepcopy(learn.model.product), training_views(learn.dls))
+    return gather_statistics(copy.deepcopy(learn.model.backbone), training_views(learn.dls))
 
 def score_starts(n):
     "The random starts of each network over seeds; runs that began with one of them take over its scores"
@@ -112,6 +112,6 @@ for name,(config, seed, loss, net) in RUNS.items():
     start = start_of(learn)
     began = time.time()
     with learn.no_bar(), learn.no_logging(): learn.fit(a.epochs)
-    add(name, dict(before=small(judge(start, 'before')), after=small(judge(learn.model.product, 'after')), minutes=round((time.time()-began)/60, 2),
+    add(name, dict(before=small(judge(start, 'before')), after=small(judge(learn.model.backbone, 'after')), minutes=round((time.time()-began)/60, 2),
                    config=asdict(learn.model.config), history=[h for h in learn.collapse_monitor.history if h['step']%32==0]))
 if 'supervised' not in res['runs'] and (not a.only or 'supervised' in a.only): add('supervised', dict(after=supervised(scenes_and_judge(method.recipe(base), 32, 0)[1])))

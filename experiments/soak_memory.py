@@ -30,13 +30,13 @@ def slope(steps, values):
 
 def learner(method, workers):
     from densessl.data.images import scene_dls
-    from densessl.training.learner import methods
+    from densessl.training.learner import learner as learner_of, methods
     m = methods[method]
     config = replace(m.presets['scenes'], img_size=32, local_size=16, n_local=1 if method!='clove' else 0, hidden_dim=32)
     kwargs = dict(output_stride=8, stem_width=8, channels=[8, 8, 8, 16]) if method=='clove' else dict(patch_size=8, embed_dim=24, depth=1, num_heads=2)
     config = replace(config, out_dim=16, num_heads=2, k=4) if method=='clove' else replace(config, bottleneck_dim=16, n_prototypes=16)
     dls = scene_dls(STEPS_AN_EPOCH*BATCH, m.recipe(config), bs=BATCH, num_workers=workers)
-    return m.learner(dls, m.scene_arch, config, model_kwargs=kwargs)
+    return learner_of(dls, m.scene_arch, m, config, model_kwargs=kwargs)
 
 def one(method, workers, steps, every=25):
     "A run; prints its numbers as JSON"

@@ -19,7 +19,7 @@ from PIL import Image
 
 from densessl.training.resume import SaveRun, read_checkpoint, read_header, run_checkpoints
 from densessl.data.images import image_dls, scene_dls
-from densessl.training.learner import methods
+from densessl.training.learner import learner, methods
 
 VIT = 'vit_tiny_patch16_224', dict(patch_size=8, embed_dim=24, depth=2, num_heads=3)
 EPOCHS, SIGNALS = 4, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -37,7 +37,7 @@ def make(method, photos, workers, accumulate, seed=0):
     config = replace(m.presets['scenes'], img_size=32, local_size=16, **change)
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
     dls = image_dls(photos, m.recipe(config), bs=4, seed=0, num_workers=workers)
-    return m.learner(dls, arch, config, model_kwargs=kwargs, monitor_every=2, cbs=[GradientAccumulation(12)] if accumulate else [])
+    return learner(dls, arch, m, config, model_kwargs=kwargs, monitor_every=2, cbs=[GradientAccumulation(12)] if accumulate else [])
 
 
 def work(out, method, photos, workers, accumulate, folder=None):
@@ -124,7 +124,7 @@ def cost(home, arch='vit_small_patch16_224'):
     "Seconds and bytes of a checkpoint of a ViT-S/16 with FLSL"
     m = methods['flsl']
     config = replace(m.presets['paper'], n_prototypes=16)
-    learn = m.learner(scene_dls(4, m.recipe(config), bs=2), arch, config)
+    learn = learner(scene_dls(4, m.recipe(config), bs=2), arch, m, config)
     learn.remove_cb(learn.progress)
     cb = SaveRun(home/'cost', every=1)
     with redirect_stdout(None), learn.no_logging(): learn.fit(1, cbs=cb)

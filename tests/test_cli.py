@@ -410,7 +410,7 @@ def test_the_step_that_is_tried_changes_nothing(method):
     config = cli.change_settings(m.presets['scenes'], dict(img_size=32, local_size=16))
     def trained(tried):
         cli.set_seed(0)
-        learn = m.learner(scene_dls(16, m.recipe(config), bs=4, seed=0), m.scene_arch, config, model_kwargs=cli.parse_kwargs(m.scene_kwargs))
+        learn = cli.learner(scene_dls(16, m.recipe(config), bs=4, seed=0), m.scene_arch, m, config, model_kwargs=cli.parse_kwargs(m.scene_kwargs))
         if tried: assert cli.try_step(learn)[0]>0 and learn.loss_func.parts is None
         learn.fit(1)
         return learn.model.state_dict() | dict(next=torch.rand(3))
@@ -433,7 +433,7 @@ def test_the_step_that_is_tried_is_a_whole_one(monkeypatch):
     from densessl.data.images import scene_dls
     m = cli.methods['flsl']
     config = cli.change_settings(m.presets['scenes'], dict(img_size=32, local_size=16))
-    learn = m.learner(scene_dls(16, m.recipe(config), bs=4, seed=0), m.scene_arch, config, model_kwargs=cli.parse_kwargs(m.scene_kwargs))
+    learn = cli.learner(scene_dls(16, m.recipe(config), bs=4, seed=0), m.scene_arch, m, config, model_kwargs=cli.parse_kwargs(m.scene_kwargs))
     now, dl, opt_func = [0.], learn.dls.train, learn.opt_func
     monkeypatch.setattr(cli.time, 'perf_counter', lambda: now[0])
     monkeypatch.setattr(cli, 'num_cpus', lambda: 2)

@@ -29,7 +29,7 @@ from torch.testing import assert_close
 import densessl.all as D
 from densessl.training.progress import show_progress
 from densessl.ground.core import InputError
-from densessl.training.learner import AutocastBF16, autocast_depth
+from densessl.training.precision import AutocastBF16, autocast_depth
 
 matplotlib.use('Agg')
 METHODS = 'flsl', 'clove', 'dino'

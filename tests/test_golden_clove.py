@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from densessl.methods.clove import CLoVE, CLoVELoss, clove_presets
 from densessl.training.optim import lars, split_decay
-from densessl.training.schedules import cosine, warmup_cosine
+from densessl.theory.schedules import cosine, warmup_cosine
 from densessl.data.views import View
 
 golden = Path(__file__).parent/'golden'/'clove'

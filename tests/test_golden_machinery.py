@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from densessl.methods.encoders import resample_positions, sincos_positions
 from densessl.methods.heads import PrototypeHead
 from densessl.training.optim import Lars, clip_per_parameter_
-from densessl.training.schedules import cosine, linear_ramp, warmup_cosine
+from densessl.theory.schedules import cosine, linear_ramp, warmup_cosine
 
 GOLDEN = Path(__file__).parent/'golden'
 TOL = dict(rtol=1e-9, atol=1e-11)

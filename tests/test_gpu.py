@@ -30,7 +30,8 @@ from densessl.training.score import DenseScore
 from densessl.ground.core import InputError
 from densessl.data.images import scene_dls
 from densessl.methods.encoders import dense_encoder
-from densessl.training.learner import AutocastBF16, compile_blocks, methods
+from densessl.training.learner import methods
+from densessl.training.precision import AutocastBF16, compile_blocks
 from densessl.ground.synthetic import draw_scenes
 from densessl.data.views import Augment, _crop_resize_batched
 from pretend_gpu import OnGPU, pretend_gpu
@@ -238,11 +239,11 @@ def test_views_are_three_graphs():
 
 def parts_of(method, **kwargs):
     "Method, loss and views"
-    c, (arch, own), (kind, loss_kind) = check.small_settings(method), check.NETWORKS[method], check.CLASSES_OF[method]
+    c, (arch, own), m = check.small_settings(method), check.NETWORKS[method], methods[method]
     if method=='flsl': c = replace(c, random_query=True)
     torch.manual_seed(0)
-    model = kind(dense_encoder(arch, img_size=c.img_size, **own|kwargs), c).train()
-    return model, loss_kind(c), check.make_views(methods[method].recipe(c), check.draw_scenes(4, 40, seed=4)[0])
+    model = m.model(dense_encoder(arch, img_size=c.img_size, **own|kwargs), c).train()
+    return model, m.loss(c), check.make_views(methods[method].recipe(c), check.draw_scenes(4, 40, seed=4)[0])
 
 @pytest.mark.parametrize('method,half', [('flsl', False), ('flsl', True), ('clove', False), ('dino', False)])
 def test_the_step_of_a_method_is_one_graph(method, half):

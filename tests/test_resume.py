@@ -16,7 +16,7 @@ from densessl.training.resume import (RunStopped, SaveRun, gather_state, newest_
 from densessl.cli import absolute_paths, pretrain, resumed
 from densessl.ground.core import InputError
 from densessl.data.images import image_dls, scene_dls
-from densessl.training.learner import methods
+from densessl.training.learner import learner, methods
 
 pytestmark = [pytest.mark.skipif(sys.platform!='linux', reason='forks'), pytest.mark.usefixtures('one_thread')]
 SMALL = dict(
@@ -52,7 +52,7 @@ def make(method, photos=None, workers=0, accumulate=False, seed=0, bs=4):
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
     dls = (scene_dls(4*STEPS, m.recipe(config), bs=bs, seed=0, num_workers=workers) if photos is None else
            image_dls(photos, m.recipe(config), bs=4, seed=0, num_workers=workers, valid_pct=.21))
-    return m.learner(dls, arch, config, model_kwargs=kwargs, monitor_every=2, cbs=[GradientAccumulation(12)] if accumulate else [])
+    return learner(dls, arch, m, config, model_kwargs=kwargs, monitor_every=2, cbs=[GradientAccumulation(12)] if accumulate else [])
 
 
 def with_fastais_bar(learn):
@@ -420,7 +420,7 @@ def test_shards(photos, tmp_path):
     def shards(workers=2, seed=0):
         torch.manual_seed(seed)
         dls = shard_dls(tmp_path/'tars', m.recipe(config), bs=4, seed=0, num_workers=workers, shuffle=8)
-        return m.learner(dls, arch, config, model_kwargs=kwargs, monitor_every=2)
+        return learner(dls, arch, m, config, model_kwargs=kwargs, monitor_every=2)
     learn = shards()
     fit(learn)
     want = everything(learn)[0]

@@ -18,7 +18,7 @@ from densessl.data.images import image_dls, scene_dls
 from densessl.methods.dino import dino_presets
 from densessl.evaluation.scores import SegmentationData, read_scores
 from densessl.methods.flsl import flsl_presets
-from densessl.training.learner import methods
+from densessl.training.learner import learner as learner_of, methods
 from densessl.ground.synthetic import CLASSES, draw_scenes
 from densessl.methods.export import load_backbone
 
@@ -54,7 +54,7 @@ def learner(method, dls=None, *cbs, **kwargs):
     torch.manual_seed(0); np.random.seed(0)
     if dls is None: dls = scene_dls(32, methods[method].recipe(config), bs=8, canvas=32)
     elif not hasattr(dls, 'train'): dls = image_dls(dls, methods[method].recipe(config), bs=8, num_workers=0, valid_pct=.26, seed=0, canvas=32, device='cpu')
-    return methods[method].learner(dls, arch, config, model_kwargs=model_kwargs, monitor_every=1, cbs=cbs, **kwargs)
+    return learner_of(dls, arch, methods[method], config, model_kwargs=model_kwargs, monitor_every=1, cbs=cbs, **kwargs)
 
 def fit(learn, *args, **kwargs):
     with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
@@ -99,10 +99,10 @@ def test_prototype_head_is_the_methods_own():
         head, temp = prototype_head(f)
         Z = unit(f.teacher.encoder.tokens(v))
         want = f.teacher.head(mean_shift(Z, Z, f.config.beta_ca)*24**.5)
-        torch.testing.assert_close(head(f.product.tokens(v)), want.flatten(0, 1)); assert temp==f.config.temp_t[1]
+        torch.testing.assert_close(head(f.backbone.tokens(v)), want.flatten(0, 1)); assert temp==f.config.temp_t[1]
         d.center.normal_()
         head, temp = prototype_head(d)
-        torch.testing.assert_close(head(d.product.tokens(v)), d.teacher.head(d.product.tokens(v).mean(1))-d.center)
+        torch.testing.assert_close(head(d.backbone.tokens(v)), d.teacher.head(d.backbone.tokens(v).mean(1))-d.center)
 
 KILLED = '''import os, signal, sys, warnings
 warnings.simplefilter('ignore')
@@ -203,7 +203,7 @@ class Break(Callback):
     order = 40   # before DenseScore looks
     def after_epoch(self):
         with torch.no_grad():
-            for p in self.model.product.parameters(): p.zero_()
+            for p in self.model.backbone.parameters(): p.zero_()
 
 def test_verdict_is_said_at_the_end():
     learn = learner('clove', None, DenseScore(verbose=False), Break())

@@ -144,7 +144,7 @@ def test_one_class_is_no_success(tmp_path):
 @pytest.mark.parametrize('published', [False, True])
 def test_published_weights_are_their_own_start(published):
     learn = learner('clove', None, DenseScore(labelled=LABELLED, published=published, verbose=False))
-    before = {k: v.clone() for k,v in learn.model.product.state_dict().items()}
+    before = {k: v.clone() for k,v in learn.model.backbone.state_dict().items()}
     cb = fit(learn, 1, lr=0.).dense_score
     g = cb.conclusion.gains[0]
     assert cb.conclusion.answer=='cannot tell' and 'published weights' in cb.conclusion.said if published else 'random start' in cb.conclusion.said

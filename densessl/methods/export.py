@@ -70,7 +70,7 @@ def _compare(encoder, state, part):
     return difference
 
 def export_backbone(
-    model,                    # Learner, method, or `DenseEncoder`; of a method its `product`, as FLSL's teacher
+    model,                    # Learner, method, or `DenseEncoder`; of a method its `backbone`, as FLSL's teacher
     path,                     # File to write, `.safetensors`
     overwrite:bool=False,     # Replace an existing file
     mean=(0.485,0.456,0.406), # Mean of the input, for the record
@@ -82,7 +82,7 @@ def export_backbone(
         raise InputError(f'{str(path)!r} exists: choose another name or pass overwrite=True')
     if hasattr(model, 'dls'): mean, std, model = model.dls.recipe.mean, model.dls.recipe.std, model.model
     for wrapper in ('_orig_mod', 'module'): model = getattr(model, wrapper, model)
-    enc = model if isinstance(model, DenseEncoder) else model.product
+    enc = model if isinstance(model, DenseEncoder) else model.backbone
     check_exportable(enc)
     meta = dict(arch=enc.arch, model_kwargs=enc.model_kwargs, img_size=enc.img_size, mean=mean, std=std,
                 version=__version__, note=_NOTE)

@@ -31,7 +31,7 @@ from .. import __version__
 from ..ground.core import InputError
 from ..ground.ranks import from_first_rank, gather_objects, n_ranks, ranks_where, this_rank
 from .monitor import LossPart
-from .learner import AutocastBF16
+from .precision import AutocastBF16
 
 # %% ../../nbs/70_training.resume.ipynb #6110fa35
 def random_states()->dict:  # Plain values and byte tensors

@@ -19,11 +19,8 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 
 from ..ground.core import InputError
-from ..theory.attention import mean_shift, unit
 from ..data.augment import make_views
-from ..methods.dino import DINO
 from ..methods.encoders import DenseEncoder
-from ..methods.flsl import FLSL
 from ..ground.ranks import from_first_rank, this_rank
 from .resume import random_states, set_random_states, without_stopping
 from ..data.labelled import labelled_data
@@ -63,20 +60,10 @@ def _unwrapped(model):
     return model if inner is None else _unwrapped(inner)
 
 def prototype_head(
-    model,              # A method: `FLSL`, `DINO`, or one with a method `prototype_head()` that returns the same
-    queries:int=4096,   # Tokens at most, evenly spread
-):                      # (function from tokens (n,N,D) to logits (Q,K), temperature), or None without prototypes
+    model,   # A method, as `StudentTeacher`
+):           # (function from tokens (n,N,D) to logits (Q,K), temperature), or None without prototypes
     "How a method's teacher assigns prototypes to tokens of its own"
-    if hasattr(model, 'prototype_head'): return model.prototype_head()
-    if isinstance(model, FLSL):
-        c = model.config
-        def head(z):
-            Z = unit(z) if c.normalize else z
-            mode = mean_shift(Z, Z, c.beta_ca).flatten(0, 1)*(z.shape[-1]**.5 if c.normalize else 1.)
-            return model.teacher.head(mode[::-(-len(mode)//queries)])
-        return head, c.temp_t[-1]
-    if isinstance(model, DINO): return lambda z: model.teacher.head(z.mean(1)) - model.center, model.config.temp_t[-1]
-    return None
+    return model.prototype_head() if hasattr(model, 'prototype_head') else None
 
 # %% ../../nbs/71_training.score.ipynb #80a87276
 _PROBES = (*GAUGES, 'nearest neighbor', 'linear')
@@ -218,8 +205,8 @@ class DenseScore(Callback):
     def method(self):
         "The method inside its wrappers"
         m = _unwrapped(self.learn.model)
-        if not hasattr(m, 'product'):
-            raise InputError('DenseScore needs a model with a `product`, the network that is worth keeping: '
+        if not hasattr(m, 'backbone'):
+            raise InputError('DenseScore needs a model with a `backbone`, the network that is worth keeping: '
                              f'{type(m).__name__} has none')
         return m
 
@@ -250,7 +237,7 @@ class DenseScore(Callback):
     )->list:            # Scores
         "All scores of any network, as this callback gives them; random numbers stay as they are"
         head, gauges = prototype_head(self.method), self.gauges
-        if head is not None and encoder is self.method.product: gauges = dict(head=head[0], temp=head[1]) | gauges
+        if head is not None and encoder is self.method.backbone: gauges = dict(head=head[0], temp=head[1]) | gauges
         with same_random_state():
             own = dict(linear=self.linear, label=label, probe=self.probe, gauges=gauges)
             return network_scores(encoder, **(self._ready() | own | kwargs))
@@ -277,7 +264,7 @@ class DenseScore(Callback):
     def _score_others(self):
         "Scores of the other starts: other seeds; or of published weights with gathered statistics"
         if self.others: return
-        product, fixed = self.method.product, self.start_name!='random start'
+        product, fixed = self.method.backbone, self.start_name!='random start'
         if not isinstance(product, DenseEncoder): return
         changes = has_batch_norm(product)
         if not fixed: nets = [random_start(product, 7001+i) for i in range(self.n_starts-1)]
@@ -316,7 +303,7 @@ class DenseScore(Callback):
         def judged(trained):
             trained = [replace(s, model=label) for s in trained]
             return judge_training([*starts, *others, *trained], label, self.start_name, names, fixed, **trouble)
-        v, product = judged([s for s in self.scores if s.model==last]), self.method.product
+        v, product = judged([s for s in self.scores if s.model==last]), self.method.backbone
         if v.answer=='cannot tell' or not isinstance(product, DenseEncoder) or not has_batch_norm(product): return v
         return confirmed(v, judged(self.judge(self.gathered(product), last, ordering=True)))
 
@@ -413,7 +400,7 @@ class DenseScore(Callback):
 
     def _score_start(self):
         if self.history: return      # by a fit that was broken off before its first step
-        product = self.method.product
+        product = self.method.backbone
         published = getattr(product, 'published', False) if self.published is None else self.published
         trained_before = getattr(getattr(self.learn, 'collapse_monitor', None), 'history', [])
         if published: self.start_name = 'published weights'
@@ -428,7 +415,7 @@ class DenseScore(Callback):
     def _score(self):
         epoch, step = self.done
         label = f'epoch {epoch}' if epoch else 'before training'
-        new = self._judge_start(label) if epoch==0 else self.judge(self.method.product, label)
+        new = self._judge_start(label) if epoch==0 else self.judge(self.method.backbone, label)
         self.scores = [s for s in self.scores if s.model!=label] + new
         row = dict(epoch=epoch, step=step) | {s.probe: s.value for s in new}
         self.history = [h for h in self.history if h['epoch']!=epoch] + [row]
@@ -449,7 +436,7 @@ class DenseScore(Callback):
         "The frozen start, with the head of the method's own teacher"
         head = prototype_head(self.method)
         gauges = self.gauges if head is None else dict(head=head[0], temp=head[1]) | self.gauges
-        device = next(self.method.product.parameters()).device
+        device = next(self.method.backbone.parameters()).device
         return self.judge(copy.deepcopy(self._start).to(device), label, gauges=gauges)
 
     def _write_best(self, verdict=''):
@@ -474,7 +461,7 @@ class DenseScore(Callback):
 
     def _export(self, name):
         recipe = getattr(self.dls, 'recipe', None)
-        net = self._start if name=='start' else self.method.product
+        net = self._start if name=='start' else self.method.backbone
         path, numbers = self.folder/f'{name}.safetensors', dict(mean=recipe.mean, std=recipe.std) if recipe else {}
         with same_random_state(), without_stopping(str(path)): export_backbone(net, path, overwrite=True, **numbers)
 
@@ -573,4 +560,4 @@ def dense_report(self:Learner,
     known = [s for s in cb.scores if s.model=='before training' and (labelled is None or s.probe in GAUGES)]
     if labelled is not None and known and cb.start is not None:
         known += [s for s in cb.judge(cb.start, 'before training', **own) if s.probe not in GAUGES]
-    return _ScoreList(known + cb.judge(cb.method.product, f'after {cb.done[0]} epochs' if cb.done[0] else 'now', **own))
+    return _ScoreList(known + cb.judge(cb.method.backbone, f'after {cb.done[0]} epochs' if cb.done[0] else 'now', **own))

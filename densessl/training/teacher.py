@@ -11,7 +11,7 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from ..ground.core import InputError
-from .schedules import cosine
+from ..theory.schedules import cosine
 
 # %% ../../nbs/63_training.teacher.ipynb #53479b9f
 class TeacherEMA(Callback):
