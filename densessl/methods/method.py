@@ -27,7 +27,7 @@ def no_diagnosis(
     return []
 
 # %% ../../nbs/45_methods.method.ipynb #24015fe1
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Method:
     "All that training, the command line and the scores ask of a method"
     name:str                         # What `--method` and `learner` call it
@@ -50,6 +50,8 @@ class Method:
     def __post_init__(self):
         for k in ('paper', 'scenes'):
             if k not in self.presets: raise InputError(f'the method {self.name!r} has no preset {k!r}')
+
+    def __repr__(self): return f'Method({self.name!r})'
 
     def settings(self,
         config,   # Settings, or the name of a preset
