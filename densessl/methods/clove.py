@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['clove_presets', 'clove_method', 'CLoVEConfig', 'clove_recipe', 'MatchedViews', 'CLoVE', 'CLoVELoss',
-           'diagnose_matches', 'match_contrast', 'match_state', 'clove_schedules']
+           'diagnose_matches', 'match_contrast', 'match_state']
 
 # %% ../../nbs/47_methods.clove.ipynb #fd5c0212
 from dataclasses import dataclass
@@ -196,15 +196,8 @@ def match_state(
     rank, context_rank = (effective_rank(o.flatten(0, 1)[:4096]) for o in (F, C))
     return dict(**learn.loss_func.parts._asdict(), contrast=_contrast(C, F, M), rank=rank, context_rank=context_rank)
 
-# %% ../../nbs/47_methods.clove.ipynb #3895284b
-def clove_schedules(
-    config:CLoVEConfig,  # Settings
-)->dict:                 # Name -> function of progress; `lr` is a factor
-    "What changes while CLoVE trains: the learning rate alone (CLoVE public code)"
-    c = config
-    return dict(lr=warmup_cosine(1., c.lr_floor, c.warmup, start=c.lr_floor), wd=cosine(c.wd, c.wd))
-
 # %% ../../nbs/47_methods.clove.ipynb #d49525be
 clove_method = Method('clove', clove_presets, clove_recipe, CLoVE, CLoVELoss, metrics=('positive', 'negative', 'gap'),
-    schedules=clove_schedules, measure=match_state, diagnose=diagnose_matches, arch='resnet50',
+    schedules=lambda c: dict(lr=warmup_cosine(1., c.lr_floor, c.warmup, start=c.lr_floor), wd=cosine(c.wd, c.wd)),
+    measure=match_state, diagnose=diagnose_matches, arch='resnet50',
     scene_arch='test_resnet', scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]', scene_epochs=16)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['dino_presets', 'dino_method', 'DINOTerms', 'dino_loss', 'center_update', 'view_information', 'DINOConfig',
-           'dino_recipe', 'DINOOutput', 'DINO', 'DINOLoss', 'dino_state', 'diagnose_dino', 'dino_schedules']
+           'dino_recipe', 'DINOOutput', 'DINO', 'DINOLoss', 'dino_state', 'diagnose_dino']
 
 # %% ../../nbs/48_methods.dino.ipynb #66e4ae93
 import math
@@ -233,18 +233,11 @@ def diagnose_dino(
                     'Use smaller crops or a lower learning rate.')
     return said
 
-# %% ../../nbs/48_methods.dino.ipynb #a9efea7d
-def dino_schedules(
-    config:DINOConfig,  # Settings
-)->dict:                # Name -> function of progress; `lr` is a factor
-    "What changes while DINO trains (DINO, Sec. 3.2)"
-    c = config
-    return dict(lr=warmup_cosine(1., c.final_lr/c.lr, c.warmup), wd=cosine(*c.wd),
-                temp_t=linear_ramp(*c.temp_t, c.temp_t_warmup))
-
 # %% ../../nbs/48_methods.dino.ipynb #e4882d1d
 dino_method = Method('dino', dino_presets, dino_recipe, DINO, DINOLoss, metrics=('entropy', 'kl', 'perplexity'),
-    schedules=dino_schedules, measure=dino_state, diagnose=diagnose_dino,
+    schedules=lambda c: dict(lr=warmup_cosine(1., c.final_lr/c.lr, c.warmup), wd=cosine(*c.wd),
+                             temp_t=linear_ramp(*c.temp_t, c.temp_t_warmup)),
+    measure=dino_state, diagnose=diagnose_dino,
     arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
     scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=32,
     describe=lambda c: ['teacher temperature {:.2g} to {:.2g}'.format(*c.temp_t)])

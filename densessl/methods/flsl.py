@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['flsl_presets', 'flsl_method', 'FLSLConfig', 'flsl_recipe', 'count_queries', 'choose_prototypes', 'FLSLOutput', 'FLSL',
-           'FLSLLoss', 'diagnose_prototypes', 'prototype_state', 'flsl_schedules', 'flsl_complete']
+           'FLSLLoss', 'diagnose_prototypes', 'prototype_state', 'flsl_complete']
 
 # %% ../../nbs/46_methods.flsl.ipynb #7c7cb10c
 import math
@@ -267,15 +267,6 @@ def prototype_state(
         return dict(K=len(out.mu), **f.parts._asdict(), **use, target_entropy=target_entropy,
                     rank=effective_rank(out.z[:4096]), spread=spread)
 
-# %% ../../nbs/46_methods.flsl.ipynb #7f349b32
-def flsl_schedules(
-    config:FLSLConfig,  # Settings
-)->dict:                # Name -> function of progress; `lr` is a factor
-    "What changes while FLSL trains (FLSL, recipe of the public code)"
-    c = config
-    return dict(lr=warmup_cosine(1., c.final_lr/c.lr, c.warmup), wd=cosine(*c.wd),
-                temp_t=linear_ramp(*c.temp_t, c.temp_t_warmup))
-
 # %% ../../nbs/46_methods.flsl.ipynb #9c4e02a5
 def flsl_complete(
     config:FLSLConfig,     # Settings
@@ -292,7 +283,9 @@ def flsl_complete(
 
 # %% ../../nbs/46_methods.flsl.ipynb #b2fa29e1
 flsl_method = Method('flsl', flsl_presets, flsl_recipe, FLSL, FLSLLoss, metrics=('intra', 'inter', 'volume'),
-    schedules=flsl_schedules, measure=prototype_state, diagnose=diagnose_prototypes, complete=flsl_complete,
+    schedules=lambda c: dict(lr=warmup_cosine(1., c.final_lr/c.lr, c.warmup), wd=cosine(*c.wd),
+                             temp_t=linear_ramp(*c.temp_t, c.temp_t_warmup)),
+    measure=prototype_state, diagnose=diagnose_prototypes, complete=flsl_complete,
     arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
     scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=32,
     describe=lambda c: [f'inverse temperatures {c.beta_sa:g} and {c.beta_ca:g}, {c.n_prototypes:,} prototypes',

@@ -191,7 +191,7 @@ def _callbacks(method, config, model, bf16, monitor_every):
     if bf16: cbs.append(AutocastBF16())
     if hasattr(config, 'clip'): cbs.append(ClipGrad(config.clip))
     if getattr(config, 'freeze_epochs', 0): cbs.append(FreezeLastLayer(config.freeze_epochs))
-    return cbs + method.callbacks(config)
+    return [*cbs, *method.callbacks(config)]
 
 def _split(model): return split_decay(get_model(model).student)
 
