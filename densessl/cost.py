@@ -79,6 +79,7 @@ class Operator(NamedTuple):
     nbytes:int    # Of the tensors read and written
     half:bool     # Operands of 16 bits
 
+# %% ../nbs/80_cost.ipynb #3e2398f0
 def roofline(
     operators,    # `Operator`s
     card:Card,    # Ceilings
@@ -130,6 +131,7 @@ class StepCount(NamedTuple):
     growing:int       # Bytes at the peak that come on top, and grow with the batch
     pixels:int        # Of all views
 
+# %% ../nbs/80_cost.ipynb #dba5c474
 def count_step(
     model,             # A method made on the device 'meta'; it serves once
     loss_func,         # Its loss
@@ -198,6 +200,7 @@ class Fitted(NamedTuple):
 
 FITTED = Fitted(efficiency=.564, efficiency_fp32=.596, views_ns=.811, launch_us=37.)
 
+# %% ../nbs/80_cost.ipynb #f7e15846
 def seconds_of_step(
     operators:int,       # How many
     roof:float,          # Seconds of the roofline
@@ -218,6 +221,7 @@ class Cost(NamedTuple):
     gib:float                # Peak of the memory, GiB
     source:str               # 'measured', or 'roofline': predicted from counts
 
+# %% ../nbs/80_cost.ipynb #400d5caf
 def _ask(method, card, batch):
     find_method(method)
     if card not in CARDS: raise InputError(f'there are no ceilings of a card {card!r}: use one of {", ".join(CARDS)}')
@@ -258,6 +262,7 @@ def enough_epochs(
     "Epochs for photographs: a hundred, or as many as `ENOUGH_STEPS` take"
     return max(100, math.ceil(ENOUGH_STEPS/max(1, steps)))
 
+# %% ../nbs/80_cost.ipynb #9c1938d0
 def hours(
     rate:float,          # Photographs a second on one card, as `cost(...).images_per_second`
     photographs:int,     # How many there are

@@ -173,6 +173,7 @@ def diagnose_matches(
                     'Raise margin.')
     return said
 
+# %% ../../nbs/47_methods.clove.ipynb #c0e4b260
 @fp32
 def _contrast(C, F, M):
     "As `match_contrast`, a scalar on the device"
@@ -188,6 +189,7 @@ def match_contrast(
     "Mean similarity of matched cells less that of all others"
     return _contrast(C, F, M).item()
 
+# %% ../../nbs/47_methods.clove.ipynb #937a2aaf
 def match_state(
     learn,  # Learner in the middle of a batch, whose `pred` is a list of `MatchedViews`
 )->dict:    # Scalars: the parts of the loss, contrast and effective ranks of the first pair of global views

@@ -33,6 +33,7 @@ class DINOTerms(NamedTuple):
     kl:Tensor          # Mean divergence of student from target, >= 0; 0 if nothing is left to learn, no gradient
     perplexity:Tensor  # Prototypes that the targets of this process use together, 1 to K, no gradient
 
+# %% ../../nbs/48_methods.dino.ipynb #bd4e2d49
 @fp32
 def dino_loss(
     student_logits:Tensor,  # Scores of all views, (V, B, K); the first G views are those of the teacher, in its order
@@ -210,6 +211,7 @@ def dino_state(
     return dict(K=len(out.center), information=view_information(parts), alike=alike, spread=spread,
                 rank=effective_rank(out.tokens.flatten(0, 1)[:4096]), center=out.center.norm()) | parts._asdict()
 
+# %% ../../nbs/48_methods.dino.ipynb #c17c4a01
 def diagnose_dino(
     m:dict,  # Numbers of one epoch: epoch, K, entropy, perplexity, information, alike, spread
 )->list:     # Sentences; empty if all is well

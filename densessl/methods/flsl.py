@@ -119,6 +119,7 @@ def count_queries(
     n = one(config.img_size, config.window)
     return n + config.n_local*one(config.local_size, config.local_window) if config.n_local else n
 
+# %% ../../nbs/46_methods.flsl.ipynb #3985dc14
 def choose_prototypes(
     n_queries:int,  # Queries in one step, over all processes
 )->int:             # K, a power of two between 2 and 4096
@@ -199,7 +200,7 @@ class FLSL(StudentTeacher):
         return FLSLOutput(z.flatten(0, 1), mode.flatten(0, 1), u, mu, u_pos, mu_pos)
 
     def prototype_head(self, queries=4096):
-        "(Function from tokens (n, N, D) to logits of at most `queries` of their modes, temperature), by the teacher's head"
+        "(Function from tokens (n, N, D) to the teacher's logits of at most `queries` of their modes, temperature)"
         c = self.config
         def head(z):
             Z = unit(z) if c.normalize else z

@@ -32,6 +32,7 @@ def pack_rows(
     blocks = [list(b) for _,b in groupby(rows, key=tuple)]
     return [{k: _column([r[k] for r in b]) for k in b[0]} for b in blocks]
 
+# %% ../../nbs/64_training.monitor.ipynb #6f79fdb6
 def unpack_rows(
     blocks:list,  # From `pack_rows`
 )->list:          # The rows, bit for bit

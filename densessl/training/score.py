@@ -560,4 +560,5 @@ def dense_report(self:Learner,
     known = [s for s in cb.scores if s.model=='before training' and (labelled is None or s.probe in GAUGES)]
     if labelled is not None and known and cb.start is not None:
         known += [s for s in cb.judge(cb.start, 'before training', **own) if s.probe not in GAUGES]
-    return _ScoreList(known + cb.judge(cb.method.backbone, f'after {cb.done[0]} epochs' if cb.done[0] else 'now', **own))
+    label = f'after {cb.done[0]} epochs' if cb.done[0] else 'now'
+    return _ScoreList(known + cb.judge(cb.method.backbone, label, **own))
