@@ -50,7 +50,7 @@ class FLSLConfig:
     temp_t_warmup:float=0.1       # Share of training over which the teacher temperature rises
     momentum:tuple=(0.996,1.)     # Weight kept from the teacher, first and last
     lr:float=5e-4                 # Learning rate for a batch of 256; scales with the batch
-    final_lr:float=1e-6           # Learning rate at the end
+    final_lr:float=1e-6           # Learning rate at the end; scales with the batch, as `lr` does
     warmup:float=0.1              # Share of training over which the learning rate rises
     wd:tuple=(0.04,0.4)           # Weight decay, first and last
     clip:float=3.                 # Largest gradient norm of a single parameter

@@ -63,9 +63,10 @@ def mode_equation(
 @fp32
 def unit(
     z:Tensor,   # Vectors, (..., D)
-)->Tensor:      # The same with unit norm, (..., D); a zero vector stays zero
+)->Tensor:      # The same with unit norm, (..., D); a zero vector stays zero and passes its gradient on as it is
     "l2-normalize along the last axis"
-    return F.normalize(z, dim=-1, eps=1e-12)
+    length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return z / torch.where(length>1e-12, length, 1.)
 
 # %% ../../nbs/20_theory.attention.ipynb #fcda9571
 def _check(q, Z, beta):

@@ -23,7 +23,7 @@ from .attention import unit
 def mode_loss(
     z:Tensor,     # Tokens, (..., D), any norm
     mode:Tensor,  # Their modes, (..., D), any norm
-)->Tensor:        # Mean of 2 - 2 cos(z, mode), in [0, 4]; gradient flows to both
+)->Tensor:        # Mean of 2 - 2 cos(z, mode), in [0, 4]; a zero vector counts 1; gradient flows to both
     "Distance of each token to its mode on the unit sphere (FLSL, first level)"
     if z.shape!=mode.shape:
         raise InputError(f'z and mode need the same shape, got {tuple(z.shape)} and {tuple(mode.shape)}')

@@ -112,7 +112,7 @@ def suggest_beta(
     mass:float=.9,       # Share of the soft mask that shall stay inside, in (0, 1)
     things:float=4,      # Without labels: how many things a view holds, about, in (1, N]
 )->float:                # Inverse temperature; 0 if any will do
-    "The smallest `beta` at which half of the tokens ahead have `mass` inside by the bound; without labels an estimate"
+    "Smallest `beta` at which half of the tokens ahead have `mass` inside, by the bound; without labels an estimate"
     if not 0<mass<1: raise InputError(f'mass must be between 0 and 1, got {mass}')
     if labels is None:
         N = Z.shape[-2]
@@ -127,7 +127,7 @@ def suggest_beta(
                          'mask inside; train the features, or use coarser labels')
     size, delta = sep.size[ahead].to(sep.token.dtype), sep.token[ahead]
     betas = ((Z.shape[-2]-size)/size * mass/(1-mass)).log() / delta
-    return max(float(betas.sort().values[len(betas)//2]), 0.)
+    return max(float(betas.median()), 0.)     # torch takes the lower median
 
 # %% ../../nbs/22_theory.softmask.ipynb #3527f00d
 @fp32
