@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ground.core import InputError, check_ramp, check_ranges, fp32, rebuilt_from_list
-from ..theory.attention import mean_shift, query_mask, unit
-from ..theory.modes import ObjectiveParts, mode_loss, prototype_objective
+from ..theory.attention import mean_shift, unit_vectors
+from ..theory.pooling import query_mask
+from ..theory.modes import ObjectiveParts, mode_loss
+from ..theory.prototypes import prototype_objective
 from ..data.views import Augment, CropSpec, Recipe
 from .encoders import DenseEncoder, dense_encoder
 from .heads import PrototypeHead
@@ -184,7 +186,7 @@ class FLSL(nn.Module):
 
     def _tokens(self, encoder, images):
         z = encoder.tokens(images)
-        return unit(z) if self.config.normalize else z
+        return unit_vectors(z) if self.config.normalize else z
 
     def _queries(self, Z, size, window):
         h, w = self.student.encoder.grid(size, size)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..ground.core import InputError, fp32
-from .attention import unit
+from .attention import unit_vectors
 
 # %% ../../nbs/26_theory.context.ipynb #c1d44bc2
 def _scaled(q, k, temp):
@@ -83,4 +83,4 @@ class NMHSA(nn.Module):
         q, k, _ = self._heads(x)
         return head_weights(q, k, self.temp).mean(1).reshape(*x.shape[:-1], x.shape[-2])
 
-    def forward(self, x): return unit(self.attend(x))
+    def forward(self, x): return unit_vectors(self.attend(x))

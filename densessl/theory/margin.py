@@ -58,6 +58,7 @@ def _check_settings(lam, margin, reduction):
     if not math.isfinite(margin): raise InputError(f'margin must be a finite number, got {margin}')
     if reduction not in ('pair', 'mean'): raise InputError(f"reduction must be 'pair' or 'mean', got {reduction!r}")
 
+# %% ../../nbs/27_theory.margin.ipynb #12f89d12
 def _check_shapes(context, local, matches):
     if matches.dtype!=torch.bool:
         raise InputError(f'matches must be a bool tensor, True where cells match, got {matches.dtype}')
@@ -109,6 +110,7 @@ class ViewPairs(NamedTuple):
     glob: Tensor   # Two different global views, (G(G-1), 2)
     local: Tensor  # A local and a global view, each counted from 0, (L*G, 2)
 
+# %% ../../nbs/27_theory.margin.ipynb #93a6d9c9
 def view_pairs(
     n_global:int,   # Global views, >= 1: the student and the teacher see them
     n_local:int=0,  # Local views, >= 0: only the student sees them

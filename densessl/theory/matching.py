@@ -21,6 +21,7 @@ def _hw(grid):
         raise InputError(f'a grid is (rows, columns), two whole numbers of at least 1, got {grid}')
     return int(grid[0]), int(grid[1])
 
+# %% ../../nbs/25_theory.matching.ipynb #8142fda7
 def _four(boxes):
     "Boxes, their last dimension checked"
     if boxes.ndim<1 or boxes.shape[-1]!=4:
@@ -50,6 +51,7 @@ def _stretch(hw, boxes):
                          f'{tuple(hw.shape)}: pass (..., 2)')
     return hw.flip(-1)
 
+# %% ../../nbs/25_theory.matching.ipynb #84bcca3c
 @fp32
 def cell_diagonal(
     boxes:Tensor,  # Boxes (..., 4) in [0,1] of the photograph, mirrored or not
@@ -68,6 +70,7 @@ def cell_diagonal(
 # %% ../../nbs/25_theory.matching.ipynb #4753a400
 _UNITS = ('cell', 'square', 'pixel')
 
+# %% ../../nbs/25_theory.matching.ipynb #0a6411be
 def _check_values(boxes, hw):
     "One look at the values of boxes and sizes"
     if not boxes.numel(): return
@@ -81,6 +84,7 @@ def _check_values(boxes, hw):
     if hw is not None and not (torch.as_tensor(hw)>0).all():
         raise InputError(f'height and width must be > 0, got {torch.as_tensor(hw).tolist()}')
 
+# %% ../../nbs/25_theory.matching.ipynb #78567d13
 @fp32
 def cell_distances(
     boxes1:Tensor,     # Boxes of the first views, (..., 4), mirrored or not

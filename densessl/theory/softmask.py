@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention import attention_weights, unit
+from .attention import attention_weights, unit_vectors
 from ..ground.core import InputError, fp32
 
 # %% ../../nbs/22_theory.softmask.ipynb #63984c3b
@@ -135,6 +135,6 @@ def mode_spread(
     modes:Tensor,  # Modes of each view, (..., N, D), any norm
 )->Tensor:         # A scalar in [-1/(N-1), 1], mean over views; 1 for a single mode
     "Mean cosine between different modes of one view: 1 when all modes are equal"
-    u, N = unit(modes), modes.shape[-2]
+    u, N = unit_vectors(modes), modes.shape[-2]
     if N==1: return modes.new_ones(())
     return ((u.sum(-2).square().sum(-1) - u.square().sum((-2,-1))) / (N*(N-1))).mean()
