@@ -244,7 +244,7 @@ def show_segments(
     for row,(name,e) in zip(axs, encoders.items()):
         (_, z, grid), = _layers(e, photos, [-1], _of(mean, name), _of(std, name))
         z = unit_vectors(z[0])
-        b = beta or suggest_beta(z, things=things)
+        b = beta or suggest_beta(z, n_segments=things)
         labels, n = mode_segments(z, b)
         weights = attention_weights(z, z, b)
         _photo(row[0], photo)

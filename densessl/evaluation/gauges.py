@@ -111,7 +111,7 @@ def soft_mask_separation(
     z1, z2 = unit_vectors(z1), unit_vectors(z2)
     labels = token_clusters(z2, things, seed)
     if beta is None:
-        try: beta = suggest_beta(z2, things=things)
+        try: beta = suggest_beta(z2, n_segments=things)
         except InputError: return 0.   # all tokens of a view are equal
     at = carry_centers(boxes1, boxes2, grid).to(z1.device)
     inside = ((at>0)&(at<1)).all(-1)

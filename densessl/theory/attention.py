@@ -69,7 +69,7 @@ def unit_vectors(
     return z / torch.where(length>1e-12, length, 1.)
 
 # %% ../../nbs/20_theory.attention.ipynb #fcda9571
-def _check(q, Z, beta):
+def _check_queries(q, Z, beta):
     if not beta>0: raise InputError(f'beta must be > 0, got {beta}: it is an inverse temperature')
     if q.shape[-1]!=Z.shape[-1]:
         raise InputError(f'queries have {q.shape[-1]} features and references {Z.shape[-1]}: both need the same number')
@@ -82,11 +82,11 @@ def attention_weights(
     beta:float,  # Inverse temperature 1/sigma^2, > 0; larger is a narrower kernel
 )->Tensor:       # p(z_j | q_i), (..., N, M), rows sum to 1; gradient flows to both
     "The soft mask: which share each reference has in the mode of each query (FLSL, softmax form)"
-    _check(q, Z, beta)
+    _check_queries(q, Z, beta)
     return (beta * q @ Z.mT).softmax(-1)
 
 # %% ../../nbs/20_theory.attention.ipynb #b03a3688
-def _attend(q, k, v, scale):
+def _fused_attention(q, k, v, scale):
     "softmax(scale q k^T) v through the fused kernel: leading axes broadcast and fold into one, one head"
     lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
     q4,k4,v4 = (t.expand(*lead, *t.shape[-2:]).reshape(-1, 1, *t.shape[-2:]) for t in (q,k,v))
@@ -100,8 +100,8 @@ def mean_shift(
     beta:float,  # Inverse temperature 1/sigma^2, > 0; larger is a narrower kernel
 )->Tensor:       # Shifted queries, (..., N, D), in the convex hull of `Z`, not re-normalized; gradient to both
     "One mean-shift step of `q` towards the modes of `Z`: attention without parameters (FLSL, Eq. of meanshift)"
-    _check(q, Z, beta)
-    return _attend(q, Z, Z, float(beta))
+    _check_queries(q, Z, beta)
+    return _fused_attention(q, Z, Z, float(beta))
 
 # %% ../../nbs/20_theory.attention.ipynb #0fe8bda1
 @fp32
@@ -115,8 +115,8 @@ def generalized_mean_shift(
 )->Tensor:            # (..., N, Dv); gradient flows to all
     "One head of attention: mean-shift with linear operators on queries, keys and values (FLSL, Eq. of attention)"
     beta = 1/math.sqrt(Wk.shape[0]) if beta is None else float(beta)
-    _check(q, Z, beta)
-    return _attend(q @ Wq.mT, Z @ Wk.mT, Z @ Wv.mT, beta)
+    _check_queries(q, Z, beta)
+    return _fused_attention(q @ Wq.mT, Z @ Wk.mT, Z @ Wv.mT, beta)
 
 # %% ../../nbs/20_theory.attention.ipynb #ff6a2630
 @torch.no_grad()
