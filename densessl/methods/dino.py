@@ -238,7 +238,7 @@ def diagnose_dino(
     K, said = m['K'], []
     if m['view_perplexity']<1.5<=m['perplexity']:
         said.append(f"The targets tell the views apart, not the photographs ({m['perplexity']:.1f} of {K} prototypes "
-                    f"in use, {m['view_perplexity']:.1f} by the targets of one view): a collapse onto which view it is. "
+                    f"in use, {m['view_perplexity']:.1f} by the targets of one view): another collapse. "
                     'Give the global views the same blur_p and solarize_p, or lower the learning rate.')
     elif m['perplexity']<1.5:
         said.append(f"All photographs have the same target ({m['perplexity']:.1f} of {K} prototypes in use): "

@@ -20,7 +20,8 @@ def _log_components(x, Z, beta, weights, precision):
     "log of pi_i N(x; z_i, Sigma_i), (..., N, M)"
     diff, D = x.unsqueeze(-2) - Z.unsqueeze(-3), Z.shape[-1]
     if precision is None:
-        if not beta>0: raise InputError(f'beta must be > 0, got {beta}: it is an inverse variance')
+        if not beta>0:
+            raise InputError(f'beta must be > 0, got {beta}: it is an inverse variance')
         logdet, d = D*math.log(beta), beta * diff.square().sum(-1)
     else:
         L, info = torch.linalg.cholesky_ex(precision)
@@ -70,7 +71,8 @@ def unit_vectors(
 
 # %% ../../nbs/20_theory.attention.ipynb #fcda9571
 def _check_queries(q, Z, beta):
-    if not beta>0: raise InputError(f'beta must be > 0, got {beta}: it is an inverse temperature')
+    if not beta>0:
+        raise InputError(f'beta must be > 0, got {beta}: it is an inverse temperature')
     if q.shape[-1]!=Z.shape[-1]:
         raise InputError(f'queries have {q.shape[-1]} features and references {Z.shape[-1]}: both need the same number')
 
@@ -143,7 +145,8 @@ def merge_modes(
     radius:float,   # Points closer than this belong together, > 0; chains of them too
 )->tuple:           # Labels (..., N) from 0 in order of appearance, and how many there are, (...)
     "Number the distinct modes: connected groups of points that are closer than `radius`"
-    if not radius>0: raise InputError(f'radius must be > 0, got {radius}')
+    if not radius>0:
+        raise InputError(f'radius must be > 0, got {radius}')
     N = modes.shape[-2]
     near = torch.cdist(modes, modes, compute_mode='donot_use_mm_for_euclid_dist') < radius
     first = torch.arange(N, device=modes.device).expand(modes.shape[:-1])

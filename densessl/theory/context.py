@@ -6,7 +6,6 @@
 __all__ = ['head_weights', 'head_attention', 'NMHSA']
 
 # %% ../../nbs/26_theory.context.ipynb #4d0c8823
-import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
@@ -54,9 +53,12 @@ class NMHSA(nn.Module):
     ):
         super().__init__()
         for n,a in dict(dim=dim, num_heads=num_heads).items():
-            if a<1: raise InputError(f'{n} must be 1 or more, got {a}')
-        if dim%num_heads: raise InputError(f'dim must be a multiple of num_heads, got {dim} and {num_heads}')
-        if not temp>0: raise InputError(f'temp must be > 0, got {temp}: it divides the cosines')
+            if a<1:
+                raise InputError(f'{n} must be 1 or more, got {a}')
+        if dim%num_heads:
+            raise InputError(f'dim must be a multiple of num_heads, got {dim} and {num_heads}')
+        if not temp>0:
+            raise InputError(f'temp must be > 0, got {temp}: it divides the cosines')
         self.dim, self.num_heads, self.temp = dim, num_heads, temp if cosine else None
         self.qkv, self.proj = nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
         self.reset_parameters()

@@ -23,7 +23,8 @@ def negative_weights(
     k:int=10,        # Candidates looked at in each row, >= 2
 )->Tensor:           # Weights (..., N, M) without gradient: each row sums to 1, or to 0 if every target cell matches
     "Weight of each target cell in the negative of each query: ranks 2 to `k` of those that do not match (CLoVE, F_neg)"
-    if k<2: raise InputError(f'k must be >= 2, got {k}: the most similar candidate is dropped and none would be left')
+    if k<2:
+        raise InputError(f'k must be >= 2, got {k}: the most similar candidate is dropped and none would be left')
     top, j = S.detach().masked_fill(matches, -math.inf).topk(min(k, S.shape[-1]), -1)
     used = top>-math.inf
     if top.shape[-1]>1: used[...,0].logical_xor_(used[...,1])  # rank 1 stays only where there is no rank 2
@@ -55,8 +56,10 @@ class MarginTerms(NamedTuple):
 def _check_settings(lam, margin, reduction):
     if not 0<=lam<math.inf:
         raise InputError(f'lam must be >= 0 and finite, got {lam}: it weighs the positive similarities')
-    if not math.isfinite(margin): raise InputError(f'margin must be a finite number, got {margin}')
-    if reduction not in ('pair', 'mean'): raise InputError(f"reduction must be 'pair' or 'mean', got {reduction!r}")
+    if not math.isfinite(margin):
+        raise InputError(f'margin must be a finite number, got {margin}')
+    if reduction not in ('pair', 'mean'):
+        raise InputError(f"reduction must be 'pair' or 'mean', got {reduction!r}")
 
 # %% ../../nbs/27_theory.margin.ipynb #12f89d12
 def _check_shapes(context, local, matches):

@@ -97,7 +97,8 @@ def cell_distances(
     check:bool=True,   # Look at the values of the boxes; on an accelerator that waits: a training loop does not
 )->Tensor:             # (..., N, M); no gradient is wanted here
     "Distance of every cell of one map from every cell of the other (CLoVE, pixel matching)"
-    if unit not in _UNITS: raise InputError(f'unit must be one of {", ".join(_UNITS)}, got {unit!r}')
+    if unit not in _UNITS:
+        raise InputError(f'unit must be one of {", ".join(_UNITS)}, got {unit!r}')
     if unit=='pixel' and hw is None:
         raise InputError("unit 'pixel' needs the height and width of the photographs: pass hw=(height, width) or a "
                          "tensor (..., 2)")

@@ -88,7 +88,8 @@ def check_temperatures(
 ):
     "Raises an `InputError` unless all are > 0"
     for name,temp in temps.items():
-        if not temp>0: raise InputError(f'{name} must be > 0, got {temp}: it divides the logits')
+        if not temp>0:
+            raise InputError(f'{name} must be > 0, got {temp}: it divides the logits')
 
 # %% ../../nbs/23_theory.modes.ipynb #a9f5f1cd
 @fp32

@@ -53,7 +53,8 @@ def soft_mask_bounds(
     beta:float,     # Inverse temperature, > 0
 )->tuple:           # (lower, upper), each (..., N, N) at [i, j]; nan where j is not in the cluster of i
     "Bounds of the weight p(z_j|z_i) inside a cluster (FLSL, soft mask)"
-    if not beta>0: raise InputError(f'beta must be > 0, got {beta}: it is an inverse temperature')
+    if not beta>0:
+        raise InputError(f'beta must be > 0, got {beta}: it is an inverse temperature')
     s, same, outside, size = _similarities(Z, labels)
     inner = (beta*s).masked_fill(~same, -math.inf).logsumexp(-1, keepdim=True)
     rest = ((same.shape[-1]-size).to(s.dtype).log() + beta*outside).unsqueeze(-1)
@@ -113,7 +114,8 @@ def suggest_beta(
     n_segments:float=4,  # Without labels: how many segments a view holds, about, in (1, N]
 )->float:                # Inverse temperature; 0 if any will do
     "Smallest `beta` at which half of the tokens ahead have `mass` inside, by the bound; without labels an estimate"
-    if not 0<mass<1: raise InputError(f'mass must be between 0 and 1, got {mass}')
+    if not 0<mass<1:
+        raise InputError(f'mass must be between 0 and 1, got {mass}')
     if labels is None:
         N = Z.shape[-2]
         if not 1<n_segments<=N:
