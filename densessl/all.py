@@ -21,6 +21,9 @@ from .theory.margin import *
 from .theory.statistics import *
 from .data.views import *
 from .data.augment import *
+from .data.photographs import *
+from .data.folders import *
+from .data.canvases import *
 from .data.images import *
 from .data.shards import *
 from .methods.encoders import *

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import Tensor
 
-from ..ground.core import fp32
-from .views import Augment, Recipe, View, Views, _compiled, _to, crop_resize, flip_boxes, nest_boxes, random_boxes
+from ..ground.core import compiled, fp32, to_device
+from .views import Augment, Recipe, View, Views, crop_resize, flip_boxes, nest_boxes, random_boxes
 
 # %% ../../nbs/11_data.augment.ipynb #70bddd85
 LUMA = (.299, .587, .114)                                    # how bright red, green and blue look: Y of YIQ
@@ -76,7 +76,7 @@ def gaussian_matrix(
 
 def _blur_matrices(x, sigma):
     "Blur a batch; sigma 0 is all but 0: the matrix is then the identity"
-    sigma = _to(sigma, x.device).to(x.dtype).clamp(min=1e-3)
+    sigma = to_device(sigma, x.device).to(x.dtype).clamp(min=1e-3)
     return gaussian_matrix(sigma, x.shape[2])[:,None] @ x @ gaussian_matrix(sigma, x.shape[3])[:,None].mT
 
 # %% ../../nbs/11_data.augment.ipynb #1d965b93
@@ -129,7 +129,7 @@ def _where(on, f, x):
     if not on.any(): return x
     i = on.nonzero()[:,0]
     if on.all(): return f(x, i)
-    j = _to(i, x.device)
+    j = to_device(i, x.device)
     x[j] = f(x[j], i)
     return x
 
@@ -138,9 +138,9 @@ def _apply(x, d, mean, std, out=None, compile=False):
     "Augment and normalize images `x` (uint8) that have the draws `d`"
     if d is None: x = x.float().div_(255)
     else:
-        color = _compiled(adjust_color) if compile else adjust_color
-        blur = _compiled(_blur_matrices, dynamic=True) if compile else gaussian_blur
-        x = color(x.float(), _to(d.matrix, x.device), _to(d.contrast, x.device), top=255.)
+        color = compiled(adjust_color) if compile else adjust_color
+        blur = compiled(_blur_matrices, dynamic=True) if compile else gaussian_blur
+        x = color(x.float(), to_device(d.matrix, x.device), to_device(d.contrast, x.device), top=255.)
         x = _where(d.sigma>0, lambda o,i: blur(o, d.sigma[i]), x)
         x = _where(d.solarize, lambda o,i: solarize(o), x)
     return torch.sub(x, mean, out=x if out is None else out).div_(std)
@@ -156,7 +156,7 @@ def augment(
 )->Tensor:              # float32 (n, 3, s, s) on the device of `x`
     "Color, blur, solarise and normalize views, each with its own draw"
     d = None if spec is None else draw_augment(spec, len(x), x.shape[-1], generator)
-    mean, std = (_to(torch.tensor(o, dtype=torch.float32).view(3,1,1), x.device) for o in (mean, std))
+    mean, std = (to_device(torch.tensor(o, dtype=torch.float32).view(3,1,1), x.device) for o in (mean, std))
     if x.device.type!='cpu': return _apply(x, d, mean, std, compile=compile)
     out = torch.empty(x.shape)
     for i in range(len(x)): _apply(x[i:i+1], d and AugmentDraws(*(o[i:i+1] for o in d)), mean, std, out[i:i+1])
@@ -185,5 +185,5 @@ def make_views(
             xs.append(x); bs.append(b)
         boxes[c.name] = torch.stack(bs)
         x = augment(torch.cat(xs), c.augment, recipe.mean, recipe.std, generator, compile)
-        views[c.name] = View(x.unflatten(0, (c.count, B)), _to(boxes[c.name], canvas.device))
+        views[c.name] = View(x.unflatten(0, (c.count, B)), to_device(boxes[c.name], canvas.device))
     return views

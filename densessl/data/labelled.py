@@ -122,7 +122,7 @@ def read_pair(
     orientation:str=None,  # 'upright' or 'stored': on what masks of turned photographs are drawn; default by their size
 )->tuple:                  # uint8 (3,h,w), labels (H,W) as they are on disk
     "A photograph and its labels"
-    from densessl.data.images import read_photo   # loads fastai
+    from densessl.data.photographs import read_photo
     try: x, hw = read_photo(photo, 2**16)  # so large that a JPEG is decoded at full size
     except InputError: raise
     except _UNREADABLE as e: raise InputError(f'cannot read {photo}: {e}') from None

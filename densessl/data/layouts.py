@@ -51,7 +51,7 @@ def photos_of(
     root,   # Folder
 )->list:    # Sorted paths
     "The images of a folder, masks included"
-    from densessl.data.images import IMAGE_SUFFIXES   # loads fastai
+    from densessl.data.photographs import IMAGE_SUFFIXES
     return files_of(root, tuple(IMAGE_SUFFIXES))
 
 def by_stem(
