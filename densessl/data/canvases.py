@@ -53,7 +53,7 @@ class CanvasDataset:
         "Canvas, (height, width), and a note: '' if photograph `i` could be read"
         return self.read(i)[:3]
     def read(self, i:int):
-        "An item, and whether it is the same in every epoch: neither a window of a panorama nor in place of another file"
+        "An item, and whether every epoch has the same: no window of a panorama, nor in place of another file"
         if not -len(self)<=i<len(self): raise IndexError(f'photograph {i} of {len(self)}')
         note, step, n = '', other_places(len(self)), min(self.tries, len(self))
         for j in range(n):

@@ -16,8 +16,8 @@ from PIL import Image
 
 from .photographs import FORMATS, IMAGE_SUFFIXES, LONGEST, is_image, open_regular, unread_advice, unread_suffix
 from ..ground.core import InputError
-from ..ground.files import (may_have_kind, is_private, kind_of_name, no_native_stderr, no_pillow_warnings, no_pixel_limit,
-    photo_names, printable, split_kind)
+from ..ground.files import (is_private, kind_of_name, may_have_kind, no_native_stderr, no_pillow_warnings,
+    no_pixel_limit, photo_names, printable, split_kind)
 
 # %% ../../nbs/08_data.folders.ipynb #facc41ce
 def _look(file):
@@ -176,7 +176,8 @@ class _Walk:
         n = 0
         for i,o in enumerate(names):
             if i==20 and not n: return
-            with suppress(OSError), open_regular(os.path.join(folder, o)) as f: n += bool(_IMAGE_STARTS.match(f.read(12)))
+            with suppress(OSError), open_regular(os.path.join(folder, o)) as f:
+                n += bool(_IMAGE_STARTS.match(f.read(12)))
         if n: self.other['nosuffix'] += n
 
 # %% ../../nbs/08_data.folders.ipynb #4b3dbd2d
@@ -253,7 +254,7 @@ def survey_images(
     files:list,     # Some images: (name, path or open file)
     closer:int=32,  # Of so many the pixels are looked at too
 )->list:            # Sentences
-    "What is odd about some images, and may be odd about all: panoramas, files of several pictures, masks that no name tells"
+    "What is odd about some images: panoramas, files of several pictures, masks that no name tells"
     long, pages, says = [], [], []
     for name,file in files:
         with (suppress(Exception), no_pixel_limit(), no_pillow_warnings(), open_regular(file) as f,
