@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.testing import assert_close
 
-from densessl.methods.encoders import resample_positions, sincos_positions
+from densessl.theory.positions import resample_positions, sincos_positions
 from densessl.methods.heads import PrototypeHead
 from densessl.training.optim import Lars, clip_per_parameter_
 from densessl.training.schedules import cosine, linear_ramp, warmup_cosine

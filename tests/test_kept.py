@@ -9,7 +9,7 @@ from fastai.data.load import DataLoader
 from PIL import Image
 
 from densessl.data import images as data
-from densessl.data import kept
+from densessl.data import canvases, kept
 from densessl.training.resume import rest_of_epoch
 from densessl.ground.core import InputError
 from densessl.data.images import MakeViews, ViewLoader, n_workers, image_dls, scene_dls
@@ -68,8 +68,8 @@ def test_the_same_with_and_without(photos, workers, kwargs):
 
 def count_reads(monkeypatch):
     "Files that are read in this process"
-    read, real = [], data.load_canvas
-    monkeypatch.setattr(data, 'load_canvas', lambda path, *args: (read.append(path.name), real(path, *args))[1])
+    read, real = [], canvases.load_canvas
+    monkeypatch.setattr(canvases, 'load_canvas', lambda path, *args: (read.append(path.name), real(path, *args))[1])
     return read
 
 

@@ -126,7 +126,7 @@ def _in_order(labels, names=None):
 def class_table(
     names:dict,   # Label -> name of its class
 ):                # Label -> class index or None, names of the classes
-    "The classes of a list, those that are no class left out"
+    "The classes of a list, without those that mean no class"
     kept = [l for l in sorted(names) if names[l].lower() not in VOID]
     return {l: None for l in names} | {l: i for i,l in enumerate(kept)}, tuple(names[l] for l in kept)
 

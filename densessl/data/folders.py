@@ -210,7 +210,7 @@ def _remarks(walk, out, kept):
 def find_images(
     folder,  # Folder, searched with all the folders in it; `~` is your home
 )->list:     # Sorted `Path`s
-    "The photographs of a folder, told by their suffix in either case; what is left out is said in one warning"
+    "The photographs of a folder, recognized by their suffix; what is left out is reported in one warning"
     folder = Path(os.path.expanduser(folder))
     if not folder.exists(): raise InputError(f'{str(folder)!r} does not exist: give a folder of images')
     if not folder.is_dir(): raise InputError(f'{str(folder)!r} is not a folder: give the folder that holds the images')

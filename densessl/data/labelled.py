@@ -181,7 +181,7 @@ def _meaning(root, layout, found, parts, read, n_classes, ignore_index, named):
 
 # %% ../../nbs/38_data.labelled.ipynb #46d6b1f7
 def _report_classes(train, test):
-    "Say which classes cannot be scored"
+    "Warn about classes that cannot be scored"
     a, b = (labels_in(o.masks) - {o.ignore_index} for o in (train, test))
     def names(labels):
         some = [str(train.classes[l] if train.classes else l) for l in sorted(labels)]

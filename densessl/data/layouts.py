@@ -36,7 +36,7 @@ def _starts(file, n=4096):
 def other_labels(
     root,  # Folder
 ):         # What it holds, in words, or None
-    "Labels that are no masks"
+    "Labels that are not masks"
     files = files_of(root, ('.json', '.xml', '.txt', *_ARRAYS))
     stems = {p.stem for p in photos_of(root)}
     for p in files:

@@ -27,7 +27,7 @@ class Found(NamedTuple):
     classes:tuple=None       # Names of the classes
     read:object=read_mask    # Function that reads a mask
     lists:tuple=()           # Lists of classes that lie beside the masks
-    notes:tuple=()           # What is worth saying, in words
+    notes:tuple=()           # For the user, in words
 
 # %% ../../nbs/34_data.pairs.ipynb #13ec72a6
 _BEST = ('labelids', 'labeltrainids', 'mask', 'masks', 'label', 'labels')   # Of several masks, the first of these
@@ -44,7 +44,7 @@ def _one_mask(root, masks):
                      f'{option("labels=FOLDER")}; if each shows one class or one object, join them to one mask')
 
 def _sort_files(root, images, labels, parts):
-    "Photographs and masks as lists of (place, path), and what is worth saying"
+    "Photographs and masks as lists of (place, path), and notes for the user"
     given = [str(o).strip('/') for o in (images, labels) if o and '/' in str(o)]
     def folders(p):
         "Names of the folders above a file; those of a given path count as one"

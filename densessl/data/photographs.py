@@ -109,7 +109,7 @@ def _black_and_white(lo, hi):
     return (lo, hi) if white>255 and 0<hi-lo<white/8 else (0, white)
 
 def _bytes(a):
-    "Integers of 32 bits or floating-point numbers as bytes; infinite ones are cut off, what is no number is the least"
+    "Integers of 32 bits or floating-point numbers as bytes; infinite values are clipped, NaN becomes the least value"
     ok, whole = np.isfinite(a), a.dtype.kind!='f'
     lo, hi = (float(f(a, where=ok, initial=0. if not ok.any() else a[ok][0])) for f in (np.min, np.max))
     a = np.nan_to_num(a.astype(np.float64), nan=lo, posinf=hi, neginf=lo)
@@ -126,7 +126,7 @@ def _check_planes(im):
                       'together')
 
 def _is_negative(im):
-    "Whether 0 is white; for bytes Pillow sees to it"
+    "Whether 0 is white; for bytes Pillow takes care of it"
     return im.format=='TIFF' and im.mode[0] in 'IF' and im.tag_v2.get(262)==0
 
 def _without_band(im):
@@ -179,7 +179,7 @@ _STARTS = {                                              # of files that are no 
 def describe_file(
     file,  # Path, or an open binary file
 )->str:
-    "What a file that is no image seems to be, by how it starts"
+    "What a file that is not an image seems to be, by how it starts"
     with suppress(OSError), open_regular(file) as f:
         start = f.read(200)
         return next((says for o,says in _STARTS.items() if re.match(o, start, re.S)), 'not an image')
@@ -199,7 +199,7 @@ def reason_of(
 MAX_PIXELS = 500_000_000                                 # of what is decoded, after the reduction that a JPEG allows
 
 class UnreadablePhoto(InputError, UnidentifiedImageError):
-    "A file that is no photograph, or a damaged one; `reason` says in a few words why"
+    "A file that is not a photograph, or a damaged one; `reason` says why in a few words"
     def __init__(self,
         file,        # Path, or an open file
         reason:str,
@@ -268,7 +268,7 @@ def read_photo(
     file,           # Path, or an open binary file
     size:int=None,  # It may be decoded at a fraction of its size, but both sides at least this long; None: in full
 )->tuple:           # Upright RGB `Image` and (height, width) of the whole photograph
-    "A photograph as it is meant to be seen, the first frame if there are several; `UnreadablePhoto` if it is none"
+    "A photograph as a viewer would show it, the first frame if there are several; raises `UnreadablePhoto`"
     try:
         with open_regular(file) as f: return _decode(f, size, f.seek(0, os.SEEK_END))
     except Image.DecompressionBombError as e: raise DecompressionBombError(file, str(e)) from None
@@ -301,7 +301,7 @@ def load_canvas(
     size:int,     # Side of the canvas
     at:float=.5,  # Where along a panorama its window lies, from 0 to 1
 )->tuple:         # Canvas, uint8 (3, size, size), and (height, width) of what it shows: a photograph or a window
-    "Read a photograph as it is meant to be seen and resize it to a square"
+    "Read a photograph as a viewer would show it and resize it to a square"
     photo, hw = read_photo(path, size)
     x, hw = _window(photo, hw, at)
     x = torch.from_numpy(np.array(x)).permute(2,0,1)[None]

@@ -200,9 +200,9 @@ def coco(
         raise InputError(f'{files[0]} holds boxes without outlines: boxes are not scored here, a mask for each '
                          f'photograph is needed')
     ground = {c for c in ids if names[c].lower().strip('_') in ('background', 'bg')}
-    things = [c for c in ids if c not in ground]
-    table = {BACKGROUND: 0} | {c: 0 for c in ground} | {c: i+1 for i,c in enumerate(things)}
+    objects = [c for c in ids if c not in ground]
+    table = {BACKGROUND: 0} | {c: 0 for c in ground} | {c: i+1 for i,c in enumerate(objects)}
     notes.append('what is in no instance is the class background')
     if not all(outlined):
         notes.append(f'{outlined.count(False)} of {len(outlined)} instances have no outline and are not drawn')
-    return Found(splits, table, ('background', *(names[c] for c in things)), read_instances, notes=tuple(notes))
+    return Found(splits, table, ('background', *(names[c] for c in objects)), read_instances, notes=tuple(notes))
