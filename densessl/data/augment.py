@@ -103,6 +103,7 @@ class AugmentDraws(NamedTuple):
     sigma:Tensor     # Standard deviation of the blur in pixels (n,), 0: none
     solarize:Tensor  # (n,) bool
 
+# %% ../../nbs/11_data.augment.ipynb #1eb82c1f
 def draw_augment(
     a:Augment,       # Strengths and probabilities
     n:int,           # Images

@@ -30,6 +30,7 @@ def decode_counts(
         x, shift = 0, 0
     return out
 
+# %% ../../nbs/32_data.coco.ipynb #89ce5ae6
 def decode_runs(
     counts,  # Run lengths, 0 first; a list, or COCO's compressed text
     hw,      # Height and width
@@ -65,6 +66,7 @@ class Segments(NamedTuple):
     file:Path
     category:dict
 
+# %% ../../nbs/32_data.coco.ipynb #b8dbc432
 def read_panoptic(
     mask:Segments,
 ):                  # Category ids, int32 (h,w)
@@ -85,6 +87,7 @@ class Instances(NamedTuple):
     hw:tuple
     annotations:tuple
 
+# %% ../../nbs/32_data.coco.ipynb #1b3dc0e2
 def read_instances(
     mask:Instances,
 ):                   # Category ids, int32 (h,w)

@@ -99,6 +99,7 @@ def default_canvas(
     "A canvas somewhat larger than the largest view: 8/7 of it, 256 for 224"
     return 16*max(1, round(max(c.size for c in recipe.crops)*8/7/16))
 
+# %% ../../nbs/15_data.images.ipynb #be06674c
 def canvas_side(
     canvas:int|None,  # As a user gave it; None: `default_canvas`
     recipe:Recipe,

@@ -27,6 +27,7 @@ def color_label(
     r, g, b = np.moveaxis(np.asarray(rgb).astype(np.int64), -1, 0)
     return COLOR + 65536*r + 256*g + b
 
+# %% ../../nbs/30_data.masks.ipynb #ceffc553
 def label_name(
     label,  # A number, or a color as `color_label` makes it
 )->str:

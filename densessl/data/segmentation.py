@@ -95,6 +95,7 @@ def mask_file(
     "The file that a mask is in"
     return mask if isinstance(mask, (str,Path)) else mask.file
 
+# %% ../../nbs/37_data.segmentation.ipynb #ff5f12d3
 _TURNED = {2: lambda m: m[:,::-1], 3: lambda m: m[::-1,::-1], 4: lambda m: m[::-1], 5: lambda m: m.T,
            6: lambda m: np.rot90(m, -1), 7: lambda m: m[::-1,::-1].T, 8: np.rot90}   # By EXIF orientation
 _UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)

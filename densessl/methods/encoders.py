@@ -174,7 +174,8 @@ def _resolve(arch, kwargs):
             raise InputError(f'{source}:{place} is no network of timm: download its weights and give the file') from e
         except Exception as e:
             raise InputError(f'{source}:{place} cannot be loaded ({type(e).__name__}): {_OFFLINE}') from e
-        args = {k: v for k,v in (args or {}).items() if k not in (*_HEADLESS, *LOADING_ARGUMENTS, 'num_classes', 'img_size')}
+        dropped = (*_HEADLESS, *LOADING_ARGUMENTS, 'num_classes', 'img_size')
+        args = {k: v for k,v in (args or {}).items() if k not in dropped}
         if not timm.is_model(arch):
             raise InputError(f'{source}:{place} holds a {arch!r}, which timm {timm.__version__} does not know')
         return arch, args | kwargs, cfg['input_size']

@@ -48,6 +48,7 @@ def _for_plain_name(encoder, state):
     if n: added['pos_embed'] = nn.functional.pad(state['pos_embed'], (0, 0, n, 0))
     return state | added
 
+# %% ../../nbs/44_methods.export.ipynb #c136f945
 _NOTE = ('Exactly the features that were trained: densessl.all.load_backbone(file), or net = timm.create_model(arch, '
          '**model_kwargs); own = net.state_dict(); '
          "net.load_state_dict({k: v[:,-own[k].shape[1]:] if k=='pos_embed' else v for k,v in "
