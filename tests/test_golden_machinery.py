@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from golden_numbers import golden, TOL
-from densessl.methods.encoders import resample_positions, sincos_positions
+from densessl.theory.positions import resample_positions, sincos_positions
 from densessl.methods.heads import PrototypeHead
 from densessl.training.optim import Lars, clip_per_parameter_
 from densessl.training.schedules import cosine, linear_ramp, warmup_cosine

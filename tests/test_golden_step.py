@@ -23,7 +23,8 @@ from densessl.theory.attention import mean_shift
 from densessl.theory.pooling import query_index, query_mask
 from densessl.data.augment import make_views
 from densessl.training.teacher import TeacherEMA
-from densessl.methods.encoders import dense_encoder, sincos_positions
+from densessl.methods.encoders import dense_encoder
+from densessl.theory.positions import sincos_positions
 from densessl.methods.flsl import FLSL, FLSLConfig, FLSLLoss, flsl_presets, flsl_recipe
 from densessl.methods.heads import PrototypeHead
 from densessl.theory.modes import flsl_objective

@@ -25,7 +25,7 @@ def exports(p):
     return [m for s in code(p) for m in re.findall(r'^#\|\s*(?:default_exp|exporti?|exports)[ \t]+([\w.]+)', s, flags=re.M)]
 
 def modules(): return {m: p for p in notebooks() for m in exports(p)}
-def maths(): return [m for m, p in modules().items() if page(p) and 20 <= page(p) < 40]
+def maths(): return [m for m in modules() if m.startswith('theory.')]
 
 def imported(src, package=''):
     "Names of the densessl modules that `src` imports; `package` is where its relative imports start"

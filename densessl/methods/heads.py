@@ -25,6 +25,7 @@ def scaled_prototypes(
     mu = F.normalize(prototypes, dim=-1)
     return mu if norm is None else norm*mu
 
+# %% ../../nbs/42_methods.heads.ipynb #b5b4b2c6
 @fp32
 def cosine_logits(
     u:Tensor,           # Unit vectors, (..., D)

@@ -395,21 +395,6 @@ class DenseLearner(Learner):
                   'Callbacks: ' + ', '.join(cb.name for cb in self.cbs.sorted('order'))]
         return PrettyString('\n'.join(lines))
 
-# %% ../../nbs/68_training.learner.ipynb #e4fa9029
-@patch
-def show_batch(self:ViewLoader,
-    b=None,         # A batch; default a new one
-    max_n:int=2,    # Photographs, one a row
-    **kwargs,       # Arguments of `show_images`
-):                  # Figure
-    "The views of the first photographs of a batch, as the network gets them: `learn.dls.show_batch()`"
-    views, *_ = self.one_batch() if b is None else b
-    recipe = self.after_batch.recipe
-    n = min(max_n, next(iter(views.values())).images.shape[1])
-    names = [(k, i) for k,v in views.items() for i in range(len(v.images))]
-    pictures = [unnormalize(views[k].images[i,j], recipe.mean, recipe.std) for j in range(n) for k,i in names]
-    return show_images(pictures, [k for k,_ in names]*n, cols=len(names), **kwargs)
-
 # %% ../../nbs/68_training.learner.ipynb #df936fbb
 def _settings(config, presets, recipe, dls):
     "Settings from their name, checked against the views of the data"
