@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ground.core import InputError, check_ramp, check_ranges, fp32, rebuilt_from_list
-from ..theory.attention import unit
+from ..theory.attention import unit_vectors
 from ..theory.context import NMHSA
 from ..theory.margin import clove_objective
 from ..theory.matching import match_cells
@@ -132,7 +132,7 @@ class CLoVE(StudentTeacher):
     def forward(self, views)->list:
         both, local = (views['global1'], views['global2']), views.get('local')
         glob = View(torch.cat([v.images for v in both]), torch.cat([v.boxes for v in both]))
-        with torch.no_grad(): targets = unit(self.embed(self.teacher, glob.images))                     # (2, B, M, D)
+        with torch.no_grad(): targets = unit_vectors(self.embed(self.teacher, glob.images))        # (2, B, M, D)
         other = View(glob.images, glob.boxes.flip(0))   # each global view is compared with the other, by its box
         pairs = [MatchedViews(self.contextualize(glob.images).flip(0), targets, self.match(other, glob))]
         if local is not None:   # every local view with every global one: (2, V, B, ...)

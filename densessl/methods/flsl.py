@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..ground.core import InputError, check_ramp, check_ranges, fp32, rebuilt_from_list
-from ..theory.attention import mean_shift, query_mask, unit
+from ..theory.attention import mean_shift, unit_vectors
+from ..theory.pooling import query_mask
 from ..theory.schedules import cosine, linear_ramp, warmup_cosine
 from ..theory.softmask import mode_spread
 from ..theory.statistics import effective_rank, prototype_shares
-from ..theory.modes import ObjectiveParts, mode_loss, prototype_objective
+from ..theory.modes import ObjectiveParts, mode_loss
+from ..theory.prototypes import prototype_objective
 from ..data.views import Augment, CropSpec, Recipe
 from .encoders import DenseEncoder
 from .heads import PrototypeHead
@@ -55,7 +57,7 @@ class FLSLConfig:
     temp_t_warmup:float=0.1       # Share of training over which the teacher temperature rises
     momentum:tuple=(0.996,1.)     # Weight kept from the teacher, first and last
     lr:float=5e-4                 # Learning rate for a batch of 256; scales with the batch
-    final_lr:float=1e-6           # Learning rate at the end
+    final_lr:float=1e-6           # Learning rate at the end; scales with the batch, as `lr` does
     warmup:float=0.1              # Share of training over which the learning rate rises
     wd:tuple=(0.04,0.4)           # Weight decay, first and last
     clip:float=3.                 # Largest gradient norm of a single parameter
@@ -173,7 +175,7 @@ class FLSL(StudentTeacher):
     def encode(self, side, images):
         "Tokens of views (n, 3, s, s) by the student or the teacher, (n, N, D)"
         z = side.encoder.tokens(images)
-        return unit(z) if self.config.normalize else z
+        return unit_vectors(z) if self.config.normalize else z
 
     def queries_and_modes(self, images, window):
         "Queries of student views (V, B, 3, s, s) and their modes, each (B, V*Q, D)"
@@ -203,7 +205,7 @@ class FLSL(StudentTeacher):
         "(Function from tokens (n, N, D) to the teacher's logits of at most `queries` of their modes, temperature)"
         c = self.config
         def head(z):
-            Z = unit(z) if c.normalize else z
+            Z = unit_vectors(z) if c.normalize else z
             mode = mean_shift(Z, Z, c.beta_ca).flatten(0, 1)*(z.shape[-1]**.5 if c.normalize else 1.)
             return self.teacher.head(mode[::-(-len(mode)//queries)])
         return head, c.temp_t[-1]

@@ -12,26 +12,10 @@ from fastai.torch_core import get_model
 from fastcore.basics import patch
 
 from ..data.augment import make_views
-from ..data.images import ViewLoader
 from ..data.views import crop_resize, random_boxes
-from ..ground.visualize import pca_rgb, show_images, show_views, unnormalize
-from ..theory.attention import attention_weights, unit
+from ..ground.visualize import pca_rgb, show_views
+from ..theory.attention import attention_weights, unit_vectors
 from ..theory.matching import cell_distances
-
-# %% ../../nbs/72_training.pictures.ipynb #e4fa9029
-@patch
-def show_batch(self:ViewLoader,
-    b=None,         # A batch; default a new one
-    max_n:int=2,    # Photographs, one a row
-    **kwargs,       # Arguments of `show_images`
-):                  # Figure
-    "The views of the first photographs of a batch, as the network gets them: `learn.dls.show_batch()`"
-    views, *_ = self.one_batch() if b is None else b
-    recipe = self.after_batch.recipe
-    n = min(max_n, next(iter(views.values())).images.shape[1])
-    names = [(k, i) for k,v in views.items() for i in range(len(v.images))]
-    pictures = [unnormalize(views[k].images[i,j], recipe.mean, recipe.std) for j in range(n) for k,i in names]
-    return show_images(pictures, [k for k,_ in names]*n, cols=len(names), **kwargs)
 
 # %% ../../nbs/72_training.pictures.ipynb #b6bda46e
 @patch
@@ -46,7 +30,7 @@ def _unit_tokens(encoder, x, recipe):
     "Unit tokens of photographs in [0, 1], as they are in evaluation, on the CPU"
     mean, std = (torch.tensor(t)[:,None,None] for t in (recipe.mean, recipe.std))
     training = encoder.training
-    z = unit(encoder.eval().tokens(((x-mean)/std).to(next(encoder.parameters()).device))).cpu()
+    z = unit_vectors(encoder.eval().tokens(((x-mean)/std).to(next(encoder.parameters()).device))).cpu()
     encoder.train(training)
     return z
 
