@@ -13,8 +13,10 @@ from .ground.ranks import *
 from .ground.synthetic import *
 from .ground.visualize import *
 from .theory.attention import *
+from .theory.pooling import *
 from .theory.softmask import *
 from .theory.modes import *
+from .theory.prototypes import *
 from .theory.matching import *
 from .theory.context import *
 from .theory.margin import *

@@ -27,7 +27,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from ..ground.core import InputError
-from ..theory.attention import attention_weights, unit
+from ..theory.attention import attention_weights, unit_vectors
 from ..data.augment import make_views
 from .guard import OutOfMemory, StopIfNotFinite
 from ..theory.statistics import effective_rank
@@ -598,7 +598,7 @@ def _unit_tokens(encoder, x, recipe):
     "Unit tokens of photographs in [0, 1], as they are in evaluation, on the CPU"
     mean, std = (torch.tensor(t)[:,None,None] for t in (recipe.mean, recipe.std))
     training = encoder.training
-    z = unit(encoder.eval().tokens(((x-mean)/std).to(next(encoder.parameters()).device))).cpu()
+    z = unit_vectors(encoder.eval().tokens(((x-mean)/std).to(next(encoder.parameters()).device))).cpu()
     encoder.train(training)
     return z
 
