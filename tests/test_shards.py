@@ -234,7 +234,7 @@ def test_listed_places_are_used(own, monkeypatch):
 
 def test_webdataset_reads_ours(tars):
     "An independent reader"
-    from webdataset import WebDataset
+    WebDataset = pytest.importorskip('webdataset').WebDataset
     urls = str(tars/'shard-{000000..000007}.tar')
     theirs = [(o['__key__'], o['jpg']) for o in WebDataset(urls, shardshuffle=False)]
     assert theirs == [(n.removesuffix('.jpg'), b) for o in shard_list(urls) for n, b in held(o.path)] and len(theirs) == N
