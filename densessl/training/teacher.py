@@ -6,9 +6,7 @@
 __all__ = ['TeacherEMA']
 
 # %% ../../nbs/63_training.teacher.ipynb #d8762fcf
-import torch
 from fastai.callback.core import Callback
-from torch import nn
 
 from ..ground.core import InputError
 from .schedules import cosine
