@@ -100,7 +100,7 @@ def readme_text():
         cells.append(c)
     nb.cells = cells
     md, _ = nbconvert.MarkdownExporter().from_notebook_node(nb)
-    md = re.sub(r'\]\((?![a-z]+:|#|/)([^)\s]+\.ipynb)', r'](nbs/\1', md)
+    md = re.sub(r'\]\((?![a-z]+:|#|/)([^)\s]+\.(?:ipynb|png))', r'](nbs/\1', md)
     md = re.sub(r'\n{3,}', '\n\n', re.sub(r'[ \t]+$', '', md, flags=re.M))
     return '<!-- Made from nbs/index.ipynb by `run.py readme`: edit the notebook. -->\n\n' + md.strip() + '\n'
 

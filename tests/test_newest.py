@@ -62,3 +62,10 @@ def test_readme_in_the_newest_environment(user, tmp_path):
 def test_help_in_the_newest_environment(user, tmp_path, command):
     r = subprocess.run([user/command, '--help'], cwd=tmp_path, env=clean(), capture_output=True, text=True, timeout=120)
     assert r.returncode == 0 and f'usage: {command}' in r.stdout, r.stderr
+
+@pytest.mark.parametrize('spelling', ('_', '-'))
+def test_both_spellings_in_the_newest_environment(user, tmp_path, spelling):
+    "fastcore 1 and 2 spell options differently; ours answer to both, and only the value that is no number is refused"
+    options = [o.replace('_', spelling) for o in ('--model_kwargs', 'depth=1', '--save_minutes', '3', '--n_scenes', '8', '--img_size', 'ten')]
+    r = subprocess.run([user/'densessl_pretrain', *options], cwd=tmp_path, env=clean(), capture_output=True, text=True, timeout=120)
+    assert r.returncode == 2 and "--img_size needs a whole number, got 'ten'" in r.stderr, r.stderr

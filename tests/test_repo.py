@@ -167,7 +167,7 @@ def texts():
                 for k, v in {**o.get('data', {}), 'text': o.get('text', ''), 'tb': '\n'.join(o.get('traceback', []))}.items():
                     if not k.startswith('image/png') and not k.startswith('image/jp'): yield f'{rel(p)} {c.id} output', str(v)
     for p in [*ROOT.glob('*'), *PKG.rglob('*.py'), *(ROOT/'tests').rglob('*.py'), *(ROOT/'.github').rglob('*.y*ml'), ROOT/'.ci/run', *NBS.glob('*.yml'), *NBS.glob('*.css')]:
-        if p.is_file() and p.suffix in ('', '.py', '.md', '.ini', '.toml', '.yml', '.yaml', '.css', '.in', '.cfg'): yield rel(p), p.read_text(encoding='utf-8')
+        if p.is_file() and p.suffix in ('', '.py', '.md', '.ini', '.toml', '.cff', '.yml', '.yaml', '.css', '.in', '.cfg'): yield rel(p), p.read_text(encoding='utf-8')
 
 def test_no_paths_of_a_machine():
     assert MACHINE.search('see /ho''me/ann/x') and not MACHINE.search('https://x.org/ho''me/ann')
@@ -192,18 +192,32 @@ def test_readme_has_two_commands():
     assert cmds == ['python3 run.py pretrain', 'python3 run.py test']
     assert (ROOT/'.ci/run').read_text().rstrip().endswith(cmds[1])
 
+def test_readme_is_short():
+    "What it is, what works and how to begin, on three screens"
+    assert len(readme().splitlines()) <= 150
+
+def links(text): return [l for l in re.findall(r'\]\(([^)\s]+)\)', text) if not re.match(r'[a-z]+:|#', l)]
+
 def test_readme_links_lead_somewhere():
-    links = [l for l in re.findall(r'\]\(([^)\s]+)\)', readme()) if not re.match(r'[a-z]+:|#', l)]
-    assert links and not (gone := [l for l in links if not (ROOT/l.split('#')[0]).exists()]), f'no such files: {gone}'
+    assert links(readme()) and not (gone := [l for l in links(readme()) if not (ROOT/l.split('#')[0]).exists()]), f'no such files: {gone}'
+    ours = re.findall(r'github.com/densessl/densessl/blob/main/([\w./-]+)', readme())
+    assert ours and not (gone := [l for l in ours if not (ROOT/l).exists()]), f'no such files: {gone}'
+
+@pytest.mark.parametrize('p', notebooks(), ids=rel)
+def test_page_links_lead_somewhere(p):
+    text = '\n'.join(c.source for c in read(p).cells if c.cell_type == 'markdown')
+    gone = [l for l in links(text) if re.search(r'\.(ipynb|png|jpg)\b', l) and not (p.parent/l.split('#')[0]).exists()]
+    assert not gone, f'no such files: {gone}'
 
 def test_readme_lists_every_page():
     missing = [rel(p) for p in notebooks() if p.name != 'index.ipynb' and f']({rel(p)})' not in readme()]
     assert not missing, f'index.ipynb does not link {missing}'
 
-def test_readme_table_names_exist():
-    "The table equation -> function -> page: each function is where the table says, and its page writes it"
-    rows = re.findall(r'^\|[^\n]*?`densessl\.([\w.]+)`[^\n]*\]\(nbs/([^)]+)\)[^\n]*\|$', readme(), flags=re.M)
-    assert len(rows) >= 12, rows
+def test_equation_table_names_exist():
+    "The tables equation -> function -> page: each function is where the table says, and its page writes it"
+    text = '\n'.join(c.source for c in read(NBS/'tutorials/equations.ipynb').cells)
+    rows = re.findall(r'^\|[^\n]*?`densessl\.([\w.]+)`[^\n]*\]\(\.\./([^)]+)\)[^\n]*\|$', text, flags=re.M)
+    assert len(rows) >= 30, rows
     wrong = []
     for name, nb in rows:
         mod, _, attr = name.rpartition('.')
@@ -211,6 +225,16 @@ def test_readme_table_names_exist():
         except ImportError: ok = False
         if not ok: wrong.append((name, nb))
     assert not wrong, wrong
+
+def test_citation_names_both_papers():
+    "CITATION.cff is YAML with what the format asks for, its version that of the package"
+    import yaml
+    cff = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))
+    assert {'cff-version', 'message', 'title', 'authors'} <= cff.keys()
+    assert [r['url'].rsplit('/')[-1] for r in cff['references']] == ['2306.06203', '2310.00527']
+    cfg = ConfigParser(delimiters='=')
+    cfg.read(ROOT/'settings.ini', encoding='utf-8')
+    assert str(cff['version']) == cfg['DEFAULT']['version']
 
 def test_readme_python_uses_names_that_exist():
     "Every name that README's first lines of Python take from densessl.all is there"

@@ -156,7 +156,7 @@ class CLoVELoss(nn.Module):
 def diagnose_matches(
     m:dict,  # Of one epoch: progress (share of training), contrast, matched (share of cells), active (of hinges), rank
 )->list:     # Sentences; empty if all is well
-    "Says in words what the monitored numbers mean, and which setting to turn"
+    "What the monitored numbers mean, in words, and which setting to change"
     said = []
     if m['rank']<2:
         said.append(f"The local embeddings vary along {m['rank']:.1f} directions: they have collapsed. "
@@ -169,7 +169,7 @@ def diagnose_matches(
         said.append(f"Only {100*m['matched']:.1f} % of the cells have a match: "
                     'raise threshold, global_scale or local_scale.')
     if m['active']==0:
-        said.append('No hinge acts: every pair is farther apart than the margin, and nothing is left to learn. '
+        said.append('No hinge acts: every pair satisfies the margin, and nothing is left to learn. '
                     'Raise margin.')
     return said
 

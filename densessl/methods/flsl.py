@@ -230,7 +230,7 @@ class FLSLLoss(nn.Module):
 def diagnose_prototypes(
     m:dict,  # Numbers of one epoch: inter, entropy, target_entropy, perplexity, rank, spread (mean cosine of modes), K
 )->list:     # Sentences; empty if all is well
-    "Says in words what the monitored numbers mean, and which setting to turn"
+    "What the monitored numbers mean, in words, and which setting to change"
     K, said = m['K'], []
     if m['inter']>.99*math.log(K) and m['entropy']>.95*math.log(K):
         said.append(f"The cross-entropy is {m['inter']:.2f}, which is ln K = {math.log(K):.2f}: "

@@ -21,7 +21,7 @@ from .monitor import CollapseMonitor
 
 # %% ../../nbs/67_training.distributed.ipynb #0dec21c1
 class RanksBatchNorm(nn.modules.batchnorm._BatchNorm):
-    "Batch norm over all processes, on any device; as many cells in each process"
+    "Batch norm over all processes, on any device; each process must have as many cells"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.drop, self.act = nn.Identity(), nn.Identity()
@@ -38,7 +38,8 @@ class RanksBatchNorm(nn.modules.batchnorm._BatchNorm):
                 with torch.no_grad():
                     self.num_batches_tracked.add_(1)
                     m = self.momentum if self.momentum is not None else 1/self.num_batches_tracked.item()
-                    self.running_mean.lerp_(mean, m); self.running_var.lerp_(var*n/max(n-1, 1), m)
+                    self.running_mean.lerp_(mean, m)
+                    self.running_var.lerp_(var*n/max(n-1, 1), m)
             y = (z-wide(mean))*wide((var+self.eps).rsqrt())
             if self.affine: y = y*wide(self.weight) + wide(self.bias)
             y = y.to(x.dtype)
@@ -116,7 +117,7 @@ class RankLoader(DataLoader):
 
 # %% ../../nbs/67_training.distributed.ipynb #2740ee56
 class ManyProcesses(Callback):
-    "What a fit in several processes needs beyond fastai's `distrib_ctx`; nothing to do in one"
+    "What a fit in several processes needs beyond fastai's `distrib_ctx`; does nothing in one"
     order = 10   # before fastai's `DistributedTrainer` wraps the model
     def before_fit(self):
         "Check, convert, share"
@@ -127,7 +128,7 @@ class ManyProcesses(Callback):
             raise InputError(f'there are {world} processes, but each would train a model of its own: '
                              'write `with learn.distrib_ctx(): learn.fit(...)`, or unset WORLD_SIZE to train with one')
         if not dist.is_initialized():
-            raise InputError(f'there are {world} processes but no way to speak to each other, as there is no GPU: '
+            raise InputError(f'there are {world} processes but they cannot communicate, as there is no GPU: '
                              'on a CPU write `learn.distrib_ctx(cpu=True)`')
         self._check(world)
         device = trainer.accelerator.device
@@ -174,6 +175,7 @@ class ManyProcesses(Callback):
             raise InputError(f'bs is {bs} in each of {world} processes, {bs*world} in all, '
                              f'but there are only {n} photographs: choose bs of at most {n//world} or fewer processes')
 
+# %% ../../nbs/67_training.distributed.ipynb #6848c2e8
 def share_batch(
     total:int,       # Photographs in a step, over all processes
     world:int=None,  # Processes; None: as many as there are

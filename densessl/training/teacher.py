@@ -6,9 +6,7 @@
 __all__ = ['TeacherEMA']
 
 # %% ../../nbs/63_training.teacher.ipynb #d8762fcf
-import torch
 from fastai.callback.core import Callback
-from torch import nn
 
 from ..ground.core import InputError
 from ..theory.schedules import cosine
@@ -27,12 +25,12 @@ class TeacherEMA(Callback):
 
     @property
     def owner(self):
-        "The model, taken out of a wrapper for many GPUs"
+        "The model, without its wrapper for several GPUs"
         m = self.learn.model
         return m if hasattr(m, 'update_teacher') else getattr(m, 'module', m)
 
     def before_fit(self):
-        "See that there is a teacher"
+        "Check that the model has a teacher"
         if not hasattr(self.owner, 'update_teacher'):
             raise InputError('TeacherEMA needs a model with a method update_teacher(momentum), '
                              f'{type(self.owner).__name__} has none')
