@@ -39,8 +39,11 @@ from .training.resume import *
 from .training.guard import *
 from .training.distributed import *
 from .data.labelled import *
+from .evaluation.features import *
 from .evaluation.scores import *
+from .evaluation.probes import *
 from .methods.export import *
+from .evaluation.davis import *
 from .evaluation.video import *
 from .evaluation.figures import *
 from .evaluation.gauges import *

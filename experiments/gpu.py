@@ -53,7 +53,9 @@ from densessl.methods.clove import CLoVE, CLoVELoss
 from densessl.data.images import BadFiles, MakeViews, ViewLoader, find_images, image_dls, load_canvas, scene_dls
 from densessl.methods.dino import DINO, DINOLoss
 from densessl.methods.encoders import dense_encoder
-from densessl.evaluation.scores import SegmentationData, correspondence_score, dense_scores
+from densessl.data.labelled import SegmentationData
+from densessl.evaluation.gauges import correspondence_score
+from densessl.evaluation.probes import dense_scores
 from densessl.methods.flsl import FLSL, FLSLLoss
 from densessl.data.labelled import labelled_data
 from densessl.training.learner import compile_blocks, methods

@@ -483,7 +483,7 @@ def test_photographs_alone_are_said_to_be_unlabelled(tmp_path, capsys):
     assert capsys.readouterr().out=='read as photographs without labels: 12 of 12\n'
 
 def test_frames_come_in_the_order_of_their_numbers(tmp_path):
-    from densessl.evaluation.video import davis_sequences
+    from densessl.evaluation.davis import davis_sequences
     for t in range(12): write(tmp_path/f'JPEGImages/480p/x/{t}.png', IMAGES[t]); write(tmp_path/f'Annotations/480p/x/{t}.png', MASKS[t])
     (tmp_path/'ImageSets/2017').mkdir(parents=True); (tmp_path/'ImageSets/2017/val.txt').write_text('x\n')
     video = davis_sequences(tmp_path)[0].load()

@@ -11,7 +11,9 @@ from torch import nn
 from densessl.training.score import DenseScore
 from densessl.cli import pretrain
 from densessl.methods.encoders import dense_encoder
-from densessl.evaluation.scores import SegmentationData, Score, dense_scores
+from densessl.data.labelled import SegmentationData
+from densessl.evaluation.probes import dense_scores
+from densessl.evaluation.scores import Score
 from densessl.evaluation.report import evaluate
 from densessl.evaluation.run_report import _MONITORED
 from densessl.ground.synthetic import CLASSES, draw_scenes

@@ -28,7 +28,8 @@ from ..theory.attention import attention_weights, iterate_modes, merge_modes, un
 from ..ground.commands import densessl_show
 from ..ground.core import InputError, fp32
 from ..methods.encoders import DenseEncoder, dense_encoder
-from .scores import _eval_mode, carry_centers, patch_labels
+from .features import eval_mode, patch_labels
+from .gauges import centers_in_view, right_matches
 from ..theory.softmask import suggest_beta
 from ..methods.export import backbone_labels, open_backbone
 from ..data.views import crop_resize, flip_boxes, random_boxes
@@ -71,7 +72,7 @@ def layer_tokens(
     if not hasattr(net, 'forward_intermediates'):
         raise InputError(f'{encoder.arch} does not give the features of its layers: choose a network that has '
                          f'forward_intermediates in timm')
-    with _eval_mode(encoder): maps = net.forward_intermediates(images, norm=True, intermediates_only=True)
+    with eval_mode(encoder): maps = net.forward_intermediates(images, norm=True, intermediates_only=True)
     kind = 'block' if encoder.layout=='tokens' else 'stage'
     picked = _pick(layers, len(maps), encoder.arch)
     return [Layer(f'{kind} {i+1}', maps[i].flatten(2).mT, tuple(maps[i].shape[-2:])) for i in picked]
@@ -171,7 +172,7 @@ def attention_maps(
     hook = attn.attn_drop.register_forward_hook(lambda m, i, o: kept.append(i[0]))
     attn.fused_attn = False
     try:
-        with _eval_mode(encoder): encoder.tokens(images)
+        with eval_mode(encoder): encoder.tokens(images)
     finally: hook.remove(); attn.fused_attn = fused
     N = math.prod(encoder.grid(*images.shape[-2:]))+encoder.n_prefix
     if len(kept)!=1 or kept[0].shape[-2:]!=(N, N):
@@ -449,7 +450,7 @@ def show_correspondence(
     pair = torch.cat([v1[0], torch.full((3,S,S//16), 255, dtype=torch.uint8), v2[0]], -1)
     for ax,(name,e) in zip(axs[:,0], encoders.items()):
         (_, z, (h, w)), = _layers(e, torch.cat([v1, v2]), [-1], _of(mean, name), _of(std, name))
-        cells, at = torch.tensor([w, h]), carry_centers(b1, b2, (h, w))[0]
+        cells, at = torch.tensor([w, h]), centers_in_view(b1, b2, (h, w))[0]
         both = ((at>0)&(at<1)).all(-1).nonzero()[:,0]
         if not len(both):
             raise InputError(f'the two views of seed {seed} do not overlap: choose another seed or a larger scale')

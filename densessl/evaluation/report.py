@@ -22,14 +22,16 @@ from safetensors import safe_open
 from ..ground.commands import densessl_evaluate
 from ..ground.core import InputError, find_device
 from ..methods.encoders import dense_encoder
-from .scores import Score, dense_scores, scores_plot, write_scores
+from .scores import Score, scores_plot, write_scores
+from .probes import dense_scores
 from .gauges import label_free_gauges
 from ..data.labelled import Unlabelled, labelled_data, labelled_options
 from densessl.evaluation.verdict import (confirmed, fixed_positions, gather_statistics, has_batch_norm, judge_training,
                               random_start,
     worth_training)
 from ..methods.export import backbone_labels, load_backbone
-from .video import davis_score, davis_sequences
+from .davis import davis_sequences
+from .video import davis_score
 
 # %% ../../nbs/57_evaluation.report.ipynb #ac74971b
 from ..methods.export import open_backbone

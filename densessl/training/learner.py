@@ -227,7 +227,7 @@ class ViewRecorder(Recorder):
         return super().plot_loss(skip_start, there if with_valid is None else there and with_valid, **kwargs)
 
 # %% ../../nbs/68_training.learner.ipynb #63a15dfd
-_FEATURES = ('a pretraining learner has no predictions: extract(learn.model.product, photos) '
+_FEATURES = ('a pretraining learner has no predictions: extract_features(learn.model.product, photos) '
              'gives the features of photographs')
 _FLOAT32 = 'the losses need weights in float32: use learn.to_fp16() or learn.to_bf16()'
 _INSTEAD = dict(

@@ -29,10 +29,10 @@ from .resume import random_states, set_random_states, without_stopping
 from ..data.labelled import labelled_data
 from ..evaluation.verdict import Verdict, confirmed, diverged_loss, judge_training, seen_collapse
 from ..evaluation.verdict import gather_statistics, has_batch_norm, random_start
-from ..evaluation.scores import (Score, correspondence_score, dense_scores, nearest_neighbor_miou,
-                                        scores_table, write_scores)
+from ..evaluation.scores import Score, scores_table, write_scores
+from ..evaluation.probes import dense_scores
 from ..methods.export import export_backbone, load_backbone
-from ..evaluation.gauges import GAUGES, label_free_gauges
+from ..evaluation.gauges import GAUGES, correspondence_score, label_free_gauges
 
 # %% ../../nbs/71_training.score.ipynb #b44848fb
 def kept_photographs(
@@ -91,7 +91,7 @@ def network_scores(
     label:str='model',  # Name of the model in tables
     data:str='photographs',  # What the photographs are
     probe:dict=None,    # Arguments of the labelled probes: k, temp, memory, steps, lr
-    gauges:dict=None,   # Arguments of `label_free_gauges`: things, beta, head, temp, pairs, scale, tolerance
+    gauges:dict=None,   # Arguments of `label_free_gauges`: n_segments, beta, head, temp, pairs, scale, tolerance
     seed:int=0,         # Of all of them
     ordering=False,     # Of the gauges only correspondence, the one that orders backbones
     **kwargs,           # Arguments of `extract`
@@ -105,7 +105,7 @@ def network_scores(
     if labelled is None: return scores
     kwargs = dict(label=label, seed=seed) | (probe or {}) | kwargs
     if linear: return scores + dense_scores(encoder, *labelled, **kwargs)
-    return scores + [nearest_neighbor_miou(encoder, *labelled, **kwargs)]
+    return scores + dense_scores(encoder, *labelled, probes='nearest neighbor', **kwargs)
 
 def _pair(labelled, size=None):
     "Labelled data of a folder, or as given, checked"
@@ -189,7 +189,7 @@ class DenseScore(Callback):
         photos=None,        # (canvases uint8 (n,3,S,S), heights and widths (n,2)); default `kept_photographs`
         n_photos:int=64,    # Photographs for the gauges
         probe:dict=None,    # Arguments of the labelled probes, as dict(k=30, memory=100_000)
-        gauges:dict=None,   # Arguments of the gauges, as dict(things=4, beta=10.)
+        gauges:dict=None,   # Arguments of the gauges, as dict(n_segments=4, beta=10.)
         verbose:bool=True,  # Print a line a scoring
         starts:int=5,       # Random starts to compare with, the own one included
         published:bool=None, # Training starts from published weights, to compare with; default as the learner says
