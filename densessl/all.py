@@ -48,7 +48,7 @@ from .evaluation.video import *
 from .evaluation.figures import *
 from .evaluation.gauges import *
 from .training.score import *
-from .evaluation.verdict import judge_training, random_start, worth_training
+from .evaluation.verdict import random_start, training_verdict
 from .evaluation.report import *
 from .evaluation.run_report import run_report
 

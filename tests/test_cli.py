@@ -535,6 +535,6 @@ def test_weights_bring_their_network(home, tmp_path):
 
 
 def test_files_of_two_runs_have_two_names():
-    from densessl.evaluation.report import _told_by_folder
-    assert _told_by_folder(['a/backbone.safetensors', 'resnet50', 'tiny.safetensors'], ['backbone', 'resnet50', 'tiny'])==['a/backbone', 'resnet50', 'tiny']
-    assert _told_by_folder(['b/backbone.safetensors'], ['backbone'])==['b/backbone']
+    from densessl.evaluation.report import _with_folders
+    assert _with_folders(['a/backbone.safetensors', 'resnet50', 'tiny.safetensors'], ['backbone', 'resnet50', 'tiny'])==['a/backbone', 'resnet50', 'tiny']
+    assert _with_folders(['b/backbone.safetensors'], ['backbone'])==['b/backbone']

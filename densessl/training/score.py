@@ -27,7 +27,7 @@ from ..methods.flsl import FLSL
 from ..ground.ranks import from_first_rank, this_rank
 from .resume import random_states, set_random_states, without_stopping
 from ..data.labelled import labelled_data
-from ..evaluation.verdict import Verdict, confirmed, diverged_loss, judge_training, seen_collapse
+from ..evaluation.verdict import Verdict, diverged_loss, seen_collapse, training_verdict
 from ..evaluation.verdict import gather_statistics, has_batch_norm, random_start
 from ..evaluation.scores import Score, scores_table, write_scores
 from ..evaluation.probes import dense_scores
@@ -313,12 +313,12 @@ class DenseScore(Callback):
         label, starts = label or last, self.start_scores()
         fixed, trouble = self.start_name!='random start', self._trouble()
         names = list(dict.fromkeys(s.model for s in others))
-        def judged(trained):
-            trained = [replace(s, model=label) for s in trained]
-            return judge_training([*starts, *others, *trained], label, self.start_name, names, fixed, **trouble)
-        v, product = judged([s for s in self.scores if s.model==last]), self.method.product
-        if v.answer=='cannot tell' or not isinstance(product, DenseEncoder) or not has_batch_norm(product): return v
-        return confirmed(v, judged(self.judge(self.gathered(product), last, ordering=True)))
+        product = self.method.product
+        named = lambda scores: [replace(s, model=label) for s in scores]
+        if isinstance(product, DenseEncoder) and has_batch_norm(product):
+            trouble['gathered'] = lambda: named(self.judge(self.gathered(product), last, ordering=True))
+        trained = named(s for s in self.scores if s.model==last)
+        return training_verdict([*starts, *others, *trained], label, self.start_name, names, fixed, **trouble)
 
     # when
     def before_fit(self):
