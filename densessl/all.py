@@ -46,6 +46,8 @@ from .methods.export import *
 from .evaluation.davis import *
 from .evaluation.video import *
 from .evaluation.figures import *
+from .evaluation.neighbors import *
+from .evaluation.neighbors import *
 from .evaluation.gauges import *
 from .training.score import *
 from .evaluation.verdict import random_start, training_verdict

@@ -22,7 +22,8 @@ from densessl.training.score import kept_photographs
 from densessl.cli import change_settings, parse_kwargs
 from densessl.data.images import image_dls
 from densessl.evaluation.probes import dense_scores
-from densessl.evaluation.figures import show_ass, show_probing, tsne_layers
+from densessl.evaluation.figures import show_aggregated_similarity, show_probing
+from densessl.evaluation.neighbors import tsne_layers
 from densessl.methods.flsl import FLSLConfig, flsl_recipe
 from densessl.evaluation.gauges import centers_in_view, label_free_gauges
 from densessl.data.labelled import labelled_data, segmentation_folder
@@ -146,7 +147,7 @@ def show(a):
     photos = torch.stack([torch.from_numpy(load_sample_image(f'{n}.jpg')).permute(2, 0, 1)[:, :, 100:527] for n in ('china', 'flower')])
     photos = torch.nn.functional.interpolate(photos, size=(192,192), mode='bilinear', antialias=True)
     jpg = lambda fig, name: fig.savefig(out/f'comparison_{name}.jpg', dpi=60, pil_kwargs=dict(quality=80))
-    jpg(show_ass(backbones, photos, layers=[1, 3]), 'ass')
+    jpg(show_aggregated_similarity(backbones, photos, layers=[1, 3]), 'ass')
     for p,patch in (('china', (.3,.6)), ('flower', (.5,.5))): jpg(show_probing(backbones, photos[int(p=='flower')], patch), f'probing_{p}')
     data = segmentation_folder(a.camvid, 'test', size=(176,240), n_classes=11, ignore_index=11)[::6]
     tsne_layers(backbones, data.images, data.masks, CAMVID, layers=[1, 3], ignore_index=11).savefig(out/'comparison_tsne.png', dpi=60)

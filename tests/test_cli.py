@@ -281,7 +281,7 @@ def test_every_option_has_both_spellings(command):
 def test_commands_and_functions_have_the_same_defaults():
     from densessl.ground import commands
     from densessl.cli import pretrain
-    from densessl.evaluation.figures import show_backbone
+    from densessl.show import show_backbone
     from densessl.evaluation.report import evaluate
     from densessl.data.shards import write_shards
     for command,f in zip(COMMANDS, (pretrain, evaluate, show_backbone, write_shards)):
