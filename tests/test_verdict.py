@@ -15,7 +15,7 @@ from densessl.data.labelled import SegmentationData
 from densessl.evaluation.probes import dense_scores
 from densessl.evaluation.scores import Score
 from densessl.evaluation.report import evaluate
-from densessl.evaluation.run_report import _MONITORED
+from densessl.evaluation.run_report import MONITORED
 from densessl.ground.synthetic import CLASSES, draw_scenes
 from densessl.methods.export import export_backbone
 from densessl.evaluation.verdict import GAUGE_NAMES, diverged_loss, gain_over_starts, gather_statistics, training_verdict, random_start
@@ -56,7 +56,7 @@ def test_learning_rate_zero(method):
     cb = fit(learner(method, None, DenseScore(labelled=LABELLED, verbose=False)), 2, lr=0., wd=0.).dense_score
     g = cb.conclusion.gains[0]
     assert cb.conclusion.answer=='cannot tell' and g.starts==5
-    assert cb.learn.collapse_monitor.history[0].keys()-{'step', 'epoch', 'progress', 'loss', 'K'}==_MONITORED[method].keys()   # the report explains each
+    assert cb.learn.collapse_monitor.history[0].keys()-{'step', 'epoch', 'progress', 'loss', 'K'}==MONITORED[method].keys()   # the report explains each
     if method!='clove': assert cb.history[-1]['nearest neighbor']==cb.history[0]['nearest neighbor']    # one of the starts itself
 
 def test_a_loss_that_rose_outweighs_scores():
