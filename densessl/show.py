@@ -45,7 +45,7 @@ _MOST = 12                                                       # photographs o
 
 def _some_of(folder, notes):
     "Photographs of a folder, evenly spread if there are many"
-    from densessl.data.images import find_images
+    from densessl.data.folders import find_images
     files = find_images(folder)
     if len(files)<=_MOST: return files
     notes.append(f'{_MOST} of the {len(files)} photographs in {str(folder)!r} are shown, evenly spread: name files to '
@@ -54,7 +54,7 @@ def _some_of(folder, notes):
 
 def _read_photos(paths, size):
     "Photographs as squares, their names, and notes: how many of a folder, and which cannot be read"
-    from densessl.data.images import load_canvas   # loads fastai, which the pictures do without
+    from densessl.data.photographs import load_canvas
     paths = [Path(p).expanduser() for p in paths]
     if missing := [str(p) for p in paths if not p.exists()]:
         raise InputError(f'an image cannot be read: there is no file {missing[0]!r}')

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..ground.core import InputError
 from ..ground.synthetic import texture
-from ..data.labelled import read_pair
-from ..data.layouts import by_stem, files_of, photos_of
+from ..data.segmentation import read_pair
+from ..data.names import by_stem, files_of, photos_of
 from ..data.masks import COLOR, MASK_SUFFIXES
 
 # %% ../../nbs/49_evaluation.davis.ipynb #6bcbb73d

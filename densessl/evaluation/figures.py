@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..theory.attention import attention_weights, iterate_modes, merge_modes, unit
+from ..theory.attention import attention_weights, iterate_modes, merge_modes, unit_vectors
 from ..theory.softmask import suggest_beta
 from ..ground.core import InputError, fp32
 from ..ground.visualize import mark_patch, overlay_mask, pca_rgb, picture_axes, show_photo
@@ -75,7 +75,7 @@ def aggregated_similarity(
     tokens:Tensor,  # (..., N, D), any norm
 )->Tensor:          # (..., N), in [-1, 1]; the mean over N is the squared norm of the mean unit token; gradient flows
     "Aggregated similarity score: the mean cosine similarity of each token with all (FLSL poster, our definition)"
-    z = unit(tokens)
+    z = unit_vectors(tokens)
     return torch.einsum('...nd,...d->...n', z, z.mean(-2))
 
 # %% ../../nbs/56_evaluation.figures.ipynb #e5600003
@@ -228,7 +228,7 @@ def mode_segments(
     radius:float=.1,  # Modes closer than this are one
 )->tuple:             # Segment of each token (..., N), from 0 in order of appearance; number of segments (...)
     "Tokens that climb to the same mode, numbered"
-    z = unit(tokens.detach())
+    z = unit_vectors(tokens.detach())
     return merge_modes(iterate_modes(z, z, beta), radius)
 
 # %% ../../nbs/56_evaluation.figures.ipynb #b23bd3c2
@@ -248,7 +248,7 @@ def show_segments(
     fig, axs = picture_axes(len(encoders), 2+len(patches), size)
     for row,(name,e) in zip(axs, encoders.items()):
         (_, z, grid), = photo_layers(e, photos, [-1], **norm_of(mean, std, name))
-        z = unit(z[0])
+        z = unit_vectors(z[0])
         b = beta or suggest_beta(z, None, .9, n_segments)
         labels, n = mode_segments(z, b)
         weights = attention_weights(z, z, b)
@@ -278,7 +278,7 @@ def show_pca(
     for ax,p in zip(axs[:,0], photos): show_photo(ax, p)
     for col,(name,e) in zip(axs.T[1:], encoders.items()):
         (_, z, grid), = photo_layers(e, photos, [layer], **norm_of(mean, std, name))
-        for ax,im in zip(col, pca_rgb(unit(z).mT.unflatten(-1, grid))):
+        for ax,im in zip(col, pca_rgb(unit_vectors(z).mT.unflatten(-1, grid))):
             ax.imshow(im.permute(1,2,0), interpolation='nearest')
         col[0].set_title(name, fontsize=8)
     return fig

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from ..theory.attention import unit
+from ..theory.attention import unit_vectors
 from ..theory.softmask import suggest_beta
 from ..ground.core import InputError, fp32
 from ..ground.visualize import LABELS, color, overlay_mask, picture_axes, show_photo
@@ -46,7 +46,7 @@ def neighbor_agreement(
     other = groups[:,None]!=groups
     if not N or not other.any(-1).all():
         raise InputError('all tokens are of one photograph: their neighbors are sought in others, so give two or more')
-    z, same = unit(tokens), labels[:,None]==labels
+    z, same = unit_vectors(tokens), labels[:,None]==labels
     near = (z@z.mT).masked_fill(~other, -torch.inf).argmax(-1)
     return Agreement((labels[near]==labels).double().mean().item(),
                      ((same&other).sum(-1)/other.sum(-1)).double().mean().item())
@@ -60,7 +60,7 @@ def segment_masks(
 )->Tensor:          # Integer (B,h,w)
     "Segments of the last layer as masks, numbered across photographs from 1"
     (_, z, grid), = photo_layers(encoder, photos, [-1], mean, std)
-    labels, n = zip(*(mode_segments(o, suggest_beta(unit(o))) for o in z))
+    labels, n = zip(*(mode_segments(o, suggest_beta(unit_vectors(o))) for o in z))
     labels = torch.stack(labels)+1+torch.tensor([0, *n[:-1]]).cumsum(0)[:,None]
     return F.interpolate(labels.unflatten(-1, grid)[:,None].float(), photos.shape[-2:])[:,0].long()
 
@@ -132,7 +132,7 @@ def tsne_layers(
                                  f'larger photographs, or a lower purity or perplexity')
             z, image = l.tokens.flatten(0, 1)[at], at//l.tokens.shape[1]
             value, chance = (agreement_within if own else neighbor_agreement)(z, y, image)
-            ax.scatter(*_tsne(unit(z), perplexity, seed).T, c=y%LABELS.N, cmap=LABELS, vmin=0, vmax=LABELS.N-1,
+            ax.scatter(*_tsne(unit_vectors(z), perplexity, seed).T, c=y%LABELS.N, cmap=LABELS, vmin=0, vmax=LABELS.N-1,
                        s=5+500/len(at), lw=0)
             ax.set_title(f'{l.name}: {value:.2f}'+' within'*own+f'\nchance {chance:.2f}', fontsize=8)
             shown |= set(y.tolist())
@@ -154,7 +154,7 @@ def nearest_patches(
     if not (0<=image<B and 0<=patch<N):
         raise InputError(f'there is no patch {patch} of photograph {image}: use 0 to {N-1} and 0 to {B-1}')
     if not 1<=k<B: raise InputError(f'k must be 1 to {B-1}, the number of other photographs, got {k}')
-    z = unit(tokens)
+    z = unit_vectors(tokens)
     sim, at = (z@z[image,patch]).max(-1)
     sim, near = sim.masked_fill(torch.arange(B, device=sim.device)==image, -torch.inf).topk(k)
     return near, at[near], sim
@@ -219,7 +219,7 @@ def show_correspondence(
     for ax,(name,e) in zip(axs[:,0], encoders.items()):
         (_, z, (h, w)), = photo_layers(e, torch.cat([v1, v2]), [-1], **norm_of(mean, std, name))
         cells, at = torch.tensor([w, h]), centers_in_view(b1, b2, (h, w))[0]
-        shown, found = find_patches(unit(z[0]).mT.unflatten(1, (h, w)), unit(z[1]).mT.unflatten(1, (h, w)), at)
+        shown, found = find_patches(unit_vectors(z[0]).mT.unflatten(1, (h, w)), unit_vectors(z[1]).mT.unflatten(1, (h, w)), at)
         both = shown.nonzero()[:,0]
         if not len(both):
             raise InputError(f'the two views of seed {seed} do not overlap: choose another seed or a larger scale')

@@ -19,7 +19,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 
 from ..ground.core import InputError
-from ..theory.attention import mean_shift, unit
+from ..theory.attention import mean_shift, unit_vectors
 from ..data.augment import make_views
 from ..methods.dino import DINO
 from ..methods.encoders import DenseEncoder
@@ -71,7 +71,7 @@ def prototype_head(
     if isinstance(model, FLSL):
         c = model.config
         def head(z):
-            Z = unit(z) if c.normalize else z
+            Z = unit_vectors(z) if c.normalize else z
             mode = mean_shift(Z, Z, c.beta_ca).flatten(0, 1)*(z.shape[-1]**.5 if c.normalize else 1.)
             return model.teacher.head(mode[::-(-len(mode)//queries)])
         return head, c.temp_t[-1]
