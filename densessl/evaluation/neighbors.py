@@ -219,7 +219,8 @@ def show_correspondence(
     for ax,(name,e) in zip(axs[:,0], encoders.items()):
         (_, z, (h, w)), = photo_layers(e, torch.cat([v1, v2]), [-1], **norm_of(mean, std, name))
         cells, at = torch.tensor([w, h]), centers_in_view(b1, b2, (h, w))[0]
-        shown, found = find_patches(unit_vectors(z[0]).mT.unflatten(1, (h, w)), unit_vectors(z[1]).mT.unflatten(1, (h, w)), at)
+        f1, f2 = unit_vectors(z).mT.unflatten(-1, (h, w))
+        shown, found = find_patches(f1, f2, at)
         both = shown.nonzero()[:,0]
         if not len(both):
             raise InputError(f'the two views of seed {seed} do not overlap: choose another seed or a larger scale')
