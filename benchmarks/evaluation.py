@@ -13,9 +13,11 @@ import torch, torch.nn.functional as F
 
 from common import machine, peak, rss
 from densessl.methods.encoders import dense_encoder
-from densessl.evaluation.scores import _by_neighbors, _ious, neighbor_labels, patch_bank
+from densessl.evaluation.features import patch_bank
+from densessl.evaluation.probes import class_map_ious, neighbor_labels, neighbor_probe
 from densessl.data.labelled import labelled_data
-from densessl.evaluation.video import davis_sequences, propagate_labels, propagate_video, video_scores
+from densessl.evaluation.davis import davis_sequences, video_scores
+from densessl.evaluation.video import propagate_labels, propagate_video
 
 QUERIES, DIM, CLASSES, GRID = 2048, 384, 150, 196
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -59,8 +61,8 @@ def score(folder, arch, size, splits, memory):
     encoder = timed_encoder(arch)
     bank = patch_bank(encoder, train, memory, progress=False)
     filled, inside = now(), encoder.feature_map.seconds
-    names = Clock(_by_neighbors(30, .02, memory).fit(bank))
-    (value, _), = _ious(encoder, test, dict(nn=names), progress=False)[0].values()
+    names = Clock(neighbor_probe(memory=memory).fit(bank))
+    (value, *_), = class_map_ious(encoder, test, dict(nn=names), progress=False)[0].values()
     done = now()
     extraction, backbone = filled-read, inside
     print(f'{train.name} ({len(train)}) -> {test.name} ({len(test)}), {arch} at {size}, memory {len(bank.order):,} patches')

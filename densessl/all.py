@@ -49,13 +49,18 @@ from .training.resume import *
 from .training.guard import *
 from .training.distributed import *
 from .data.labelled import *
+from .evaluation.features import *
 from .evaluation.scores import *
+from .evaluation.probes import *
 from .methods.export import *
+from .evaluation.davis import *
 from .evaluation.video import *
 from .evaluation.figures import *
+from .evaluation.neighbors import *
+from .evaluation.neighbors import *
 from .evaluation.gauges import *
 from .training.score import *
-from .evaluation.verdict import judge_training, random_start, worth_training
+from .evaluation.verdict import random_start, training_verdict
 from .evaluation.report import *
 from .evaluation.run_report import run_report
 

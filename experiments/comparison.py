@@ -21,10 +21,11 @@ from densessl.data.augment import make_views
 from densessl.training.score import kept_photographs
 from densessl.cli import change_settings, parse_kwargs
 from densessl.data.images import image_dls
-from densessl.evaluation.scores import carry_centers, dense_scores
-from densessl.evaluation.figures import show_ass, show_probing, tsne_layers
+from densessl.evaluation.probes import dense_scores
+from densessl.evaluation.figures import show_aggregated_similarity, show_probing
+from densessl.evaluation.neighbors import tsne_layers
 from densessl.methods.flsl import FLSLConfig, flsl_recipe
-from densessl.evaluation.gauges import label_free_gauges
+from densessl.evaluation.gauges import centers_in_view, label_free_gauges
 from densessl.data.labelled import labelled_data, segmentation_folder
 from densessl.training.learner import learner, methods
 from densessl.theory.matching import cell_centers
@@ -70,7 +71,7 @@ def score(a):
             if f.stem in r['scores']: continue
             enc, label = load_backbone(f), f'{d.name}/{f.stem}'
             s = dense_scores(enc, train, test, memory=20000, label=label) + label_free_gauges(enc, photos, hw, 64, label=label, data=f'photographs kept apart, seed {seed}')
-            r['scores'][f.stem] = [dict(probe=o.probe, value=o.value, protocol=o.protocol) for o in s]
+            r['scores'][f.stem] = [dict(probe=o.probe, value=o.value, protocol=o.line) for o in s]
             out.write_text(json.dumps(res))
             print(label, {o.probe: round(100*o.value, 1) for o in s}, flush=True)
 
@@ -87,7 +88,7 @@ def positives(enc, photos, hw, augment, beta=20.):
     views = make_views(flsl_recipe(FLSLConfig(img_size=64, local_size=32, augment=augment)), photos, hw)
     s, t = views['student'], views['teacher']
     grid = enc.grid(64, 64)
-    at, cells = carry_centers(s.boxes[0], t.boxes[0], grid), cell_centers(torch.tensor([0.,0.,1.,1.]), grid)
+    at, cells = centers_in_view(s.boxes[0], t.boxes[0], grid), cell_centers(torch.tensor([0.,0.,1.,1.]), grid)
     near = ((at[:,:,None]-cells).abs()*torch.tensor(grid[::-1])).amax(-1)<1.5
     zs, zt = (unit_vectors(enc.tokens(v.images[0])) for v in (s, t))
     return (attention_weights(zs, zt, beta)*near).sum(-1)[((at>0)&(at<1)).all(-1)].mean().item()
@@ -104,7 +105,7 @@ def ends(a):
         s = dense_scores(enc, *camvid, label=key, probes=('clustering', 'overclustering')) + dense_scores(enc, *things, memory=20000, label=key) + davis_score(enc, a.davis, size=120, label=key)
         photos, hw, _ = kept_photographs(loaders(a.photos, methods['dino'].recipe(methods['dino'].presets['scenes']), int(f.parent.name.split('_')[-1])))
         found = [dict(probe=f'positives in place, {k}', value=positives(enc, photos, hw, v), protocol='student and teacher view of the photographs kept apart, beta 20, within 1.5 cells') for k,v in (('colors changed', Augment()), ('colors untouched', None))]
-        res[key] = [dict(probe=o.probe, value=o.value, protocol=o.protocol) for o in s] + found
+        res[key] = [dict(probe=o.probe, value=o.value, protocol=o.line) for o in s] + found
         out.write_text(json.dumps(res))
         print(key, found, [(o.probe, round(100*o.value, 1)) for o in s], flush=True)
 
@@ -135,7 +136,7 @@ def starts(a):
             found = res.setdefault(str(seed), {})
             if kind in found: continue
             scores = judge(backbones[seed])
-            found[kind] = [dict(probe=o.probe, value=o.value, protocol=o.protocol) for o in scores]
+            found[kind] = [dict(probe=o.probe, value=o.value, protocol=o.line) for o in scores]
             out.write_text(json.dumps(res))
             print(kind, seed, [(o.probe, round(100*o.value, 2)) for o in scores], flush=True)
 
@@ -146,7 +147,7 @@ def show(a):
     photos = torch.stack([torch.from_numpy(load_sample_image(f'{n}.jpg')).permute(2, 0, 1)[:, :, 100:527] for n in ('china', 'flower')])
     photos = torch.nn.functional.interpolate(photos, size=(192,192), mode='bilinear', antialias=True)
     jpg = lambda fig, name: fig.savefig(out/f'comparison_{name}.jpg', dpi=60, pil_kwargs=dict(quality=80))
-    jpg(show_ass(backbones, photos, layers=[1, 3]), 'ass')
+    jpg(show_aggregated_similarity(backbones, photos, layers=[1, 3]), 'ass')
     for p,patch in (('china', (.3,.6)), ('flower', (.5,.5))): jpg(show_probing(backbones, photos[int(p=='flower')], patch), f'probing_{p}')
     data = segmentation_folder(a.camvid, 'test', size=(176,240), n_classes=11, ignore_index=11)[::6]
     tsne_layers(backbones, data.images, data.masks, CAMVID, layers=[1, 3], ignore_index=11).savefig(out/'comparison_tsne.png', dpi=60)

@@ -51,7 +51,9 @@ from densessl.training.score import training_views
 from densessl.cli import change_settings, parse_kwargs
 from densessl.data.images import BadFiles, MakeViews, ViewLoader, find_images, image_dls, load_canvas, scene_dls
 from densessl.methods.encoders import dense_encoder
-from densessl.evaluation.scores import SegmentationData, correspondence_score, dense_scores
+from densessl.data.labelled import SegmentationData
+from densessl.evaluation.gauges import correspondence_score
+from densessl.evaluation.probes import dense_scores
 from densessl.data.labelled import labelled_data
 from densessl.training.learner import learner, methods
 from densessl.training.precision import compile_blocks

@@ -15,7 +15,10 @@ from densessl import __version__
 from densessl.training.score import training_views
 from densessl.cli import change_settings, parse_kwargs
 from densessl.data.images import image_dls
-from densessl.evaluation.scores import correspondence_score, dense_scores, scores_table, segmentation_folder
+from densessl.data.labelled import segmentation_folder
+from densessl.evaluation.gauges import correspondence_score
+from densessl.evaluation.probes import dense_scores
+from densessl.evaluation.scores import scores_table
 from densessl.training.learner import learner as learner_of, methods
 from densessl.training.pictures import dense_picture, similarity_picture
 from densessl.methods.export import export_backbone

@@ -16,7 +16,8 @@ from densessl.training.score import training_views
 from densessl.cli import change_settings, parse_kwargs, scene_data
 from densessl.methods.clove import CLoVELoss
 from densessl.methods.encoders import dense_encoder
-from densessl.evaluation.scores import dense_scores, patch_labels
+from densessl.evaluation.features import patch_labels
+from densessl.evaluation.probes import dense_scores
 from densessl.training.learner import learner as learner_of, methods
 from densessl.ground.synthetic import CLASSES, draw_scenes
 from densessl.evaluation.verdict import gather_statistics

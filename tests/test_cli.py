@@ -281,7 +281,7 @@ def test_every_option_has_both_spellings(command):
 def test_commands_and_functions_have_the_same_defaults():
     from densessl.ground import commands
     from densessl.cli import pretrain
-    from densessl.evaluation.figures import show_backbone
+    from densessl.show import show_backbone
     from densessl.evaluation.report import evaluate
     from densessl.data.shards import write_shards
     for command,f in zip(COMMANDS, (pretrain, evaluate, show_backbone, write_shards)):
@@ -535,6 +535,6 @@ def test_weights_bring_their_network(home, tmp_path):
 
 
 def test_files_of_two_runs_have_two_names():
-    from densessl.evaluation.report import _told_by_folder
-    assert _told_by_folder(['a/backbone.safetensors', 'resnet50', 'tiny.safetensors'], ['backbone', 'resnet50', 'tiny'])==['a/backbone', 'resnet50', 'tiny']
-    assert _told_by_folder(['b/backbone.safetensors'], ['backbone'])==['b/backbone']
+    from densessl.evaluation.report import _with_folders
+    assert _with_folders(['a/backbone.safetensors', 'resnet50', 'tiny.safetensors'], ['backbone', 'resnet50', 'tiny'])==['a/backbone', 'resnet50', 'tiny']
+    assert _with_folders(['b/backbone.safetensors'], ['backbone'])==['b/backbone']

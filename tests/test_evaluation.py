@@ -11,15 +11,16 @@ from torch import nn
 from torch.testing import assert_close
 
 from densessl.ground.core import InputError
+from densessl.evaluation.features import *
 from densessl.evaluation.scores import *
-from densessl.evaluation.scores import _count, _ious
+from densessl.evaluation.probes import *
 from densessl.ground.synthetic import CLASSES, draw_scenes
 
 def scenes(n, seed, size=32): return SegmentationData(*draw_scenes(n, size, seed=seed), 7, name='scenes', classes=CLASSES)
 def pixels(x): return F.pixel_unshuffle(x, 4)
-def overclustering(*args, **kw): return clustering_miou(*args, clusters=60, **kw)
+def by(probe, *data, **kwargs): return dense_scores(*data, probes=probe, clusters=60, **kwargs)[0]
 TRAIN, TEST = scenes(24, 1), scenes(12, 2)
-PROBES = (nearest_neighbor_miou, linear_probe_miou, overclustering)
+PROBES = ('nearest neighbor', 'linear', 'overclustering')
 ALL = ('nearest neighbor', 'linear', 'clustering', 'overclustering')
 
 def test_iou_is_sklearns_over_the_whole_pipeline():
@@ -31,14 +32,14 @@ def test_iou_is_sklearns_over_the_whole_pipeline():
     keep = masks!=4
     want = jaccard_score(masks[keep], pred[keep], average='macro')
     for n in (5, 2):
-        assert _ious(None, data, dict(same=lambda z: z), maps, batch_size=n)[0]['same'][0]==pytest.approx(want, abs=1e-6)
+        assert class_map_ious(None, data, dict(same=lambda z: z), maps=maps, batch_size=n)[0]['same'][0]==pytest.approx(want, abs=1e-6)
     for budget in (2**24, 1):
         m = iou_metric(4, 4)
-        _count(m, maps, masks, budget)
+        count_pixels(m, maps, masks, budget)
         assert mean_iou(m)[0]==pytest.approx(want, abs=1e-6)
 
 def test_one_neighbor_is_sklearns():
-    maps = [extract(pixels, d) for d in (TRAIN, TEST)]
+    maps = [extract_features(pixels, d) for d in (TRAIN, TEST)]
     flat = lambda f: F.normalize(f, dim=1).permute(0,2,3,1).reshape(-1, f.shape[1])
     hard = patch_labels(TRAIN.masks, (8,8), 7)[0].permute(0,2,3,1).reshape(-1,7)
     got = neighbor_labels(flat(maps[1]), flat(maps[0]), hard, k=1)
@@ -47,25 +48,25 @@ def test_one_neighbor_is_sklearns():
 
 @pytest.mark.parametrize('probe', PROBES)
 def test_score_does_not_depend_on_the_order_or_batch(probe):
-    a = probe(pixels, TRAIN, TEST)
+    a = by(probe, pixels, TRAIN, TEST)
     order = torch.randperm(len(TEST), generator=torch.Generator().manual_seed(0))
-    b = probe(pixels, TRAIN, replace(TEST, images=TEST.images[order], masks=TEST.masks[order]), batch_size=5)
+    b = by(probe, pixels, TRAIN, replace(TEST, images=TEST.images[order], masks=TEST.masks[order]), batch_size=5)
     assert a.value==pytest.approx(b.value, abs=1e-6) and a.protocol==b.protocol
     assert a.per_class==pytest.approx(b.per_class, abs=1e-6, nan_ok=True)
 
 @pytest.mark.parametrize('probe', PROBES)
 def test_images_and_masks_must_belong_together(probe):
     "Test masks of other images lower the score, and so do features of another place"
-    good = probe(pixels, TRAIN, TEST).value
-    assert probe(pixels, TRAIN, replace(TEST, masks=TEST.masks.roll(1, 0))).value < good
-    assert probe(lambda x: pixels(x).roll((3,3), (2,3)), TRAIN, TEST).value < good
+    good = by(probe, pixels, TRAIN, TEST).value
+    assert by(probe, pixels, TRAIN, replace(TEST, masks=TEST.masks.roll(1, 0))).value < good
+    assert by(probe, lambda x: pixels(x).roll((3,3), (2,3)), TRAIN, TEST).value < good
 
 @pytest.mark.parametrize('probe', PROBES)
 def test_a_shift_by_one_patch_costs(probe):
     "The features are the class shares of the patches, read one patch off in each of four directions"
     masks = lambda d: SegmentationData(d.masks[:,None].expand(-1,3,-1,-1).byte(), d.masks, 7)
     def read(dy, dx): return lambda x: F.avg_pool2d(F.one_hot((x[:,0]*255).round().long(), 7).permute(0,3,1,2).float(), 4).roll((dy,dx), (2,3))
-    score = lambda dy, dx: probe(read(dy, dx), masks(TRAIN), masks(TEST), mean=(0,0,0), std=(1,1,1)).value
+    score = lambda dy, dx: by(probe, read(dy, dx), masks(TRAIN), masks(TEST), mean=(0,0,0), std=(1,1,1)).value
     best = score(0, 0)
     assert best>.75
     for d in ((1,0), (-1,0), (0,1), (0,-1)): assert score(*d) < best-.1
@@ -74,7 +75,7 @@ def test_a_shift_by_one_patch_costs(probe):
 def test_upsampling_puts_the_patches_where_they_are(shift):
     "Predictions that lie half a patch off lower the score of perfect features: a check of the upsampling, not of the probe"
     classes = patch_labels(TEST.masks, (8,8), 7)[0]
-    score = lambda masks: _ious(None, replace(TEST, masks=masks), dict(same=lambda z: z), classes)[0]['same'][0]
+    score = lambda masks: class_map_ious(None, replace(TEST, masks=masks), dict(same=lambda z: z), maps=classes)[0]['same'][0]
     for dim in (1, 2): assert score(TEST.masks.roll(shift, dim)) < score(TEST.masks)-.02
 
 def test_other_sizes_and_an_ignored_class():
@@ -82,13 +83,13 @@ def test_other_sizes_and_an_ignored_class():
     g = torch.Generator().manual_seed(0)
     data = SegmentationData(torch.randint(256, (4,3,24,36), generator=g, dtype=torch.uint8), torch.randint(4, (4,50,70), generator=g, dtype=torch.uint8), 3, ignore_index=3)
     for s in dense_scores(lambda x: F.adaptive_avg_pool2d(x, (5,7)), data, data, steps=5, k=3, probes=ALL, clusters=20):
-        assert 0 < s.value < 1 and 'image 24x36 mask 50x70' in s.protocol and s.features=='last 5x7x3'
+        assert 0 < s.value < 1 and s.protocol['image']=='24x36 mask 50x70' and s.features=='last 5x7x3'
 
 def test_ignored_test_pixels_do_not_count():
     void = TEST.masks.clone(); void[:,:,:16] = 255
-    a = nearest_neighbor_miou(pixels, replace(TRAIN, ignore_index=255), replace(TEST, masks=void, ignore_index=255))
+    a = by('nearest neighbor', pixels, replace(TRAIN, ignore_index=255), replace(TEST, masks=void, ignore_index=255))
     half = replace(TEST, images=TEST.images[...,16:], masks=TEST.masks[...,16:])
-    b = nearest_neighbor_miou(pixels, TRAIN, half)
+    b = by('nearest neighbor', pixels, TRAIN, half)
     # the right halves alone differ only by the upsampling along their left border
     assert a.value==pytest.approx(b.value, abs=.03)
 
@@ -105,7 +106,7 @@ def test_encoder_and_its_method_run_in_eval_mode():
         def feature_map(self, x): return F.avg_pool2d(self.bn(x), 4)
     e = Encoder()
     for f in (e, e.feature_map):
-        extract(f, TRAIN)
+        extract_features(f, TRAIN)
         assert e.bn.num_batches_tracked==0 and e.training
 
 @pytest.mark.gpu
@@ -129,7 +130,7 @@ def test_memory_is_bounded():
     with Spy(): neighbor_labels(q, q, torch.ones(3000, 2), k=3, budget=2**18)
     assert max(s.numel() for s in seen) <= 2**18
     seen.clear()   # and of the features of 24 images, 64 patches each, there are never more than a batch or 100
-    with Spy(): nearest_neighbor_miou(pixels, TRAIN, TEST, memory=100, batch_size=2)
+    with Spy(): by('nearest neighbor', pixels, TRAIN, TEST, memory=100, batch_size=2)
     assert max(s.numel() for s in seen if 48 in s) == 2*64*48
 
 def test_neighbors_in_blocks_are_the_neighbors():
@@ -149,7 +150,7 @@ def test_files_score_as_memory_does(tmp_path):
             Image.fromarray(x.permute(1,2,0).numpy()).save(tmp_path/f'set/images/{s}/{i:02}.png'); Image.fromarray(m.byte().numpy()).save(tmp_path/f'set/labels/{s}/{i:02}.png')
     kw = dict(steps=20, probes=ALL, clusters=20, memory=500)
     held, read = (dense_scores(pixels, *labelled_data(tmp_path/'set', 32, load=l), **kw) for l in (True, False))
-    assert held==read and 'set-train (24) -> set-val (12) | image 32x32 mask 32x32' in held[0].protocol
+    assert held==read and 'set-train (24) -> set-val (12) | image 32x32 mask 32x32' in held[0].line
     assert [s.value for s in held[:1]]==[s.value for s in dense_scores(pixels, TRAIN, TEST, **kw)[:1]]
     a, b = (foreground_data(labelled_data(tmp_path/'set', 32, load=l)[1], 2) for l in (True, False))
     assert_close(b.load().masks, a.masks); assert (a.masks==(TEST.masks!=2)).all() and a.name==b.name and a.classes==b.classes
@@ -188,15 +189,15 @@ def test_results_grow_and_never_break(tmp_path):
 
 def test_progress_is_shown_where_it_is_wanted(capsys, monkeypatch):
     "The bar of fastprogress itself: batch by batch, the name of the data beside it; none for short runs, none if it is not wanted"
-    probe = lambda **kw: nearest_neighbor_miou(pixels, TRAIN, TEST, **kw).value
+    probe = lambda **kw: by('nearest neighbor', pixels, TRAIN, TEST, **kw).value
     plain = [probe(), probe(batch_size=1, progress=False)]
     assert capsys.readouterr().out==''
     assert probe(batch_size=8, progress=True)==plain[0]
     out = capsys.readouterr().out
     assert '[3/3' in out and '[2/2' in out and 'scenes' in out
-    monkeypatch.setattr('densessl.evaluation.scores.IN_NOTEBOOK', True)
+    monkeypatch.setattr('densessl.evaluation.features.IN_NOTEBOOK', True)
     for n,shown in ((9, False), (10, True)):
-        extract(pixels, TEST[:n], 1)
+        extract_features(pixels, TEST[:n], 1)
         assert ('scenes' in capsys.readouterr().out)==shown
 
 def test_picture_of_scores():
@@ -219,6 +220,23 @@ def test_folder_reads_palette_masks_and_any_image_mode(tmp_path):
     data = segmentation_folder(tmp_path, 'val')
     assert data.n_classes==3 and tuple(data.images.shape)==(3,3,9,12) and data.name.endswith('-val')
     assert (data.masks.numpy()==index).all()
+
+def test_the_seed_chooses_the_memory():
+    "Three seeds, three memories of two patches of every image; one seed, one memory, whatever the batch size"
+    banks = [patch_bank(pixels, TRAIN, 2*len(TRAIN), seed=s, batch_size=n).features for s,n in ((0,32), (1,32), (2,32), (0,5), (2,7))]
+    assert not any(torch.equal(banks[i], banks[j]) for i,j in ((0,1), (0,2), (1,2)))
+    assert torch.equal(banks[0], banks[3]) and torch.equal(banks[2], banks[4])
+    values = [by('nearest neighbor', pixels, TRAIN, TEST, memory=2*len(TRAIN), seed=s).value for s in (0, 1, 2, 0)]
+    assert len(set(values))==3 and values[0]==values[3]
+
+def test_results_of_older_versions_are_read(tmp_path):
+    "They hold the protocol as one line of text"
+    s = dense_scores(pixels, TRAIN, TEST, 'pixels', steps=5, mean=(.5,)*3)
+    f = write_scores(s, tmp_path/'s.json')
+    old = json.loads(f.read_text())
+    for d,o in zip(old, s): d['protocol'] = o.line
+    f.write_text(json.dumps(old))
+    assert read_scores(f)==s and write_scores(s, f, add=True) and len(read_scores(f))==2
 
 def test_scores_are_plain_json(tmp_path):
     scores = dense_scores(pixels, TRAIN, TEST, 'pixels', steps=5, layer=None)

@@ -8,7 +8,9 @@ from densessl.evaluation import figures
 from densessl.theory.attention import unit_vectors
 from densessl.ground.core import InputError
 from densessl.methods.encoders import dense_encoder
-from densessl.evaluation.figures import attention_maps, layer_tokens, mode_segments, show_ass, show_backbone, show_probing, tsne_layers
+from densessl.evaluation.figures import attention_maps, layer_tokens, mode_segments, show_aggregated_similarity, show_probing
+from densessl.evaluation.neighbors import tsne_layers
+from densessl.show import show_backbone
 from densessl.theory.softmask import suggest_beta
 from densessl.ground.synthetic import CLASSES, draw_scenes
 from densessl.methods.export import export_backbone
@@ -60,7 +62,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(home, kw, says, monkeypatc
     assert set(os.listdir(home))==before
 
 def test_as_a_process(home):
-    (home/'show.py').write_text('from densessl.evaluation.figures import densessl_show\ndensessl_show()\n')
+    (home/'show.py').write_text('from densessl.show import densessl_show\ndensessl_show()\n')
     run = lambda *a: subprocess.run([sys.executable, 'show.py', *a], cwd=home, capture_output=True, text=True)
     r = run('a.safetensors', 'photo0.png', 'photo1.png', '--other', 'b.safetensors', '--picture', 'retrieval', '--out', 'process.html')
     assert r.returncode==0 and 'written to process.html' in r.stdout, r.stderr
@@ -73,7 +75,7 @@ def test_nothing_of_the_encoder_changes():
     e.net.norm.eval()
     state, mode = {k: v.clone() for k,v in e.state_dict().items()}, [m.training for m in e.modules()]
     fused = [b.attn.fused_attn for b in e.net.blocks]
-    show_ass(e, photos), show_probing(e, photos[0]), tsne_layers(e, photos, masks, CLASSES, n_tokens=40, perplexity=5)
+    show_aggregated_similarity(e, photos), show_probing(e, photos[0]), tsne_layers(e, photos, masks, CLASSES, n_tokens=40, perplexity=5)
     assert all(torch.equal(v, state[k]) for k,v in e.state_dict().items()) and mode==[m.training for m in e.modules()]
     assert fused==[b.attn.fused_attn for b in e.net.blocks] and not any(b.attn.attn_drop._forward_hooks for b in e.net.blocks)
     with pytest.raises(InputError): attention_maps(e, torch.zeros(1, 3, 60, 64))
@@ -134,7 +136,7 @@ def test_gpu_gives_the_same_pictures():
     e = e.cuda()
     torch.testing.assert_close(attention_maps(e, x).cpu(), A, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(layer_tokens(e, x)[0].tokens.cpu(), t[0].tokens, rtol=1e-3, atol=1e-3)
-    show_ass(e, photos), show_probing(e, photos[0]), tsne_layers(e, photos, masks, CLASSES, n_tokens=40, perplexity=5)
+    show_aggregated_similarity(e, photos), show_probing(e, photos[0]), tsne_layers(e, photos, masks, CLASSES, n_tokens=40, perplexity=5)
 
 def test_each_backbone_sees_its_own_normalization(home, monkeypatch):
     export_backbone(vit(), home/'half.safetensors', overwrite=True, mean=(.5,.4,.3), std=(.2,.2,.1))

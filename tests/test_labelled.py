@@ -466,24 +466,24 @@ def test_coco_as_it_lies():
 # ---- what evaluation does with a folder
 
 def test_videos_are_told_from_boxes_and_from_photographs(tmp_path):
-    from densessl.evaluation.report import is_davis, judge_for
+    from densessl.evaluation.report import is_davis, open_scoring_data
     davis, boxes = tmp_path/'davis', tmp_path/'boxes'
     write(davis/'JPEGImages/480p/x/0.png', IMAGES[0]); write(davis/'Annotations/480p/x/0.png', MASKS[0])
     write(boxes/'JPEGImages/a.png', IMAGES[0]); (boxes/'Annotations').mkdir(); (boxes/'Annotations/a.xml').write_text('<annotation/>')
     assert is_davis(davis) and not is_davis(boxes) and not is_davis(plain(tmp_path/'set'))
-    with pytest.raises(InputError, match='boxes of Pascal VOC .as a.xml.: boxes are not scored here'): judge_for(boxes, 32)
+    with pytest.raises(InputError, match='boxes of Pascal VOC .as a.xml.: boxes are not scored here'): open_scoring_data(boxes, 32)
     recolor(tmp_path/'set')
-    with pytest.raises(InputError, match='look like masks'): judge_for(tmp_path/'set', 32)
-    with pytest.raises(InputError, match="'color=1' in --labelled_as is not one of"): judge_for(tmp_path/'set', 32, labelled_as='color=1')
+    with pytest.raises(InputError, match='look like masks'): open_scoring_data(tmp_path/'set', 32)
+    with pytest.raises(InputError, match="'color=1' in --labelled_as is not one of"): open_scoring_data(tmp_path/'set', 32, labelled_as='color=1')
 
 def test_photographs_alone_are_said_to_be_unlabelled(tmp_path, capsys):
-    from densessl.evaluation.report import judge_for
+    from densessl.evaluation.report import open_scoring_data
     save(tmp_path, [np.kron(i, np.ones((4,4,1), np.uint8)) for i in IMAGES])
-    judge_for(tmp_path, 32)
+    open_scoring_data(tmp_path, 32)
     assert capsys.readouterr().out=='read as photographs without labels: 12 of 12\n'
 
 def test_frames_come_in_the_order_of_their_numbers(tmp_path):
-    from densessl.evaluation.video import davis_sequences
+    from densessl.evaluation.davis import davis_sequences
     for t in range(12): write(tmp_path/f'JPEGImages/480p/x/{t}.png', IMAGES[t]); write(tmp_path/f'Annotations/480p/x/{t}.png', MASKS[t])
     (tmp_path/'ImageSets/2017').mkdir(parents=True); (tmp_path/'ImageSets/2017/val.txt').write_text('x\n')
     video = davis_sequences(tmp_path)[0].load()

@@ -16,7 +16,8 @@ from densessl.methods.clove import clove_presets
 from densessl.ground.core import InputError
 from densessl.data.images import image_dls, scene_dls
 from densessl.methods.dino import dino_presets
-from densessl.evaluation.scores import SegmentationData, read_scores
+from densessl.data.labelled import SegmentationData
+from densessl.evaluation.scores import read_scores
 from densessl.methods.flsl import flsl_presets
 from densessl.training.learner import learner as learner_of, methods
 from densessl.ground.synthetic import CLASSES, draw_scenes
@@ -76,7 +77,7 @@ def test_training_is_the_same_to_the_last_bit(method, bf16, photos, tmp_path):
     assert all(torch.equal(p, q) for p,q in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
     assert torch.equal(after[0], torch.get_rng_state()) and after[1]==np.random.get_state()[1].tolist()
     assert a.watch.modes==b.watch.modes and any(a.watch.modes[0]) and all(map(all, a.watch.grads))
-    assert 'photographs kept apart (6)' in a.dense_score.scores[0].protocol
+    assert a.dense_score.scores[0].protocol['data']=='photographs kept apart (6)'
 
 @pytest.mark.parametrize('method', TINY)
 def test_best_checkpoint_gives_its_score(method, photos, tmp_path):
@@ -186,7 +187,7 @@ def test_labelled_folder(tmp_path):
     fit(learn, 1)
     p = learn.dense_score.scores[-1]
     assert [h['epoch'] for h in learn.dense_score.history]==[0,1]            # the last epoch always
-    assert p.probe=='linear' and 'lab-train (6) -> lab-val (3) | image 32x32 mask 32x32' in p.protocol
+    assert p.probe=='linear' and 'lab-train (6) -> lab-val (3) | image 32x32 mask 32x32' in p.line
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         r = learn.dense_report(str(tmp_path/'lab'))

@@ -11,12 +11,14 @@ from torch import nn
 from densessl.training.score import DenseScore
 from densessl.cli import pretrain
 from densessl.methods.encoders import dense_encoder
-from densessl.evaluation.scores import SegmentationData, Score, dense_scores
+from densessl.data.labelled import SegmentationData
+from densessl.evaluation.probes import dense_scores
+from densessl.evaluation.scores import Score
 from densessl.evaluation.report import evaluate
-from densessl.evaluation.run_report import _MONITORED
+from densessl.evaluation.run_report import MONITORED
 from densessl.ground.synthetic import CLASSES, draw_scenes
 from densessl.methods.export import export_backbone
-from densessl.evaluation.verdict import GAUGE_NAMES, diverged_loss, gain_over_starts, gather_statistics, judge_training, random_start
+from densessl.evaluation.verdict import GAUGE_NAMES, diverged_loss, gain_over_starts, gather_statistics, training_verdict, random_start
 from test_score import LABELLED, TINY, fit, learner, photos
 
 SMALL = dict(
@@ -54,7 +56,7 @@ def test_learning_rate_zero(method):
     cb = fit(learner(method, None, DenseScore(labelled=LABELLED, verbose=False)), 2, lr=0., wd=0.).dense_score
     g = cb.conclusion.gains[0]
     assert cb.conclusion.answer=='cannot tell' and g.starts==5
-    assert cb.learn.collapse_monitor.history[0].keys()-{'step', 'epoch', 'progress', 'loss', 'K'}==_MONITORED[method].keys()   # the report explains each
+    assert cb.learn.collapse_monitor.history[0].keys()-{'step', 'epoch', 'progress', 'loss', 'K'}==MONITORED[method].keys()   # the report explains each
     if method!='clove': assert cb.history[-1]['nearest neighbor']==cb.history[0]['nearest neighbor']    # one of the starts itself
 
 def test_a_loss_that_rose_outweighs_scores():
@@ -95,13 +97,13 @@ def test_an_improvement_is_told_from_labels_of_other_images(shuffled, answer):
     train, test = painted(30, 1, shuffled), painted(20, 2, shuffled)
     scores = [s for i in range(5) for s in dense_scores(Oracle(None, 3., i), train, test, 'random start', steps=50)]
     scores += dense_scores(Oracle(None, .3), train, test, 'trained', steps=50)
-    v = judge_training(scores, 'trained')
+    v = training_verdict(scores, 'trained')
     assert v.answer==answer and len(v.gains)==2 and all(g.n==20 for g in v.gains)
     if shuffled: return
     assert all(g.images>0 for g in v.gains)
     good = [replace(s, model='random start') for s in scores if s.model=='trained']*3
     bad = [replace(s, model='trained') for s in scores[:2]]
-    assert judge_training(good+bad, 'trained').answer=='harmed'
+    assert training_verdict(good+bad, 'trained').answer=='harmed'
 
 def test_a_few_test_images_tell_less():
     train, test = painted(30, 1), painted(40, 2)
@@ -123,10 +125,10 @@ def test_bootstrap_of_a_score_is_its_spread_over_test_sets():
 def test_gauges_do_not_outvote_labels():
     def made(model, **values): return [Score(model, p.replace('_', ' '), v, (), 'p') for p,v in values.items()]
     starts = [s for v in (.19,.2,.21) for s in made('random start', correspondence=v, linear=v, position=v)]
-    assert judge_training(starts+made('t', correspondence=.9, linear=.05), 't').answer=='harmed'
-    assert judge_training(starts+made('t', correspondence=.9, linear=.19), 't').answer=='cannot tell'
-    assert judge_training(starts+made('t', correspondence=.01, linear=.9), 't').answer=='helped'
-    assert judge_training([s for s in starts if s.probe in GAUGE_NAMES]+made('t', correspondence=.9), 't').answer=='helped'
+    assert training_verdict(starts+made('t', correspondence=.9, linear=.05), 't').answer=='harmed'
+    assert training_verdict(starts+made('t', correspondence=.9, linear=.19), 't').answer=='cannot tell'
+    assert training_verdict(starts+made('t', correspondence=.01, linear=.9), 't').answer=='helped'
+    assert training_verdict([s for s in starts if s.probe in GAUGE_NAMES]+made('t', correspondence=.9), 't').answer=='helped'
 
 def test_one_class_is_no_success(tmp_path):
     for split,n in (('train', 6), ('val', 3)):

@@ -10,7 +10,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from densessl.ground.core import InputError
-from densessl.evaluation.scores import patch_labels, read_scores, scores_table, write_scores
+from densessl.evaluation.features import patch_labels
+from densessl.evaluation.scores import read_scores, scores_table, write_scores
+from densessl.evaluation.davis import *
 from densessl.evaluation.video import *
 
 def rng(seed=0): return torch.Generator().manual_seed(seed)
@@ -242,7 +244,7 @@ def test_scores_in_table_and_file(tmp_path):
     assert [s.probe for s in scores]==['DAVIS J&F', 'DAVIS J', 'DAVIS F'] and all(s.value>.9 for s in scores)
     assert scores[0].value==pytest.approx((scores[1].value+scores[2].value)/2)
     for part in (f'{tmp_path.name}-2017-val (1 sequences, 2 objects, 6 frames)', 'image 32x48 mask 32x48', 'n_last=7', 'radius=12', 'k=5', 'temp=0.1', 'tolerance=0.008', 'densessl '):
-        assert part in scores[0].protocol
+        assert part in scores[0].line
     assert read_scores(write_scores(scores, tmp_path/'s.json'))==scores
     json.loads((tmp_path/'s.json').read_text())
     assert 'DAVIS J&F' in scores_table(scores) and davis_score(colors, tmp_path, multiple=4, names='drifting')[0].protocol!=scores[0].protocol
@@ -307,8 +309,7 @@ def test_a_video_of_one_frame(tmp_path):
     (('a', 'b', 'c'), ''), (('2021-01-01', '2021-02-01', '2021-02-05'), ''), (('1', '01', '2', '3'), '')))
 def test_frames_at_an_even_pace_have_no_gap(stems, said):
     "Every fifth frame of a video, as YouTube-VOS has them"
-    from densessl.evaluation.video import _missing_frames
-    assert _missing_frames(stems)==said
+    assert missing_frames(stems)==said
 
 def test_frames_in_the_order_of_their_numbers(tmp_path):
     "frame_10 after frame_9, whatever the number of digits"

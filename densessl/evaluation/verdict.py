@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST', 'GAUGE_NAMES', 'fixed_positions', 'random_start', 'has_batch_norm', 'gather_statistics', 'resampled_sums',
            'Gain', 'gain_over_starts', 'diverged_loss', 'seen_collapse', 'Verdict', 'verdict', 'gains_over',
-           'judge_training', 'confirmed', 'worth_training']
+           'training_verdict']
 
 # %% ../../nbs/50_evaluation.verdict.ipynb #2e12a209
 import math
@@ -53,6 +53,7 @@ def has_batch_norm(
     "Does the network keep statistics of what it has seen?"
     return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in model.modules())
 
+# %% ../../nbs/50_evaluation.verdict.ipynb #e5000001
 @torch.no_grad()
 def gather_statistics(
     encoder:nn.Module,  # Changed in place: its statistics, not its weights
@@ -97,7 +98,8 @@ class Gain(NamedTuple):
         if not abs(self.gain)>self.margin: return 0         # nor if the gain is NaN
         return int(math.copysign(1, self.gain))
 
-def _t(degrees):
+# %% ../../nbs/50_evaluation.verdict.ipynb #e5000002
+def _student_t(degrees):
     "0.975 quantile of Student's t"
     from scipy.stats import t
     return float(t.ppf(.975, degrees))
@@ -110,8 +112,9 @@ def _images_half_width(trained, starts):
     t, *s = (torch.tensor(k, dtype=torch.float64) for k in kept)
     gains = t-torch.stack(s).mean(0)
     gains = gains[gains.isfinite()]   # a draw of images without a label has no score
-    return _t(n-1)*gains.std().item()*math.sqrt(n/(n-1))
+    return _student_t(n-1)*gains.std().item()*math.sqrt(n/(n-1))
 
+# %% ../../nbs/50_evaluation.verdict.ipynb #e5000003
 def gain_over_starts(
     trained,          # Score of the trained backbone
     starts,           # Scores of its starts, same probe and protocol
@@ -121,7 +124,7 @@ def gain_over_starts(
     starts = [max(starts, key=lambda s: s.value)] if fixed else list(starts)
     K, values = len(starts), torch.tensor([s.value for s in starts], dtype=torch.float64)
     mean, spread = values.mean().item(), values.std().item() if K>1 else math.nan
-    seeds = 0. if fixed else _t(K-1)*spread*math.sqrt(1+1/K) if K>1 else math.inf
+    seeds = 0. if fixed else _student_t(K-1)*spread*math.sqrt(1+1/K) if K>1 else math.inf
     images = _images_half_width(trained, starts)
     return Gain(trained.probe, trained.value-mean, mean, spread, K, seeds, images, trained.n_test)
 
@@ -134,6 +137,7 @@ def diverged_loss(
     if math.isfinite(first) and math.isfinite(last) and last<=first+.1*abs(first): return ''
     return f'the loss diverged, from {first:.3g} in the first steps to {last:.3g} in the last epoch'
 
+# %% ../../nbs/50_evaluation.verdict.ipynb #e5000004
 def seen_collapse(
     sentences,   # What the monitor says, in the order of epochs
 )->str:          # The first that names a collapse, or ''
@@ -150,6 +154,7 @@ class Verdict(NamedTuple):
     said:str     # In words, with numbers
     gains:tuple  # What it rests on, a `Gain` each
 
+# %% ../../nbs/50_evaluation.verdict.ipynb #e5000005
 def _points(gains):
     "Each gain and its margin, in points"
     margin = lambda g: f'{100*g.margin:.1f}' if math.isfinite(g.margin) else '?'
@@ -185,6 +190,7 @@ def _to_agree(gains):
     if any(g.sign<0 for g in gains): return 'Go by the score that is nearest to your task.'
     return f'More labelled test photographs would tell whether {" and ".join(fell)} really fell.'
 
+# %% ../../nbs/50_evaluation.verdict.ipynb #e5000006
 def verdict(
     gains,           # A `Gain` each score
     start='random start',  # What the trained backbone was compared with, in words
@@ -236,6 +242,7 @@ def gains_over(
     models = ', '.join(dict.fromkeys(s.model for s in scores))
     raise InputError(f'{trained!r} and {start!r} have no score of the same protocol: there are {models}')
 
+# %% ../../nbs/50_evaluation.verdict.ipynb #e5000007
 def _compared(gains, other, answer):
     "One sentence on a backbone that could be used instead"
     gains = [g for g in gains if g.probe not in GAUGE_NAMES] or gains
@@ -248,7 +255,8 @@ def _compared(gains, other, answer):
         return f'The trained backbone is better than {other} ({_points(gains)} points){end}'
     return f'Against {other}: {_points(gains)} points, which does not tell them apart.'
 
-def judge_training(
+# %% ../../nbs/50_evaluation.verdict.ipynb #e5000008
+def training_verdict(
     scores,          # Scores of all models named below
     trained:str,     # Label of the trained backbone
     start:str='random start',  # Label of its starts
@@ -256,24 +264,18 @@ def judge_training(
     fixed=False,     # The start is one given network, as published weights
     diverged='',     # From `diverged_loss`
     collapsed='',    # From `seen_collapse`
-)->Verdict:
-    "Whether training helped, and whether it was worth it"
-    v = verdict(gains_over(scores, trained, start, fixed), start, diverged, collapsed)
+    gathered=None,   # With batch norm: function that scores the trained backbone, under its label, with the
+):                   # statistics of its starts; called only if the answer could change. Returns a `Verdict`
+    "Whether training helped, and whether it was worth it, in words"
+    def answer(scores): return verdict(gains_over(scores, trained, start, fixed), start, diverged, collapsed)
+    v = answer(scores)
+    if gathered is not None and v.answer!='cannot tell':
+        w = answer([*(s for s in scores if s.model!=trained), *gathered()])
+        if w.answer!=v.answer:   # a gain or loss that the statistics alone have made is not training's
+            said = (f'It cannot be told whether training made a difference: {_points(v.gains)} points, '
+                    f'but {_points(w.gains)} with the batch-norm statistics gathered as those of the starts.')
+            v = Verdict('cannot tell', said, v.gains)
     said = [v.said, *(_compared(gains_over(scores, trained, o, True), o, v.answer) for o in others)]
     if all(g.probe in GAUGE_NAMES for g in v.gains):
         said.append('Without labels this is a hint and no score: label a few photographs before you rely on it.')
     return v._replace(said=' '.join(said))
-
-def confirmed(
-    v:Verdict,  # Of the backbone as it is
-    w:Verdict,  # Of the backbone with statistics gathered as those of its starts
-)->Verdict:     # `v`, unless `w` has another answer
-    "A gain or loss that batch-norm statistics alone have made is none of training's"
-    if v.answer==w.answer: return v
-    said = (f'It cannot be told whether training made a difference: {_points(v.gains)} points, '
-            f'but {_points(w.gains)} with the batch-norm statistics gathered as those of the starts.')
-    return Verdict('cannot tell', said, v.gains)
-
-def worth_training(scores, trained, start='random start', others=(), **kwargs)->str:
-    "The words of `judge_training`"
-    return judge_training(scores, trained, start, others, **kwargs).said

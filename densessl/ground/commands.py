@@ -241,7 +241,7 @@ def densessl_show(
     backbone:str,          # File that export_backbone wrote, or a timm name (published weights)
     images:option(str, 'Image files, or folders of them', opt=False, nargs='+'),
     other:str=None,        # A second backbone, shown beside the first
-    picture:str=None,      # ass, probing, segments, tsne, pca, correspondence or retrieval; by default all
+    picture:str=None,      # similarity, probing, segments, tsne, pca, correspondence or retrieval; by default all
     patch:str='0.5,0.5',   # The patch that looks and is looked for, x,y in [0,1]
     layer:int=-1,          # Block of the attention, from 0; -1 is the last
     size:int=None,         # Side to which photographs are brought; by default that of the backbone
@@ -252,7 +252,7 @@ def densessl_show(
     args = dict(locals())
     check_whole('size', size, 1)
     check_output(out)
-    path, notes = _later('evaluation.figures').show_backbone(**args)
+    path, notes = _later('show').show_backbone(**args)
     for note in notes: print(note)
     print(f'written to {path}')
 

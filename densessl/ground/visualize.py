@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'LABELS', 'color', 'unnormalize', 'show_images', 'draw_boxes', 'show_views', 'show_matches', 'overlay_mask',
-           'show_soft_masks', 'pca_rgb']
+           'show_soft_masks', 'pca_rgb', 'picture_axes', 'show_photo', 'mark_patch']
 
 # %% ../../nbs/06_ground.visualize.ipynb #8345bf8a
 import math
@@ -245,3 +245,37 @@ def pca_rgb(
     y = x @ (e*e.gather(0, e.abs().argmax(0)[None]).sign())
     lo, hi = y.amin(0), y.amax(0)
     return ((y-lo)/(hi-lo).clamp_min(1e-12)).float().view(B,H,W,3).permute(0,3,1,2)
+
+# %% ../../nbs/06_ground.visualize.ipynb #e0600002
+def picture_axes(
+    rows:int,         # Rows of pictures
+    cols:int,         # Pictures a row
+    size:float,       # Side of one picture, inches
+    dpi:int=100,      # Dots per inch
+    extra:float=.3,   # Height for titles, inches
+):                    # Figure, and axes (rows, cols) without ticks or frames
+    "A table of pictures"
+    fig, axs = plt.subplots(rows, cols, figsize=(size*cols, size*rows+extra), dpi=dpi, squeeze=False,
+                            layout='constrained')
+    plt.close(fig)
+    for ax in axs.flat:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    return fig, axs
+
+# %% ../../nbs/06_ground.visualize.ipynb #e0600003
+def show_photo(
+    ax,            # Axes
+    photo:Tensor,  # (3,h,w)
+):
+    "Draw a photograph, pixel by pixel"
+    ax.imshow(photo.permute(1,2,0).cpu(), interpolation='nearest')
+
+# %% ../../nbs/06_ground.visualize.ipynb #e0600004
+def mark_patch(
+    ax,            # Axes that show the photograph
+    photo:Tensor,  # (...,h,w)
+    xy,            # Place (x, y) in [0,1] of the photograph
+):
+    "Mark a patch by a dot"
+    ax.plot(xy[0]*photo.shape[-1]-.5, xy[1]*photo.shape[-2]-.5, 'o', ms=5, mfc=color('anchor'), mec='k', mew=.8)

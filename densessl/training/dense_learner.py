@@ -19,7 +19,7 @@ from ..ground.core import InputError
 from .precision import AutocastBF16, precision_of_a_batch, tf32_beside_bf16
 
 # %% ../../nbs/62_training.dense_learner.ipynb #63a15dfd
-_FEATURES = ('a pretraining learner has no predictions: extract(learn.model.backbone, photos) '
+_FEATURES = ('a pretraining learner has no predictions: extract_features(learn.model.backbone, photos) '
              'gives the features of photographs')
 _FLOAT32 = 'the losses need weights in float32: use learn.to_fp16() or learn.to_bf16()'
 _INSTEAD = dict(

@@ -24,12 +24,12 @@ from ..methods.encoders import DenseEncoder
 from ..ground.ranks import from_first_rank, this_rank
 from .resume import random_states, set_random_states, without_stopping
 from ..data.labelled import labelled_data
-from ..evaluation.verdict import Verdict, confirmed, diverged_loss, judge_training, seen_collapse
+from ..evaluation.verdict import Verdict, diverged_loss, seen_collapse, training_verdict
 from ..evaluation.verdict import gather_statistics, has_batch_norm, random_start
-from ..evaluation.scores import (Score, correspondence_score, dense_scores, nearest_neighbor_miou,
-                                        scores_table, write_scores)
+from ..evaluation.scores import Score, scores_table, write_scores
+from ..evaluation.probes import dense_scores
 from ..methods.export import export_backbone, load_backbone
-from ..evaluation.gauges import GAUGES, label_free_gauges
+from ..evaluation.gauges import GAUGES, correspondence_score, label_free_gauges
 
 # %% ../../nbs/71_training.score.ipynb #b44848fb
 def kept_photographs(
@@ -78,7 +78,7 @@ def network_scores(
     label:str='model',  # Name of the model in tables
     data:str='photographs',  # What the photographs are
     probe:dict=None,    # Arguments of the labelled probes: k, temp, memory, steps, lr
-    gauges:dict=None,   # Arguments of `label_free_gauges`: things, beta, head, temp, pairs, scale, tolerance
+    gauges:dict=None,   # Arguments of `label_free_gauges`: n_segments, beta, head, temp, pairs, scale, tolerance
     seed:int=0,         # Of all of them
     ordering=False,     # Of the gauges only correspondence, the one that orders backbones
     **kwargs,           # Arguments of `extract`
@@ -92,7 +92,7 @@ def network_scores(
     if labelled is None: return scores
     kwargs = dict(label=label, seed=seed) | (probe or {}) | kwargs
     if linear: return scores + dense_scores(encoder, *labelled, **kwargs)
-    return scores + [nearest_neighbor_miou(encoder, *labelled, **kwargs)]
+    return scores + dense_scores(encoder, *labelled, probes='nearest neighbor', **kwargs)
 
 def _pair(labelled, size=None):
     "Labelled data of a folder, or as given, checked"
@@ -176,7 +176,7 @@ class DenseScore(Callback):
         photos=None,        # (canvases uint8 (n,3,S,S), heights and widths (n,2)); default `kept_photographs`
         n_photos:int=64,    # Photographs for the gauges
         probe:dict=None,    # Arguments of the labelled probes, as dict(k=30, memory=100_000)
-        gauges:dict=None,   # Arguments of the gauges, as dict(things=4, beta=10.)
+        gauges:dict=None,   # Arguments of the gauges, as dict(n_segments=4, beta=10.)
         verbose:bool=True,  # Print a line a scoring
         starts:int=5,       # Random starts to compare with, the own one included
         published:bool=None, # Training starts from published weights, to compare with; default as the learner says
@@ -300,12 +300,12 @@ class DenseScore(Callback):
         label, starts = label or last, self.start_scores()
         fixed, trouble = self.start_name!='random start', self._trouble()
         names = list(dict.fromkeys(s.model for s in others))
-        def judged(trained):
-            trained = [replace(s, model=label) for s in trained]
-            return judge_training([*starts, *others, *trained], label, self.start_name, names, fixed, **trouble)
-        v, product = judged([s for s in self.scores if s.model==last]), self.method.backbone
-        if v.answer=='cannot tell' or not isinstance(product, DenseEncoder) or not has_batch_norm(product): return v
-        return confirmed(v, judged(self.judge(self.gathered(product), last, ordering=True)))
+        product = self.method.backbone
+        named = lambda scores: [replace(s, model=label) for s in scores]
+        if isinstance(product, DenseEncoder) and has_batch_norm(product):
+            trouble['gathered'] = lambda: named(self.judge(self.gathered(product), last, ordering=True))
+        trained = named(s for s in self.scores if s.model==last)
+        return training_verdict([*starts, *others, *trained], label, self.start_name, names, fixed, **trouble)
 
     # when
     def before_fit(self):
