@@ -35,6 +35,9 @@ from .training.optim import *
 from .training.teacher import *
 from .training.monitor import *
 from .training.learner import *
+from .data.order import *
+from .training.runfile import *
+from .training.runstate import *
 from .training.resume import *
 from .training.guard import *
 from .training.distributed import *
@@ -44,6 +47,7 @@ from .methods.export import *
 from .evaluation.video import *
 from .evaluation.figures import *
 from .evaluation.gauges import *
+from .evaluation.network import *
 from .training.score import *
 from .evaluation.verdict import judge_training, random_start, worth_training
 from .evaluation.report import *

@@ -203,7 +203,7 @@ def test_resume_reads_only_what_it_needs(tars, monkeypatch):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_checkpoint_callback_protocol(tars, workers):
     "`rest_of_epoch` of the checkpoints, which sets the generator and asks for a start: the rest of the epoch, and the next one"
-    rest = pytest.importorskip('densessl.training.resume').rest_of_epoch
+    rest = pytest.importorskip('densessl.data.order').rest_of_epoch
     dl = loader(tars, workers=workers)
     batches(dl); state = dl.rng.getstate(); full, then = batches(dl), batches(dl)
     for stop in (1, 8, 21):
