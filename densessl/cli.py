@@ -22,7 +22,7 @@ from .evaluation.run_report import run_report
 from .evaluation.scores import MIOU, scores_table, write_scores
 from .training.arguments import Arguments, absolute_paths, check_places, note_places, resumed, write_json
 from .training.learner import dense_picture, similarity_picture
-from .training.progress import lasting_output
+from .training.output import lasting_output
 from .training.resume import SaveRun
 from .training.runfile import DamagedCheckpoint, one_process, read_header, run_checkpoints
 from .training.runstate import check_data

@@ -88,7 +88,7 @@ def command_parser(
 # %% ../../nbs/04_ground.commands.ipynb #9514c573
 def in_a_sentence(
     e:BaseException,
-):                     # Text, or None: a fault of ours
+):                     # Text, or None: a bug in densessl
     "What an error means to whoever typed the command"
     if isinstance(e, KeyboardInterrupt): return str(e) or 'stopped'
     from densessl.ground.core import InputError   # imports torch
