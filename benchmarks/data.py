@@ -15,9 +15,12 @@ import torch
 from PIL import Image
 
 from common import machine
-from densessl.data.images import find_images, image_dls, load_canvas, read_photo
+from densessl.data.folders import find_images
+from densessl.data.images import image_dls
+from densessl.data.photographs import load_canvas, read_photo
+from densessl.data.shards import shard_dls, shard_list, write_shards
+from densessl.data.tar_files import tar_photographs
 from densessl.methods.flsl import FLSLConfig, flsl_recipe
-from densessl.data.shards import read_shard, shard_dls, shard_list, write_shards
 
 RECIPE = flsl_recipe(FLSLConfig())
 
@@ -48,7 +51,7 @@ def bytes_of_folder(files):
 
 def bytes_of_shards(shards):
     for o in shards:
-        for _ in read_shard(o.url): pass
+        for i in range(o.n): o.read(i)
 
 def epoch(dls):
     "One epoch of canvases, no views"
@@ -72,21 +75,23 @@ def main():
             d = write_shards(f'{tmp}/folder', f'{tmp}/{name}', per_shard=100, workers=1, **kw)
             res[f'write_{name}'] = dict(cpu_ms=(cpu()-c)/n*1e3, per_s=n/(time.perf_counter()-began), kB_an_image=d['bytes']/d['images']/1e3)
         sets = {k: shard_list(f'{tmp}/{k}') for k in ('copied', 'reduced')}
+        began = time.perf_counter(); shard_list(f'{tmp}/copied'); res['index_us'] = (time.perf_counter()-began)/n*1e6
+        began = time.perf_counter(); [tar_photographs(o.path) for o in sets['copied']]; res['headers_us'] = (time.perf_counter()-began)/n*1e6
         for name,kind in (('', 'copied'), ('_reduced', 'reduced')):
-            raw, times = [b for o in sets[kind] for _,b in read_shard(o.url)][:300], []
+            raw, times = [o.read(i) for o in sets[kind] for i in range(o.n)][:300], []
             for _ in range(a.repeats):
                 c = time.process_time()
                 for b in raw: load_canvas(BytesIO(b), 256)
                 times.append((time.process_time()-c)/len(raw)*1e3)
             res[f'decode{name}_ms'] = statistics.median(times)
         def dls(kind, w):
-            kw = dict(bs=a.bs, num_workers=w, device='cpu', drop_last=False)
+            kw = dict(bs=a.bs, num_workers=w, device='cpu', drop_last=False, cache=False)
             return image_dls(f'{tmp}/folder', RECIPE, **kw) if kind=='folder' else shard_dls(f'{tmp}/{kind}', RECIPE, **kw)
         variants = {'folder, bytes': lambda: bytes_of_folder(files), 'shards, bytes': lambda: bytes_of_shards(sets['copied'])}
         for w in (1, 2):
             for kind,title in (('folder', 'folder'), ('copied', 'shards'), ('reduced', 'shards of 256 px')):
                 variants[f'{title}, {w} worker{"s"*(w>1)}'] = lambda d=dls(kind, w): epoch(d)
-        everything = {k: files if k.startswith('folder') else [o.url for o in sets['reduced' if '256' in k else 'copied']] for k in variants}
+        everything = {k: files if k.startswith('folder') else [o.path for o in sets['reduced' if '256' in k else 'copied']] for k in variants}
         runs = {}
         for r in range(a.repeats):
             for k,f in variants.items():

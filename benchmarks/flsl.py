@@ -10,12 +10,12 @@ import argparse, statistics, time
 import torch, torch.nn.functional as F
 
 from common import machine, median_times, peak, rss
-from densessl.theory.attention import query_index, query_mask
+from densessl.theory.pooling import query_index, query_mask
 from densessl.data.augment import make_views
 from densessl.methods.encoders import dense_encoder
 from densessl.methods.flsl import FLSL, FLSLConfig, FLSLLoss, flsl_recipe
 from densessl.methods.heads import PrototypeHead
-from densessl.theory.modes import prototype_objective
+from densessl.theory.prototypes import prototype_objective
 from densessl.training.optim import clip_per_parameter_, split_decay
 
 CONFIG = FLSLConfig(n_prototypes=4096)

@@ -13,16 +13,22 @@ from .ground.ranks import *
 from .ground.synthetic import *
 from .ground.visualize import *
 from .theory.attention import *
+from .theory.pooling import *
 from .theory.softmask import *
 from .theory.modes import *
+from .theory.prototypes import *
 from .theory.matching import *
 from .theory.context import *
 from .theory.margin import *
 from .theory.statistics import *
+from .theory.positions import *
 from .data.views import *
 from .data.augment import *
-from .data.images import *
-from .data.shards import *
+from .data.photographs import UnreadablePhoto, load_canvas, read_photo
+from .data.folders import find_images
+from .data.canvases import BadFiles, CanvasDataset, SceneCanvases
+from .data.images import MakeViews, ViewLoader, default_canvas, image_dls, scene_dls
+from .data.shards import is_shards, shard_dls, shard_list, write_shards
 from .methods.encoders import *
 from .methods.weights import *
 from .methods.heads import *

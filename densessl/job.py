@@ -17,7 +17,8 @@ from fastai.torch_core import num_distrib, rank_distrib, set_seed
 from .ground.commands import check_whole
 from .ground.core import InputError, find_device
 from .ground.synthetic import CLASSES, draw_scenes
-from .data.images import find_images, image_dls, scene_dls
+from .data.folders import find_images
+from .data.images import image_dls, scene_dls
 from .data.shards import is_shards, shard_dls, shard_list
 from .data.labelled import SegmentationData, labelled_data, labelled_options
 from .methods.weights import network_of

@@ -16,7 +16,7 @@ from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 from sklearn.datasets import load_sample_image
 
-from densessl.theory.attention import attention_weights, unit
+from densessl.theory.attention import attention_weights, unit_vectors
 from densessl.data.augment import make_views
 from densessl.evaluation.network import kept_photographs
 from densessl.training.choices import change_settings, parse_kwargs
@@ -89,7 +89,7 @@ def positives(enc, photos, hw, augment, beta=20.):
     grid = enc.grid(64, 64)
     at, cells = carry_centers(s.boxes[0], t.boxes[0], grid), cell_centers(torch.tensor([0.,0.,1.,1.]), grid)
     near = ((at[:,:,None]-cells).abs()*torch.tensor(grid[::-1])).amax(-1)<1.5
-    zs, zt = (unit(enc.tokens(v.images[0])) for v in (s, t))
+    zs, zt = (unit_vectors(enc.tokens(v.images[0])) for v in (s, t))
     return (attention_weights(zs, zt, beta)*near).sum(-1)[((at>0)&(at<1)).all(-1)].mean().item()
 
 def ends(a):

@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 
 from densessl.ground.core import InputError
-from densessl.data.images import CanvasDataset, find_images, image_dls, load_canvas, read_photo, scene_dls
+from densessl.data.canvases import CanvasDataset
+from densessl.data.folders import find_images
+from densessl.data.images import image_dls, scene_dls
+from densessl.data.photographs import load_canvas, read_photo
 from densessl.ground.synthetic import draw_scenes
 from densessl.data.views import CropSpec, Recipe
 
@@ -296,7 +299,7 @@ def test_suffixes_that_pillow_reads(tmp_path, name, fmt):
 
 def test_a_reader_of_heic_is_used_if_it_is_there(monkeypatch):
     import sys, types
-    from densessl.data import images as data
+    from densessl.data import photographs as data
     called = []
     monkeypatch.setitem(sys.modules, 'pillow_heif', types.SimpleNamespace(register_heif_opener=lambda: called.append(1)))
     assert '.heic' in data._formats_here()['HEIF'] and called

@@ -8,7 +8,8 @@ from timm.loss import SoftTargetCrossEntropy
 from torch.testing import assert_close
 
 from densessl.data.augment import make_views
-from densessl.methods.dino import DINO, DINOLoss, center_update, dino_loss, dino_presets, dino_recipe
+from densessl.methods.dino import (DINO, DINOLoss, DINOOutput, center_update, diagnose_dino, dino_loss, dino_presets, dino_recipe,
+                                   dino_state, view_information)
 from densessl.methods.encoders import dense_encoder
 from densessl.ground.synthetic import draw_scenes
 
@@ -35,6 +36,31 @@ def test_loss_and_gradient_equal_loops(V, G):
             loss = sum(terms)/len(terms)
         grads.append((loss.detach(), *torch.autograd.grad(loss, x)))
     for other in grads[1:]: assert_close(grads[0], other)
+
+def test_information_is_of_the_photograph_not_of_the_view():
+    "A student that learned which view it sees, and nothing of the photograph: the loss is 0, and the run is warned"
+    B, K = 6, 32
+    teacher = 20*torch.eye(K)[:2,None].expand(2, B, K)      # the target of view 0 is prototype 0, that of view 1 prototype 1
+    student = teacher.flip(0).clone()                       # each view predicts the other's
+    class Learn:
+        loss_func, pred = DINOLoss(tiny), DINOOutput(student, teacher, torch.zeros(K), torch.randn(B, 16, 8, generator=torch.Generator().manual_seed(0)))
+    loss = Learn.loss_func(Learn.pred)
+    state = {k: float(v) for k,v in dino_state(Learn).items()}
+    assert loss<1e-6 and state['perplexity']>1.99           # to the loss and to the prototypes in use all is well
+    assert abs(state['information'])<1e-4
+    said, = diagnose_dino(state | dict(epoch=0))
+    assert 'tell the views apart, not the photographs' in said
+
+@pytest.mark.parametrize('G', [1, 2, 3])
+def test_information_has_its_bound(G, V=3, K=7):
+    "The mean over photographs of what their target has beyond the mean target of its view, less the student's distance"
+    for B in (1, 4):
+        s, t, c = new(V,B,K), new(G,B,K,seed=1), new(K,seed=2)
+        terms = dino_loss(s, t, c, .3, .2)
+        q = ((t-c)/.2).softmax(-1)
+        shared = sum(F.kl_div(q[g].mean(0).log().expand(B, K), q[g], reduction='batchmean') for g in range(G))/G
+        assert_close(view_information(terms), shared-terms.kl)
+        assert view_information(terms)<=torch.tensor(float(B)).log()+1e-12
 
 def test_center_follows_and_is_restored():
     m, views = model().train(), make_views(dino_recipe(tiny), draw_scenes(3, 48, seed=0)[0])

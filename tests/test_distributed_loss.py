@@ -5,7 +5,9 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.testing import assert_close
 
-from densessl.theory.modes import flsl_objective, mean_over_ranks, mode_loss, prototype_objective
+from densessl.ground.ranks import mean_over_ranks
+from densessl.theory.modes import flsl_objective, mode_loss
+from densessl.theory.prototypes import prototype_objective
 
 N, D, K = 12, 5, 16  # queries in all, features, prototypes
 

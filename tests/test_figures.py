@@ -5,7 +5,7 @@ import pytest, torch
 from PIL import Image
 
 from densessl.evaluation import figures
-from densessl.theory.attention import unit
+from densessl.theory.attention import unit_vectors
 from densessl.ground.core import InputError
 from densessl.methods.encoders import dense_encoder
 from densessl.evaluation.figures import attention_maps, layer_tokens, mode_segments, show_ass, show_backbone, show_probing, tsne_layers
@@ -98,13 +98,13 @@ def test_segments_color_every_stage_of_a_cnn(monkeypatch):
     place = lambda z, *_: torch.stack([z.double()@torch.arange(z.shape[1]).double()]*2, 1)   # by which a patch is known
     monkeypatch.setattr(figures, '_tsne', place)
     before, last = layer_tokens(e, figures._normalized(photos, (.485,.456,.406), (.229,.224,.225)), [-2,-1])
-    labels = [mode_segments(z, suggest_beta(unit(z)))[0].view(last.grid)+1 for z in last.tokens]
+    labels = [mode_segments(z, suggest_beta(unit_vectors(z)))[0].view(last.grid)+1 for z in last.tokens]
     labels[1] += labels[0].max()
     fig = tsne_layers(e, photos, layers=[-2], n_tokens=10**4, perplexity=5)
     want = torch.stack(labels).repeat_interleave(2, 1).repeat_interleave(2, 2).flatten()
     dots = fig.axes[1].collections[0]
     got = torch.cat([torch.as_tensor(dots.get_offsets()), torch.as_tensor(dots.get_array())[:,None]], 1)
-    rows = torch.cat([place(unit(before.tokens.flatten(0, 1))), want[:,None]], 1)
+    rows = torch.cat([place(unit_vectors(before.tokens.flatten(0, 1))), want[:,None]], 1)
     torch.testing.assert_close(got[got[:,0].argsort()], rows[rows[:,0].argsort()])
     assert want.unique().numel()>2 and want.max()<12
     assert fig.axes[0].get_title()==f'backbone: {want.max()} segments\nof the last layer' and 'within' in fig.axes[1].get_title()

@@ -1,23 +1,18 @@
 "One whole step of CLoVE on a tiny encoder, and the schedules of its trainer, against the numbers of the public code"
-import json
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest, torch
-from safetensors import safe_open
 from torch import nn
 from torch.testing import assert_close
 
+from golden_numbers import golden
 from densessl.methods.clove import CLoVE, CLoVELoss, clove_presets
 from densessl.training.optim import lars, split_decay
 from densessl.training.schedules import cosine, warmup_cosine
 from densessl.data.views import View
 
-golden = Path(__file__).parent/'golden'/'clove'
-
-def load(name):
-    with safe_open(golden/f'{name}.safetensors', 'pt') as f:
-        return json.loads(f.metadata()['settings']), {k: f.get_tensor(k) for k in f.keys()}
+load = partial(golden, 'clove')
 
 class Stride8(nn.Module):
     "Convolution, batch norm, ReLU: the dense contract in four lines"
@@ -37,7 +32,7 @@ def ours(name):
     return name.replace('linear1', 'conv1').replace('linear2', 'conv2')
 
 def test_step():
-    cfg, d = load('step_a')
+    d, cfg = load('step_a')
     config = replace(clove_presets['official'], img_size=56, local_size=24, hidden_dim=cfg['inner'], out_dim=cfg['out'], num_heads=cfg['heads'], threshold=cfg['pos_ratio'], lam=cfg['gamma'], margin=cfg['margin'])
     model = CLoVE(Stride8(cfg['encoder_channels']), config).double().train()
     for branch,net in (('q.', model.student), ('k.', model.teacher)):
@@ -73,7 +68,7 @@ def test_step():
 
 @pytest.mark.parametrize('name', ['no_warmup', 'recipe', 'small'])
 def test_schedules(name):
-    cfg, d = load('schedules_shared')
+    d, cfg = load('schedules_shared')
     batch, world, base_lr, acc, E, n, w, m0 = cfg[name]
     peak = batch*world/256*base_lr*acc
     lr, m = warmup_cosine(peak, peak/100, w/E, start=peak/100, n_steps=E*n), cosine(m0, 1.)

@@ -1,35 +1,23 @@
-"""CLoVE's public code, reproduced: the contextualising layer and the projector.
+"""CLoVE's public code, reproduced: the contextualizing layer and the projector.
 
 The numbers in `golden/clove` were made by running sthalles/CLoVE unchanged, in float64.
 """
-import json
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch.testing import assert_close
 
+from golden_numbers import golden, TOL
 from densessl.theory.context import NMHSA
 from densessl.methods.heads import ConvProjector
 
-GOLDEN = Path(__file__).parent/'golden'/'clove'
-TOL = dict(rtol=1e-9, atol=1e-11)
 ATTENTION = {'qkv.weight': 'in_proj_weight', 'qkv.bias': 'in_proj_bias', 'proj.weight': 'out_proj.weight', 'proj.bias': 'out_proj.bias'}
-
-
-def load(name):
-    with safe_open(GOLDEN/f'{name}.safetensors', 'pt') as f:
-        return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['settings'])
+load = partial(golden, 'clove')
 
 
 def tokens(maps): return maps.flatten(2).mT
-
-
-def test_every_golden_file_is_used():
-    assert {f.stem for f in GOLDEN.glob('featprop_*.safetensors')} == {'featprop_7x7', 'featprop_3x3'}
-    assert {f.stem for f in GOLDEN.glob('projector_*.safetensors')} == {'projector_a'}
 
 
 @pytest.mark.parametrize('name', ['featprop_7x7', 'featprop_3x3'])

@@ -2,28 +2,20 @@
 
 The numbers in `golden` were made by running ISL-CV/FLSL (and sthalles/CLoVE for its LARS) unchanged.
 """
-import json
-import math
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.testing import assert_close
 
-from densessl.methods.encoders import resample_positions, sincos_positions
+from golden_numbers import golden, TOL
+from densessl.theory.positions import resample_positions, sincos_positions
 from densessl.methods.heads import PrototypeHead
 from densessl.training.optim import Lars, clip_per_parameter_
 from densessl.training.schedules import cosine, linear_ramp, warmup_cosine
 
-GOLDEN = Path(__file__).parent/'golden'
-TOL = dict(rtol=1e-9, atol=1e-11)
-
-
-def load(name, method='flsl'):
-    with safe_open(GOLDEN/method/f'{name}.safetensors', 'pt') as f:
-        return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['settings'])
+load = partial(golden, 'flsl')
 
 
 # ---- head
@@ -138,6 +130,6 @@ def test_lars_of_flsl():
 
 @pytest.mark.parametrize('name', ['a', 'b'])
 def test_lars_of_clove(name):
-    t, s = load(f'lars_{name}', 'clove')
+    t, s = golden('clove', f'lars_{name}')
     keys = [k[3:] for k in t if k.startswith('p0.')]
     run_lars(t, keys, t['lr'], 1, buffers=True, momentum=s['momentum'], weight_decay=s['weight_decay'], trust_coefficient=s['trust'], eps=s['eps'])

@@ -1,33 +1,28 @@
 "CLoVE's margin ranking loss and its multi-crop objective against the numbers of the public code"
-import json
-from pathlib import Path
+from functools import partial
 
 import pytest, torch
-from safetensors import safe_open
 from torch.autograd import grad
 from torch.testing import assert_close
 
+from golden_numbers import golden, GOLDEN
 from densessl.theory.margin import clove_objective, margin_ranking_loss, view_pairs
 from densessl.theory.matching import match_cells
 
-golden = Path(__file__).parent/'golden'/'clove'
-
-def load(name):
-    with safe_open(golden/f'{name}.safetensors', 'pt') as f:
-        return json.loads(f.metadata()['settings']), {k: f.get_tensor(k) for k in f.keys()}
+load = partial(golden, 'clove')
 
 def tokens(x): return x.flatten(-2).mT
 def close(got, want, rtol=1e-6, atol=None):
     assert_close(got, want, rtol=rtol, atol=(1e-7 if want.dtype==torch.float32 else 1e-12) if atol is None else atol)
 
-pairs = sorted(p.stem for p in golden.glob('pair_*.safetensors'))
+pairs = sorted(p.stem for p in (GOLDEN/'clove').glob('pair_*.safetensors'))
 
 def test_all_pair_files_are_here(): assert len(pairs)==9
 
 @pytest.mark.parametrize('name', pairs)
 @pytest.mark.parametrize('boxes', [False, True], ids=['golden mask', 'matched here'])
 def test_pair(name, boxes):
-    cfg, d = load(name)
+    d, cfg = load(name)
     M = match_cells(d['coord_q'], tuple(cfg['q_cells']), d['coord_k'], tuple(cfg['k_cells']), threshold=cfg['pos_ratio']) if boxes else d['pos_mask']
     assert torch.equal(M, d['pos_mask']) and torch.equal(M.sum((1,2)), d['n_pos'])
     q, k = (d[x].clone().requires_grad_() for x in 'qk')
@@ -59,7 +54,7 @@ def objective(gl, lo, key, boxes, cfg, how):
 
 @pytest.mark.parametrize('how', ['indexed', 'broadcast'])
 def test_objective(how):
-    cfg, d = load('loss_2g6l')
+    d, cfg = load('loss_2g6l')
     gl, lo = (d[x].clone().requires_grad_() for x in ('gl_ctx', 'lo_ctx'))
     total, terms = objective(gl, lo, d['gl_key'], torch.stack([d[f'coord.{v}'] for v in range(8)]), cfg, how)
     assert len(terms)==14
@@ -67,6 +62,6 @@ def test_objective(how):
     for got,want in zip(grad(total, (gl,lo)), (d['grad_gl_ctx'], d['grad_lo_ctx'])): close(got, want)
 
 def test_objective_of_a_training_step():
-    cfg, d = load('step_a')
+    d, cfg = load('step_a')
     total, _ = objective(d['gl_ctx'], d['lo_ctx'], d['gl_key'], torch.stack([d[f'coord.{v}'] for v in range(8)]), cfg, 'broadcast')
     close(total, d['total'])

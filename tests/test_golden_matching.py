@@ -3,25 +3,19 @@
 The numbers in `golden/clove` were made by running sthalles/CLoVE unchanged. Its crops are counted in pixel centers, j/(W-1);
 densessl counts edges, j/W. The conversion stands here, and so does how far apart the two are.
 """
-import json
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch.testing import assert_close
 
+from golden_numbers import golden
 from densessl.theory.matching import cell_centers, cell_diagonal, cell_distances, match_cells, matched_share
 from densessl.data.views import flip_boxes
 
-GOLDEN = Path(__file__).parent/'golden'/'clove'
 PAIRS = ['disjoint_7x7', 'flip_q_7x7', 'identical_7x7', 'identical_flip_k', 'inner', 'local_3x3_to_7x7', 'local_float32', 'overlap_7x7', 'small_margin']
 COORDS = ['500x375_global', '500x375_local', 'banner', 'tower']
-
-
-def load(name):
-    with safe_open(GOLDEN/f'{name}.safetensors', 'pt') as f:
-        return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['settings'])
+load = partial(golden, 'clove')
 
 
 def public(boxes, H, W):
@@ -36,11 +30,6 @@ def edges(t, s):
     top, left, h, w = t['box'].double().T
     b = torch.stack([left/s['W'], top/s['H'], (left+w)/s['W'], (top+h)/s['H']], 1)
     return flip_boxes(b, t['flipped'])
-
-
-def test_every_golden_file_is_used():
-    assert sorted(f.stem.removeprefix('pair_') for f in GOLDEN.glob('pair_*.safetensors')) == PAIRS
-    assert sorted(f.stem.removeprefix('coords_') for f in GOLDEN.glob('coords_*.safetensors')) == COORDS
 
 
 @pytest.mark.parametrize('name', PAIRS)

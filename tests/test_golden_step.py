@@ -3,10 +3,10 @@
 The numbers in `golden/flsl` were made by running ISL-CV/FLSL unchanged on a tiny ViT. Queries are drawn by the test data, so
 `query_mask` is replaced where they matter. Tokens are ordered view by view there and photograph by photograph here.
 """
-import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
@@ -14,27 +14,24 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Recorder
-from safetensors import safe_open
 from torch import nn
 from torch.testing import assert_close
 
 import densessl.methods.flsl
-from densessl.theory.attention import mean_shift, query_index, query_mask
+from golden_numbers import golden, GOLDEN, TOL
+from densessl.theory.attention import mean_shift
+from densessl.theory.pooling import query_index, query_mask
 from densessl.data.augment import make_views
 from densessl.training.teacher import TeacherEMA
-from densessl.methods.encoders import dense_encoder, sincos_positions
+from densessl.methods.encoders import dense_encoder
+from densessl.theory.positions import sincos_positions
 from densessl.methods.flsl import FLSL, FLSLConfig, FLSLLoss, flsl_presets, flsl_recipe
 from densessl.methods.heads import PrototypeHead
 from densessl.theory.modes import flsl_objective
 from densessl.training.optim import ClipGrad, FreezeLastLayer, adamw, clip_per_parameter_, split_decay
 
-GOLDEN = Path(__file__).parent/'golden'/'flsl'
-TOL, GRAD = dict(rtol=1e-9, atol=1e-11), dict(rtol=1e-9, atol=1e-10)
-
-
-def load(name):
-    with safe_open(GOLDEN/f'{name}.safetensors', 'pt') as f:
-        return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['settings'])
+GRAD = dict(rtol=1e-9, atol=1e-10)
+load = partial(golden, 'flsl')
 
 
 def part(t, prefix): return {k[len(prefix):]: v for k,v in t.items() if k.startswith(prefix)}
@@ -235,6 +232,6 @@ def test_official_preset(monkeypatch):
 def test_every_golden_file_is_read():
     "By its name, or by what follows its kind, in one of the tests of golden numbers"
     text = '\n'.join(p.read_text() for p in Path(__file__).parent.glob('test_golden_*.py'))
-    files = sorted(GOLDEN.parent.rglob('*.safetensors'))
-    assert len(files)>40 and {p.suffix for p in GOLDEN.parent.rglob('*') if p.is_file()}=={'.safetensors'}
+    files = sorted(GOLDEN.rglob('*.safetensors'))
+    assert len(files)>40 and {p.suffix for p in GOLDEN.rglob('*') if p.is_file()}=={'.safetensors'}
     for f in files: assert any(f"'{name}'" in text for name in (f.stem, f.stem.partition('_')[2])), f

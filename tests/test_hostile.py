@@ -18,9 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-from densessl.data import images as data
+from densessl.data import canvases, photographs as data
 from densessl.ground.core import InputError
-from densessl.data.images import BadFiles, CanvasDataset, _bad_note, _printable, find_images, image_dls, load_canvas
+from densessl.data.canvases import BadFiles, CanvasDataset, bad_note
+from densessl.data.folders import find_images
+from densessl.data.images import image_dls
+from densessl.data.photographs import load_canvas
+from densessl.ground.files import printable
 from densessl.ground.synthetic import draw_scenes
 from densessl.data.views import CropSpec, Recipe
 
@@ -183,7 +187,7 @@ BOMBS = {
 @pytest.mark.parametrize('name', BOMBS)
 def test_bombs_are_refused_by_their_header(tmp_path, name):
     (tmp_path/name).write_bytes(BOMBS[name])
-    src = ('import sys; from densessl.data.images import load_canvas\n'
+    src = ('import sys; from densessl.data.photographs import load_canvas\n'
            'def peak(): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))\n'
            'was = peak()\ntry: load_canvas(sys.argv[1], 64)\nexcept Exception as e: print(type(e).__name__)\nprint(peak()-was)') if name == 'huge.png' else None
     with at_most(20), pytest.raises(Exception): load_canvas(tmp_path/name, 64)
@@ -280,7 +284,7 @@ def test_names(photos):
     assert r.returncode == 0, r.stderr.decode()
     lines = r.stdout.decode().splitlines()
     assert len(lines) == len(NAMES) and sorted(lines) == sorted((photos/'list.txt').read_text(encoding='utf-8').splitlines()) and b'\x1b' not in r.stdout
-    assert sorted(l.split(': ')[0].rpartition('/')[2] for l in lines) == sorted(_printable(os.fsdecode(n)) for n in NAMES)
+    assert sorted(l.split(': ')[0].rpartition('/')[2] for l in lines) == sorted(printable(os.fsdecode(n)) for n in NAMES)
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -338,7 +342,7 @@ def test_share_of_the_files_read_so_far():
         for _ in range(200):
             bad, ids = BadFiles(100_000, .1), iter(range(10**9))
             try:
-                for _ in range(40): bad.add([_bad_note(next(ids), 'x') if rng.random() < share else '' for _ in range(50)])
+                for _ in range(40): bad.add([bad_note(next(ids), 'x') if rng.random() < share else '' for _ in range(50)])
             except InputError: at.append(bad.seen)
     assert stops[.05] == [] and len(stops[.2]) == 200 and max(stops[.2]) <= 1000
 
@@ -349,7 +353,7 @@ def test_what_plugins_raise_counts(photos, monkeypatch, error):
     def load(path, size, at=.5):
         if 'good03' in str(path): raise error
         return real(path, size, at)
-    monkeypatch.setattr(data, 'load_canvas', load)
+    monkeypatch.setattr(canvases, 'load_canvas', load)
     assert list(epoch(photos)) == ['good03.jpg'] and type(error).__name__ in list(epoch(photos).values())[0]
 
 
@@ -357,7 +361,7 @@ def test_what_plugins_raise_counts(photos, monkeypatch, error):
 def test_interrupts_are_not_swallowed(photos, monkeypatch, error):
     def load(path, size, at=.5): raise error
     ds = CanvasDataset(find_images(photos), S)
-    monkeypatch.setattr(data, 'load_canvas', load)
+    monkeypatch.setattr(canvases, 'load_canvas', load)
     with pytest.raises(error): ds[0]
 
 

@@ -9,10 +9,10 @@ from fastai.data.load import DataLoader
 from PIL import Image
 
 from densessl.data import images as data
-from densessl.data import kept
+from densessl.data import canvases, kept
 from densessl.data.order import rest_of_epoch
 from densessl.ground.core import InputError
-from densessl.data.images import MakeViews, ViewLoader, _n_workers, image_dls, scene_dls
+from densessl.data.images import MakeViews, ViewLoader, n_workers, image_dls, scene_dls
 from densessl.training.distributed import RankLoader
 from densessl.ground.synthetic import draw_scenes
 from densessl.data.views import CropSpec, Recipe
@@ -68,8 +68,8 @@ def test_the_same_with_and_without(photos, workers, kwargs):
 
 def count_reads(monkeypatch):
     "Files that are read in this process"
-    read, real = [], data.load_canvas
-    monkeypatch.setattr(data, 'load_canvas', lambda path, *args: (read.append(path.name), real(path, *args))[1])
+    read, real = [], canvases.load_canvas
+    monkeypatch.setattr(canvases, 'load_canvas', lambda path, *args: (read.append(path.name), real(path, *args))[1])
     return read
 
 
@@ -186,11 +186,11 @@ def test_scenes_come_as_one_tensor():
 def test_processes_by_cores(monkeypatch):
     gpu, cpu = torch.device('cuda'), torch.device('cpu')
     monkeypatch.setattr(data.defaults, 'cpus', 16)
-    assert [_n_workers(o, 0, shm='/nowhere') for o in (gpu, cpu)]==[15, 8]
+    assert [n_workers(o, 0, shm='/nowhere') for o in (gpu, cpu)]==[15, 8]
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
-    assert _n_workers(gpu, 0, shm='/nowhere')==3
+    assert n_workers(gpu, 0, shm='/nowhere')==3
     monkeypatch.setattr(data.defaults, 'cpus', 1)
-    assert [_n_workers(o, 0, shm='/nowhere') for o in (gpu, cpu)]==[1, 0]
+    assert [n_workers(o, 0, shm='/nowhere') for o in (gpu, cpu)]==[1, 0]
 
 
 def test_processes_by_shared_memory(monkeypatch, tmp_path):
@@ -199,8 +199,8 @@ def test_processes_by_shared_memory(monkeypatch, tmp_path):
     class Place: f_blocks, f_frsize = 16384, 4096
     monkeypatch.setattr(data.os, 'statvfs', lambda path: Place)
     with pytest.warns(UserWarning, match='^2 in place of 15 processes decode: /dev/shm holds 0.07 GB, and each needs 0.03'):
-        assert _n_workers(torch.device('cuda'), 3*64*256**2)==2
-    with pytest.warns(UserWarning, match='^0 in place of 15'): assert _n_workers(torch.device('cuda'), 3*512*256**2)==0
+        assert n_workers(torch.device('cuda'), 3*64*256**2)==2
+    with pytest.warns(UserWarning, match='^0 in place of 15'): assert n_workers(torch.device('cuda'), 3*512*256**2)==0
 
 
 # ---- on a GPU

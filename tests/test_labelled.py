@@ -8,7 +8,7 @@ from PIL import Image
 from densessl.ground.core import InputError
 from densessl.data.labelled import *
 from densessl.data.coco import BACKGROUND, read_panoptic
-from densessl.data.images import read_photo
+from densessl.data.photographs import read_photo
 from densessl.data.masks import color_label
 
 RNG = np.random.default_rng(0)

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from densessl.methods import export as transfer
 from densessl.ground.core import InputError
-from densessl.methods.encoders import DenseEncoder, check_exportable, dense_encoder, resample_positions
+from densessl.methods.encoders import DenseEncoder, check_exportable, dense_encoder
+from densessl.theory.positions import resample_positions
 from densessl.methods.export import export_backbone, load_backbone
 from densessl.methods.weights import init_backbone, open_backbone
 
@@ -135,7 +136,7 @@ def test_published_weights_offline(monkeypatch):
     "The sentence names no argument that the caller did not give"
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     for f in (lambda: dense_encoder('test_vit', pretrained=True), lambda: open_backbone('test_vit'), lambda: learner(arch='test_vit', pretrained=True)):
-        with pytest.raises(InputError, match='weights of test_vit could not be had .*download its weights elsewhere and give the file$'): f()
+        with pytest.raises(InputError, match='weights of test_vit cannot be loaded .*download its weights elsewhere and give the file$'): f()
 
 def test_a_folder_of_another_library(tmp_path):
     (tmp_path/'config.json').write_text(json.dumps(dict(model_type='dinov2')))

@@ -25,7 +25,7 @@ def exports(p):
     return [m for s in code(p) for m in re.findall(r'^#\|\s*(?:default_exp|exporti?|exports)[ \t]+([\w.]+)', s, flags=re.M)]
 
 def modules(): return {m: p for p in notebooks() for m in exports(p)}
-def maths(): return [m for m, p in modules().items() if page(p) and 20 <= page(p) < 40]
+def maths(): return [m for m in modules() if m.startswith('theory.')]
 
 def imported(src, package=''):
     "Names of the densessl modules that `src` imports; `package` is where its relative imports start"
@@ -110,9 +110,11 @@ def test_notebook_has_title_and_summary(p):
     assert first[0].startswith('# '), f'the first text cell must open with "# Title", not {first[0]!r}'
     assert any(re.match(r'> \S', l) for l in first), 'the title cell lacks its "> one line" summary'
 
+PICTURE_PAGES = ('25_theory.matching',)     # they live by their pictures
+
 @pytest.mark.parametrize('p', notebooks(), ids=rel)
 def test_notebook_is_small(p):
-    limit = 150 if page(p) is not None else 300
+    limit = 150 if page(p) is not None and p.stem not in PICTURE_PAGES else 300
     size = p.stat().st_size/1000
     assert size < limit, f'{size:.0f} kB, the budget is {limit} kB: smaller pictures, fewer outputs'
 

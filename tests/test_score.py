@@ -93,12 +93,12 @@ def test_best_checkpoint_gives_its_score(method, photos, tmp_path):
 
 def test_prototype_head_is_the_methods_own():
     "Logits of the teacher for its own tokens, as the method would assign them"
-    from densessl.theory.attention import mean_shift, unit
+    from densessl.theory.attention import mean_shift, unit_vectors
     f, d = (learner(o).model.eval() for o in ('flsl', 'dino'))
     v = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         head, temp = prototype_head(f)
-        Z = unit(f.teacher.encoder.tokens(v))
+        Z = unit_vectors(f.teacher.encoder.tokens(v))
         want = f.teacher.head(mean_shift(Z, Z, f.config.beta_ca)*24**.5)
         torch.testing.assert_close(head(f.product.tokens(v)), want.flatten(0, 1)); assert temp==f.config.temp_t[1]
         d.center.normal_()

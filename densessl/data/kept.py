@@ -91,7 +91,7 @@ class KeptCanvases:
     def to(self,
         device,  # Of the views
     ):
-        "Move to a GPU that has twice the memory free"
+        "Move the canvases to a GPU that has twice their size free"
         device, canvas = torch.device(device or 'cpu'), self.canvas
         if device.type!='cuda' or canvas.device.type!='cpu': return
         if canvas.nbytes>torch.cuda.mem_get_info(device)[0]/2: return

@@ -9,12 +9,11 @@ __all__ = ['Views', 'nest_boxes', 'flip_boxes', 'random_boxes', 'snap_boxes', 'b
 # %% ../../nbs/10_data.views.ipynb #ae7c89fc
 import math
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 
 import torch, torch.nn.functional as F
 from torch import Tensor
 
-from ..ground.core import InputError, fp32
+from ..ground.core import InputError, compiled, fp32, to_device
 
 # %% ../../nbs/10_data.views.ipynb #1cd25a58
 def nest_boxes(
@@ -78,15 +77,6 @@ def _crop_resize_one_by_one(canvas, px, flip, size):
     return x
 
 # %% ../../nbs/10_data.views.ipynb #571be22b
-def _to(x, device):
-    "Move a tensor without waiting for what the GPU has still to do"
-    return x.to(device, non_blocking=torch.device(device).type=='cuda')
-
-@lru_cache
-def _compiled(f, dynamic=False):
-    "`f` as one graph, compiled at its first call"
-    return torch.compile(f, dynamic=dynamic, fullgraph=True)
-
 def bicubic_weights(
     lo:Tensor,    # First pixel of the source, (n,)
     hi:Tensor,    # One past its last pixel, (n,)
@@ -104,7 +94,7 @@ def bicubic_weights(
 @fp32
 def _crop_resize_batched(canvas, px, flip, size):
     "The same as two matrix products for the whole batch, rounded where the other one rounds: for an accelerator"
-    S, px, flip = canvas.shape[-1], _to(px, canvas.device), _to(flip, canvas.device)
+    S, px, flip = canvas.shape[-1], to_device(px, canvas.device), to_device(flip, canvas.device)
     wx, wy = bicubic_weights(px[:,0], px[:,2], size, S), bicubic_weights(px[:,1], px[:,3], size, S)
     wx = torch.where(flip[:,None,None], wx.flip(1), wx)
     x = (canvas.float() @ wx[:,None].mT).round_().clamp_(0, 255)
@@ -120,7 +110,7 @@ def crop_resize(
     "Cut boxes from photographs and resize them, antialiased, mirrored where x1 > x2"
     px, flip = _pixels(boxes, canvas.shape[-1]), (boxes[:,0]>boxes[:,2]).cpu()
     if canvas.device.type=='cpu': f = _crop_resize_one_by_one
-    else: f = _compiled(_crop_resize_batched) if compile else _crop_resize_batched
+    else: f = compiled(_crop_resize_batched) if compile else _crop_resize_batched
     return f(canvas, px, flip, size), snap_boxes(boxes, canvas.shape[-1])
 
 # %% ../../nbs/10_data.views.ipynb #82bea633

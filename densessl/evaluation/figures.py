@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from ..theory.attention import attention_weights, iterate_modes, merge_modes, unit
+from ..theory.attention import attention_weights, iterate_modes, merge_modes, unit_vectors
 from ..ground.commands import densessl_show
 from ..ground.core import InputError, fp32
 from ..methods.encoders import DenseEncoder, dense_encoder
@@ -82,7 +82,7 @@ def ass(
     tokens:Tensor,  # (..., N, D), any norm
 )->Tensor:          # (..., N), in [-1, 1]; the mean over N is the squared norm of the mean unit token; gradient flows
     "Aggregated similarity score: the mean cosine similarity of each token with all (FLSL poster, our definition)"
-    z = unit(tokens)
+    z = unit_vectors(tokens)
     return torch.einsum('...nd,...d->...n', z, z.mean(-2))
 
 # %% ../../nbs/56_evaluation.figures.ipynb #95a0ae49
@@ -223,7 +223,7 @@ def mode_segments(
     radius:float=.1,  # Modes closer than this are one
 )->tuple:             # Segment of each token (..., N), from 0 in order of appearance; number of segments (...)
     "Tokens that climb to the same mode, numbered"
-    z = unit(tokens.detach())
+    z = unit_vectors(tokens.detach())
     return merge_modes(iterate_modes(z, z, beta), radius)
 
 # %% ../../nbs/56_evaluation.figures.ipynb #b23bd3c2
@@ -243,8 +243,8 @@ def show_segments(
     fig, axs = _figure(len(encoders), 2+len(patches), size)
     for row,(name,e) in zip(axs, encoders.items()):
         (_, z, grid), = _layers(e, photos, [-1], _of(mean, name), _of(std, name))
-        z = unit(z[0])
-        b = beta or suggest_beta(z, things=things)
+        z = unit_vectors(z[0])
+        b = beta or suggest_beta(z, n_segments=things)
         labels, n = mode_segments(z, b)
         weights = attention_weights(z, z, b)
         _photo(row[0], photo)
@@ -279,7 +279,7 @@ def neighbor_agreement(
     other = groups[:,None]!=groups
     if not N or not other.any(-1).all():
         raise InputError('all tokens are of one photograph: their neighbors are sought in others, so give two or more')
-    z, same = unit(tokens), labels[:,None]==labels
+    z, same = unit_vectors(tokens), labels[:,None]==labels
     near = (z@z.mT).masked_fill(~other, -torch.inf).argmax(-1)
     return Agreement((labels[near]==labels).double().mean().item(),
                      ((same&other).sum(-1)/other.sum(-1)).double().mean().item())
@@ -288,7 +288,7 @@ def neighbor_agreement(
 def _segments(encoder, photos, mean, std):
     "Segments of the last layer as masks (B,h,w), numbered across photographs from 1"
     (_, z, grid), = _layers(encoder, photos, [-1], mean, std)
-    labels, n = zip(*(mode_segments(o, suggest_beta(unit(o))) for o in z))
+    labels, n = zip(*(mode_segments(o, suggest_beta(unit_vectors(o))) for o in z))
     labels = torch.stack(labels)+1+torch.tensor([0, *n[:-1]]).cumsum(0)[:,None]
     return F.interpolate(labels.unflatten(-1, grid)[:,None].float(), photos.shape[-2:])[:,0].long()
 
@@ -343,7 +343,7 @@ def tsne_layers(
                                  f'larger photographs, or a lower purity or perplexity')
             z, y, image = l.tokens.flatten(0, 1)[at], share.indices[at], at//l.tokens.shape[1]
             value, chance = (_within if own else neighbor_agreement)(z, y, image)
-            ax.scatter(*_tsne(unit(z), perplexity, seed).T, c=y%LABELS.N, cmap=LABELS, vmin=0, vmax=LABELS.N-1,
+            ax.scatter(*_tsne(unit_vectors(z), perplexity, seed).T, c=y%LABELS.N, cmap=LABELS, vmin=0, vmax=LABELS.N-1,
                        s=5+500/len(at), lw=0)
             ax.set_title(f'{l.name}: {value:.2f}'+' within'*own+f'\nchance {chance:.2f}', fontsize=8)
             shown |= set(y.tolist())
@@ -365,7 +365,7 @@ def nearest_patches(
     if not (0<=image<B and 0<=patch<N):
         raise InputError(f'there is no patch {patch} of photograph {image}: use 0 to {N-1} and 0 to {B-1}')
     if not 1<=k<B: raise InputError(f'k must be 1 to {B-1}, the number of other photographs, got {k}')
-    z = unit(tokens)
+    z = unit_vectors(tokens)
     sim, at = (z@z[image,patch]).max(-1)
     sim, near = sim.masked_fill(torch.arange(B, device=sim.device)==image, -torch.inf).topk(k)
     return near, at[near], sim
@@ -420,7 +420,7 @@ def show_pca(
     for ax,p in zip(axs[:,0], photos): _photo(ax, p)
     for col,(name,e) in zip(axs.T[1:], encoders.items()):
         (_, z, grid), = _layers(e, photos, [layer], _of(mean, name), _of(std, name))
-        for ax,im in zip(col, pca_rgb(unit(z).mT.unflatten(-1, grid))):
+        for ax,im in zip(col, pca_rgb(unit_vectors(z).mT.unflatten(-1, grid))):
             ax.imshow(im.permute(1,2,0), interpolation='nearest')
         col[0].set_title(name, fontsize=8)
     return fig
@@ -453,7 +453,7 @@ def show_correspondence(
         both = ((at>0)&(at<1)).all(-1).nonzero()[:,0]
         if not len(both):
             raise InputError(f'the two views of seed {seed} do not overlap: choose another seed or a larger scale')
-        best = (unit(z[0,both])@unit(z[1]).mT).argmax(-1)
+        best = (unit_vectors(z[0,both])@unit_vectors(z[1]).mT).argmax(-1)
         start, found = (torch.stack([i%w, i//w], -1)+.5 for i in (both, best))
         right = (found-at[both]*cells).abs().amax(-1)<=tolerance
         _photo(ax, pair)
@@ -490,7 +490,7 @@ _MOST = 12                                                       # photographs o
 
 def _some_of(folder, notes):
     "Photographs of a folder, evenly spread if there are many"
-    from densessl.data.images import find_images
+    from densessl.data.folders import find_images
     files = find_images(folder)
     if len(files)<=_MOST: return files
     notes.append(f'{_MOST} of the {len(files)} photographs in {str(folder)!r} are shown, evenly spread: name files to '
@@ -499,7 +499,7 @@ def _some_of(folder, notes):
 
 def _read_photos(paths, size):
     "Photographs as squares, their names, and notes: how many of a folder, and which cannot be read"
-    from densessl.data.images import load_canvas   # loads fastai, which the pictures do without
+    from densessl.data.photographs import load_canvas
     paths = [Path(p).expanduser() for p in paths]
     if missing := [str(p) for p in paths if not p.exists()]:
         raise InputError(f'an image cannot be read: there is no file {missing[0]!r}')

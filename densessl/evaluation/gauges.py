@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..ground.core import InputError, fp32
-from ..theory.attention import attention_weights, unit
+from ..theory.attention import attention_weights, unit_vectors
 from ..theory.softmask import suggest_beta
 from ..data.views import crop_resize, flip_boxes, random_boxes
 from ..theory.statistics import prototype_use, token_rank
@@ -108,10 +108,10 @@ def soft_mask_separation(
 )->float:              # At most 1; 0 by chance
     "Share of the soft masks over another view that falls on the thing they belong to, above chance"
     H, W = grid
-    z1, z2 = unit(z1), unit(z2)
+    z1, z2 = unit_vectors(z1), unit_vectors(z2)
     labels = token_clusters(z2, things, seed)
     if beta is None:
-        try: beta = suggest_beta(z2, things=things)
+        try: beta = suggest_beta(z2, n_segments=things)
         except InputError: return 0.   # all tokens of a view are equal
     at = carry_centers(boxes1, boxes2, grid).to(z1.device)
     inside = ((at>0)&(at<1)).all(-1)
@@ -182,7 +182,7 @@ def label_free_gauges(
     res = [first,
            score('separation', soft_mask_separation(z1, z2, b1, b2, m1.shape[-2:], things, beta, seed), things=things,
                  beta='own' if beta is None else beta),
-           score('token rank', rank_share(unit(z1))), score('position', position_share(unit(z1)))]
+           score('token rank', rank_share(unit_vectors(z1))), score('position', position_share(unit_vectors(z1)))]
     return res + ([score('prototype use', prototype_share(head(z1), temp), temp=temp)] if head is not None else [])
 
 # %% ../../nbs/54_evaluation.gauges.ipynb #298abb88

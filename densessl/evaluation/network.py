@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..ground.core import InputError
-from ..theory.attention import mean_shift, unit
+from ..theory.attention import mean_shift, unit_vectors
 from ..data.augment import make_views
 from ..data.labelled import labelled_data
 from ..data.order import same_random_state
@@ -56,7 +56,7 @@ def prototype_head(
     if isinstance(model, FLSL):
         c = model.config
         def head(z):
-            Z = unit(z) if c.normalize else z
+            Z = unit_vectors(z) if c.normalize else z
             mode = mean_shift(Z, Z, c.beta_ca).flatten(0, 1)*(z.shape[-1]**.5 if c.normalize else 1.)
             return model.teacher.head(mode[::-(-len(mode)//queries)])
         return head, c.temp_t[-1]

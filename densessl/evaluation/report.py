@@ -44,7 +44,8 @@ def is_davis(path):
 
 def _unlabelled(path, size, limit, say=print):
     "At most `limit` photographs of a folder, evenly spread, as squares"
-    from densessl.data.images import find_images, load_canvas   # loads fastai
+    from densessl.data.folders import find_images
+    from densessl.data.photographs import load_canvas
     files = find_images(path)
     n, kept = min(limit, len(files)), []
     for i in range(n):

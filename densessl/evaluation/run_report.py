@@ -169,13 +169,14 @@ _MONITORED = dict(   # method -> name of a number -> what it is
         'context_rank': 'the same for the contextualized embeddings',
     },
     dino={
-        'information': 'what one view tells of another, in nats; 0 or less is nothing',
+        'information': 'what a view tells of its photograph, in nats; 0 or less is nothing',
         'alike': 'mean cosine between the average tokens of photographs; near 1 is a collapse',
         'spread': 'mean cosine between the tokens of a view; near 1: nothing dense is left in them',
         'center': 'length of the center that is taken from the scores of the teacher',
         'entropy': 'how undecided the targets of the teacher are; 0 is certain',
         'kl': 'distance of the student from its targets',
         'perplexity': 'prototypes in use, weighted by how much; 1 is a collapse',
+        'view_perplexity': 'the same by the targets of one view; if far below, they name the view, not the photograph',
         'rank': 'directions along which the tokens of the batch vary; near 1 is a collapse',
     })
 

@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from ..ground.core import InputError
-from ..methods.encoders import DenseEncoder, sincos_positions
+from ..methods.encoders import DenseEncoder
+from ..theory.positions import sincos_positions
 
 # %% ../../nbs/50_evaluation.verdict.ipynb #c1ea5550
 def fixed_positions(

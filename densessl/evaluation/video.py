@@ -22,8 +22,8 @@ from .. import __version__
 from ..ground.core import InputError, fp32
 from .verdict import resampled_sums
 from .scores import Score, as_feature_map, extract, _bar, _common
-from ..data.labelled import read_pair
-from ..data.layouts import by_stem, files_of, photos_of
+from ..data.segmentation import read_pair
+from ..data.names import by_stem, files_of, photos_of
 from ..data.masks import COLOR, MASK_SUFFIXES
 
 # %% ../../nbs/55_evaluation.video.ipynb #a3df16c7

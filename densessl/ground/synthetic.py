@@ -113,6 +113,7 @@ class SceneDataset(Dataset):
         g = torch.Generator().manual_seed((self.seed*10**6 + i%self.n) % 2**32)  # torch keeps the lower 32 bits only
         return draw_scene(self.size, generator=g, **self.kwargs)
 
+# %% ../../nbs/05_ground.synthetic.ipynb #1e7c4348
 def draw_scenes(
     n:int,         # Number of scenes
     size:int=64,   # Side of an image, pixels

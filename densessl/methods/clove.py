@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ground.core import InputError, check_ramp, check_ranges, rebuilt_from_list
-from ..theory.attention import unit
+from ..theory.attention import unit_vectors
 from ..theory.context import NMHSA
 from ..theory.margin import clove_objective
 from ..theory.matching import match_cells
@@ -151,7 +151,7 @@ class CLoVE(nn.Module):
     def forward(self, views)->list:
         both, local = (views['global1'], views['global2']), views.get('local')
         glob = View(torch.cat([v.images for v in both]), torch.cat([v.boxes for v in both]))
-        with torch.no_grad(): Ft = unit(self._embed(self.teacher, glob.images))                        # (2, B, M, D)
+        with torch.no_grad(): Ft = unit_vectors(self._embed(self.teacher, glob.images))           # (2, B, M, D)
         context = lambda v: self.student.context(self._embed(self.student, v.images))
         other = View(glob.images, glob.boxes.flip(0))   # each global view is asked about the other, by its box
         pairs = [MatchedViews(context(glob).flip(0), Ft, self._match(other, glob))]

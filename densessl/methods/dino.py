@@ -29,6 +29,7 @@ class DINOTerms(NamedTuple):
     entropy:Tensor     # Mean entropy of the targets, 0 (one prototype) to ln K (uniform), no gradient
     kl:Tensor          # Mean divergence of student from target, >= 0; 0 if nothing is left to learn, no gradient
     perplexity:Tensor  # Prototypes that the targets of this process use together, 1 to K, no gradient
+    view_perplexity:Tensor  # The same of one view's targets (geometric mean over the teacher's views), no gradient
 
 @fp32
 def dino_loss(
@@ -54,8 +55,10 @@ def dino_loss(
         if not temp>0: raise InputError(f'{name} must be > 0, got {temp}: it divides the logits')
     q, log_p = ((teacher_logits.detach()-center)/temp_t).softmax(-1), (student_logits/temp_s).log_softmax(-1)
     loss = ((q*log_p[:G]).sum() - (q.sum(0)*log_p.sum(0)).sum())/(G*(V-1)*len(q[0]))
-    entropy, perplexity = torch.special.entr(q).sum(-1).mean(), torch.special.entr(q.mean((0, 1))).sum().exp()
-    return DINOTerms(loss, entropy, loss.detach()-entropy, perplexity)
+    entropy = torch.special.entr(q).sum(-1).mean()
+    perplexity = torch.special.entr(q.mean((0, 1))).sum().exp()
+    view_perplexity = torch.special.entr(q.mean(1)).sum(-1).mean().exp()
+    return DINOTerms(loss, entropy, loss.detach()-entropy, perplexity, view_perplexity)
 
 # %% ../../nbs/48_methods.dino.ipynb #1edbf602
 @torch.no_grad()
@@ -72,9 +75,9 @@ def center_update(
 # %% ../../nbs/48_methods.dino.ipynb #36a6f608
 def view_information(
     terms:DINOTerms,  # Of a batch
-)->Tensor:            # Nats, at most ln of the number of photographs; 0 for either collapse; no gradient
-    "What one view tells the student of the target of another: entropy of the mean target less the loss"
-    return (terms.perplexity.log()-terms.loss).detach()
+)->Tensor:            # Nats, at most ln of the number of photographs; 0 or less for any collapse; no gradient
+    "What a view tells the student of its photograph: entropy of each view's mean target less the loss"
+    return (terms.view_perplexity.log()-terms.loss).detach()
 
 # %% ../../nbs/48_methods.dino.ipynb #24a0a03d
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class DINOConfig:
     center_momentum:float=0.9        # Weight kept from the center
     momentum:tuple=(0.996,1.)        # Weight kept from the teacher, first and last
     lr:float=5e-4                    # Learning rate for a batch of 256; scales with the batch
-    final_lr:float=1e-6              # Learning rate at the end
+    final_lr:float=1e-6              # Learning rate at the end; scales with the batch, as `lr` does
     warmup:float=10/300              # Share of training over which the learning rate rises
     wd:tuple=(0.04,0.4)              # Weight decay, first and last
     clip:float=3.                    # Largest gradient norm of a single parameter
@@ -228,11 +231,16 @@ def dino_state(
                 center=out.center.norm()) | parts._asdict()
 
 def diagnose_dino(
-    m:dict,  # Numbers of one epoch: epoch, K, entropy, perplexity, information, alike, spread
+    m:dict,  # Numbers of one epoch: epoch, K, entropy, perplexity, view_perplexity, information, alike,
+             # spread
 )->list:     # Sentences; empty if all is well
     "Says in words what the monitored numbers mean, and which setting to turn"
     K, said = m['K'], []
-    if m['perplexity']<1.5:
+    if m['view_perplexity']<1.5<=m['perplexity']:
+        said.append(f"The targets tell the views apart, not the photographs ({m['perplexity']:.1f} of {K} prototypes "
+                    f"in use, {m['view_perplexity']:.1f} by the targets of one view): another collapse. "
+                    'Give the global views the same blur_p and solarize_p, or lower the learning rate.')
+    elif m['perplexity']<1.5:
         said.append(f"All photographs have the same target ({m['perplexity']:.1f} of {K} prototypes in use): "
                     'the one-hot collapse. Lower center_momentum or the learning rate, or raise momentum: '
                     'the center must be quicker than the teacher.')

@@ -6,15 +6,16 @@
 __all__ = ['plain_arguments', 'export_backbone', 'backbone_labels']
 
 # %% ../../nbs/44_methods.export.ipynb #a1abcccb
-import copy, json, os
+import copy, json
 from pathlib import Path
 
 import timm, torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from .. import __version__
 from ..ground.core import InputError
+from ..ground.files import whole_file
 from .encoders import DenseEncoder, check_exportable
 from .weights import load_backbone, open_backbone
 
@@ -47,6 +48,7 @@ def _for_plain_name(encoder, state):
     if n: added['pos_embed'] = nn.functional.pad(state['pos_embed'], (0, 0, n, 0))
     return state | added
 
+# %% ../../nbs/44_methods.export.ipynb #c136f945
 _NOTE = ('Exactly the features that were trained: densessl.all.load_backbone(file), or net = timm.create_model(arch, '
          '**model_kwargs); own = net.state_dict(); '
          "net.load_state_dict({k: v[:,-own[k].shape[1]:] if k=='pos_embed' else v for k,v in "
@@ -89,12 +91,9 @@ def export_backbone(
     state = _for_plain_name(enc, {k: v.detach().cpu() for k,v in enc.net.state_dict().items()})
     state = {k: v.contiguous() for k,v in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name+'.part')
-    try:
+    with whole_file(path) as part:
         part.write_bytes(save(state, metadata=dict(densessl=json.dumps(meta))))   # `save_file` would hide it
         difference = _compare(enc, state, part)
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
     return meta | dict(difference=difference)
 
 # %% ../../nbs/44_methods.export.ipynb #e97adfcd

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..ground.core import InputError, check_ramp, check_ranges, fp32, rebuilt_from_list
-from ..theory.attention import mean_shift, query_mask, unit
-from ..theory.modes import ObjectiveParts, mode_loss, prototype_objective
+from ..theory.attention import mean_shift, unit_vectors
+from ..theory.pooling import query_mask
+from ..theory.modes import ObjectiveParts, mode_loss
+from ..theory.prototypes import prototype_objective
 from ..data.views import Augment, CropSpec, Recipe
 from .encoders import DenseEncoder, dense_encoder
 from .heads import PrototypeHead
@@ -50,7 +52,7 @@ class FLSLConfig:
     temp_t_warmup:float=0.1       # Share of training over which the teacher temperature rises
     momentum:tuple=(0.996,1.)     # Weight kept from the teacher, first and last
     lr:float=5e-4                 # Learning rate for a batch of 256; scales with the batch
-    final_lr:float=1e-6           # Learning rate at the end
+    final_lr:float=1e-6           # Learning rate at the end; scales with the batch, as `lr` does
     warmup:float=0.1              # Share of training over which the learning rate rises
     wd:tuple=(0.04,0.4)           # Weight decay, first and last
     clip:float=3.                 # Largest gradient norm of a single parameter
@@ -184,7 +186,7 @@ class FLSL(nn.Module):
 
     def _tokens(self, encoder, images):
         z = encoder.tokens(images)
-        return unit(z) if self.config.normalize else z
+        return unit_vectors(z) if self.config.normalize else z
 
     def _queries(self, Z, size, window):
         h, w = self.student.encoder.grid(size, size)

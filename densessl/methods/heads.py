@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..ground.core import InputError, fp32, recomputed
-from ..theory.attention import unit
+from ..theory.attention import unit_vectors
 
 # %% ../../nbs/42_methods.heads.ipynb #b7292680
 @fp32
@@ -25,6 +25,7 @@ def scaled_prototypes(
     mu = F.normalize(prototypes, dim=-1)
     return mu if norm is None else norm*mu
 
+# %% ../../nbs/42_methods.heads.ipynb #b5b4b2c6
 @fp32
 def cosine_logits(
     u:Tensor,           # Unit vectors, (..., D)
@@ -69,7 +70,7 @@ class PrototypeHead(nn.Module):
         x = self.mlp[0](x)
         for act,linear in zip(self.mlp[1::2], self.mlp[2::2]):
             with recomputed(act, x) as a: x = linear(a)
-        return unit(x)
+        return unit_vectors(x)
 
     def scaled_prototypes(self)->Tensor:
         "What the points of `embed` are multiplied with, (n_prototypes, bottleneck_dim)"

@@ -14,10 +14,10 @@ from pickle import UnpicklingError
 
 import timm, torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from ..ground.core import InputError
-from .encoders import DenseEncoder, _LOADS, dense_encoder, resample_positions, sincos_positions
+from .encoders import LOADING_ARGUMENTS, DenseEncoder, dense_encoder
+from ..theory.positions import resample_positions, sincos_positions
 
 # %% ../../nbs/41_methods.weights.ipynb #1fe1beac
 def _first(names, n=4):
@@ -70,7 +70,7 @@ def _header(path, meta):
     if ':' in arch or not timm.is_model(arch):
         raise InputError(f'{str(path)!r} holds a {arch!r}, which timm {timm.__version__} does not know: '
                          'install the version of timm that wrote it')
-    if asks := [k for k in kwargs if k in _LOADS]:
+    if asks := [k for k in kwargs if k in LOADING_ARGUMENTS]:
         raise bad(f'its model_kwargs would load something else ({_first(asks)})')
     return arch, kwargs, size
 

@@ -6,12 +6,11 @@
 __all__ = ['head_weights', 'head_attention', 'NMHSA']
 
 # %% ../../nbs/26_theory.context.ipynb #4d0c8823
-import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..ground.core import InputError, fp32
-from .attention import unit
+from .attention import unit_vectors
 
 # %% ../../nbs/26_theory.context.ipynb #c1d44bc2
 def _scaled(q, k, temp):
@@ -54,9 +53,12 @@ class NMHSA(nn.Module):
     ):
         super().__init__()
         for n,a in dict(dim=dim, num_heads=num_heads).items():
-            if a<1: raise InputError(f'{n} must be 1 or more, got {a}')
-        if dim%num_heads: raise InputError(f'dim must be a multiple of num_heads, got {dim} and {num_heads}')
-        if not temp>0: raise InputError(f'temp must be > 0, got {temp}: it divides the cosines')
+            if a<1:
+                raise InputError(f'{n} must be 1 or more, got {a}')
+        if dim%num_heads:
+            raise InputError(f'dim must be a multiple of num_heads, got {dim} and {num_heads}')
+        if not temp>0:
+            raise InputError(f'temp must be > 0, got {temp}: it divides the cosines')
         self.dim, self.num_heads, self.temp = dim, num_heads, temp if cosine else None
         self.qkv, self.proj = nn.Linear(dim, 3*dim), nn.Linear(dim, dim)
         self.reset_parameters()
@@ -83,4 +85,4 @@ class NMHSA(nn.Module):
         q, k, _ = self._heads(x)
         return head_weights(q, k, self.temp).mean(1).reshape(*x.shape[:-1], x.shape[-2])
 
-    def forward(self, x): return unit(self.attend(x))
+    def forward(self, x): return unit_vectors(self.attend(x))

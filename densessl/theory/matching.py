@@ -14,14 +14,15 @@ from torch import Tensor
 from ..ground.core import InputError, fp32
 
 # %% ../../nbs/25_theory.matching.ipynb #1300ac9e
-def _hw(grid):
+def _rows_and_columns(grid):
     "Rows and columns of a map, checked"
     grid = tuple(grid) if hasattr(grid, '__len__') else (grid,)
     if len(grid)!=2 or any(int(n)!=n or n<1 for n in grid):
         raise InputError(f'a grid is (rows, columns), two whole numbers of at least 1, got {grid}')
     return int(grid[0]), int(grid[1])
 
-def _four(boxes):
+# %% ../../nbs/25_theory.matching.ipynb #8142fda7
+def _checked_boxes(boxes):
     "Boxes, their last dimension checked"
     if boxes.ndim<1 or boxes.shape[-1]!=4:
         raise InputError(f'boxes hold x1, y1, x2, y2 in their last dimension, got shape {tuple(boxes.shape)}: pass '
@@ -35,14 +36,14 @@ def cell_centers(
     grid,          # Rows and columns of the feature map, (H, W)
 )->Tensor:         # Points (x, y) of the unit square, (..., H*W, 2), row by row
     "Where the center of each cell of a map lies in the photograph (CLoVE, I_i)"
-    H, W = _hw(grid)
-    start, end = _four(boxes).unsqueeze(-2).split(2, -1)
+    H, W = _rows_and_columns(grid)
+    start, end = _checked_boxes(boxes).unsqueeze(-2).split(2, -1)
     v, u = (torch.arange(.5, n, device=start.device, dtype=start.dtype)/n for n in (H, W))
     t = torch.cartesian_prod(v, u).flip(-1)
     return start*t.flip(0) + end*t
 
 # %% ../../nbs/25_theory.matching.ipynb #afd57818
-def _stretch(hw, boxes):
+def _width_and_height(hw, boxes):
     "Width and height, to multiply points by"
     hw = torch.as_tensor(hw, dtype=boxes.dtype, device=boxes.device)
     if hw.ndim<1 or hw.shape[-1]!=2:
@@ -50,6 +51,7 @@ def _stretch(hw, boxes):
                          f'{tuple(hw.shape)}: pass (..., 2)')
     return hw.flip(-1)
 
+# %% ../../nbs/25_theory.matching.ipynb #84bcca3c
 @fp32
 def cell_diagonal(
     boxes:Tensor,  # Boxes (..., 4) in [0,1] of the photograph, mirrored or not
@@ -57,17 +59,18 @@ def cell_diagonal(
     hw=None,       # Height and width of the photographs, (..., 2) or one pair; None: measure in the unit square
 )->Tensor:         # (...), in pixels of the photograph, or in the unit square without `hw`
     "Length of the diagonal of one cell (CLoVE, public code)"
-    H, W = _hw(grid)
-    boxes = _four(boxes)
+    H, W = _rows_and_columns(grid)
+    boxes = _checked_boxes(boxes)
     start, end = boxes.split(2, -1)
     size = end-start
-    if hw is not None: size = size*_stretch(hw, boxes)
+    if hw is not None: size = size*_width_and_height(hw, boxes)
     w, h = size.unbind(-1)
     return torch.hypot(w/W, h/H)
 
 # %% ../../nbs/25_theory.matching.ipynb #4753a400
 _UNITS = ('cell', 'square', 'pixel')
 
+# %% ../../nbs/25_theory.matching.ipynb #0a6411be
 def _check_values(boxes, hw):
     "One look at the values of boxes and sizes"
     if not boxes.numel(): return
@@ -81,6 +84,7 @@ def _check_values(boxes, hw):
     if hw is not None and not (torch.as_tensor(hw)>0).all():
         raise InputError(f'height and width must be > 0, got {torch.as_tensor(hw).tolist()}')
 
+# %% ../../nbs/25_theory.matching.ipynb #78567d13
 @fp32
 def cell_distances(
     boxes1:Tensor,     # Boxes of the first views, (..., 4), mirrored or not
@@ -93,16 +97,17 @@ def cell_distances(
     check:bool=True,   # Look at the values of the boxes; on an accelerator that waits: a training loop does not
 )->Tensor:             # (..., N, M); no gradient is wanted here
     "Distance of every cell of one map from every cell of the other (CLoVE, pixel matching)"
-    if unit not in _UNITS: raise InputError(f'unit must be one of {", ".join(_UNITS)}, got {unit!r}')
+    if unit not in _UNITS:
+        raise InputError(f'unit must be one of {", ".join(_UNITS)}, got {unit!r}')
     if unit=='pixel' and hw is None:
         raise InputError("unit 'pixel' needs the height and width of the photographs: pass hw=(height, width) or a "
                          "tensor (..., 2)")
-    boxes1, boxes2 = _four(boxes1), _four(boxes2)
+    boxes1, boxes2 = _checked_boxes(boxes1), _checked_boxes(boxes2)
     if check:
         for b in (boxes1, boxes2): _check_values(b, hw)
     if unit=='square': hw = None
     p, q = cell_centers(boxes1, grid1), cell_centers(boxes2, grid2)
-    if hw is not None: p, q = (o*_stretch(hw, o).unsqueeze(-2) for o in (p, q))
+    if hw is not None: p, q = (o*_width_and_height(hw, o).unsqueeze(-2) for o in (p, q))
     # not by way of products, which would lose the small distances
     d = torch.cdist(p, q, compute_mode='donot_use_mm_for_euclid_dist')
     if unit!='cell': return d
@@ -128,7 +133,7 @@ def match_cells(
 
 # %% ../../nbs/25_theory.matching.ipynb #c47d579d
 def matched_share(
-    M:Tensor,  # Matches, bool (..., N, M)
-)->Tensor:     # (...), from 0 (the views share nothing) to 1
+    matches:Tensor,  # Bool (..., N, M)
+)->Tensor:           # (...), from 0 (the views share nothing) to 1
     "Share of the first view's cells that match some cell of the second"
-    return M.any(-1).float().mean(-1)
+    return matches.any(-1).float().mean(-1)

@@ -42,7 +42,8 @@ def prototype_shares(
     temp:float,     # Temperature that divides them, > 0
 )->dict:            # As `prototype_use`, scalars on the device
     "How many prototypes a batch of queries uses, and how sure each query is, without waiting for the numbers"
-    if not temp>0: raise InputError(f'temp must be > 0, got {temp}: it divides the logits')
+    if not temp>0:
+        raise InputError(f'temp must be > 0, got {temp}: it divides the logits')
     p = (logits/temp).softmax(-1)
     used = torch.zeros(logits.shape[-1], dtype=torch.long, device=logits.device).scatter_(0, logits.argmax(-1), 1)
     perplexity, entropy = torch.special.entr(p.mean(0)).sum().exp(), torch.special.entr(p).sum(-1).mean()

@@ -27,7 +27,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from ..ground.core import InputError
-from ..theory.attention import attention_weights, unit
+from ..theory.attention import attention_weights, unit_vectors
 from ..data.augment import make_views
 from .guard import OutOfMemory, StopIfNotFinite
 from ..theory.statistics import effective_rank
@@ -395,21 +395,6 @@ class DenseLearner(Learner):
                   'Callbacks: ' + ', '.join(cb.name for cb in self.cbs.sorted('order'))]
         return PrettyString('\n'.join(lines))
 
-# %% ../../nbs/68_training.learner.ipynb #e4fa9029
-@patch
-def show_batch(self:ViewLoader,
-    b=None,         # A batch; default a new one
-    max_n:int=2,    # Photographs, one a row
-    **kwargs,       # Arguments of `show_images`
-):                  # Figure
-    "The views of the first photographs of a batch, as the network gets them: `learn.dls.show_batch()`"
-    views, *_ = self.one_batch() if b is None else b
-    recipe = self.after_batch.recipe
-    n = min(max_n, next(iter(views.values())).images.shape[1])
-    names = [(k, i) for k,v in views.items() for i in range(len(v.images))]
-    pictures = [unnormalize(views[k].images[i,j], recipe.mean, recipe.std) for j in range(n) for k,i in names]
-    return show_images(pictures, [k for k,_ in names]*n, cols=len(names), **kwargs)
-
 # %% ../../nbs/68_training.learner.ipynb #df936fbb
 def _settings(config, presets, recipe, dls):
     "Settings from their name, checked against the views of the data"
@@ -613,7 +598,7 @@ def _unit_tokens(encoder, x, recipe):
     "Unit tokens of photographs in [0, 1], as they are in evaluation, on the CPU"
     mean, std = (torch.tensor(t)[:,None,None] for t in (recipe.mean, recipe.std))
     training = encoder.training
-    z = unit(encoder.eval().tokens(((x-mean)/std).to(next(encoder.parameters()).device))).cpu()
+    z = unit_vectors(encoder.eval().tokens(((x-mean)/std).to(next(encoder.parameters()).device))).cpu()
     encoder.train(training)
     return z
 
