@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import __version__
 from ..ground.core import InputError, unwrapped
 from ..ground.ranks import n_ranks, this_rank
-from ..data.order import data_identity, inner_loader, order_settings, random_states, set_random_states
+from ..data.order import data_identity, inner_loader, random_states, set_random_states
 from .runfile import DamagedCheckpoint, first_names, read_header, run_checkpoints
 from .monitor import LossPart
 from .learner import AutocastBF16
@@ -216,7 +216,7 @@ def run_header(
     return dict(
         version=__version__, method=settings['method'], epoch=epoch, epochs=learn.n_epoch, batch=batch,
         batches=len(learn.dls.train), step=learn.train_iter, processes=n_ranks(),
-        loader=order_settings(inner_loader(learn.dls.train)), settings=settings, versions=numerics())
+        loader={}, settings=settings, versions=numerics())
 
 def place_in_words(
     header:dict,  # From `run_header`
@@ -233,7 +233,7 @@ def check_same_run(
     learn,          # Learner inside a fit
     settings:dict,  # Of this learner
 ):
-    "An error if a checkpoint is of another run; a warning if the rest may differ in last digits or in its order"
+    "An error if a checkpoint is of another run; a warning if the rest may differ in its last digits"
     if header['method']!=settings['method']:
         raise InputError(f'{path!r} is a run of {header["method"]}, but this learner trains {settings["method"]}: '
                          'choose another folder')
@@ -242,9 +242,6 @@ def check_same_run(
                          'Give it the same settings, or choose another folder')
     check_state(state, learn)
     if differ := other_digits(header['versions'], numerics()): warnings.warn(differ)
-    if differ := compare_settings(header['loader'], order_settings(inner_loader(learn.dls.train))):
-        warnings.warn(f'the order of the photographs depends on settings that have changed ({differ}): '
-                      'the rest of the epoch sees others, everything else is as it was')
 
 # %% ../../nbs/70_training.runstate.ipynb #6661e33c
 def generators_of_this_rank(
