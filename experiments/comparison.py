@@ -18,8 +18,8 @@ from sklearn.datasets import load_sample_image
 
 from densessl.theory.attention import attention_weights, unit_vectors
 from densessl.data.augment import make_views
-from densessl.training.score import kept_photographs
-from densessl.cli import change_settings, parse_kwargs
+from densessl.evaluation.network import kept_photographs
+from densessl.training.choices import change_settings, parse_kwargs
 from densessl.data.images import image_dls
 from densessl.evaluation.probes import dense_scores
 from densessl.evaluation.figures import show_aggregated_similarity, show_probing

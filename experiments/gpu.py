@@ -46,9 +46,10 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.data.core import DataLoaders
 
 from densessl.data.augment import make_views
-from densessl.training.resume import SaveRun, run_checkpoints
-from densessl.training.score import training_views
-from densessl.cli import change_settings, parse_kwargs
+from densessl.training.resume import SaveRun
+from densessl.training.runfile import run_checkpoints
+from densessl.evaluation.network import training_views
+from densessl.training.choices import change_settings, parse_kwargs
 from densessl.data.images import BadFiles, MakeViews, ViewLoader, find_images, image_dls, load_canvas, scene_dls
 from densessl.methods.encoders import dense_encoder
 from densessl.data.labelled import SegmentationData

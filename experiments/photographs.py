@@ -12,8 +12,8 @@ import fastai, timm, torch
 from fastai.torch_core import set_seed
 
 from densessl import __version__
-from densessl.training.score import training_views
-from densessl.cli import change_settings, parse_kwargs
+from densessl.evaluation.network import training_views
+from densessl.training.choices import change_settings, parse_kwargs
 from densessl.data.images import image_dls
 from densessl.data.labelled import segmentation_folder
 from densessl.evaluation.gauges import correspondence_score

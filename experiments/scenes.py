@@ -12,8 +12,9 @@ import torch, torch.nn.functional as F
 from fastai.torch_core import set_seed
 
 from densessl import __version__
-from densessl.training.score import training_views
-from densessl.cli import change_settings, parse_kwargs, scene_data
+from densessl.evaluation.network import training_views
+from densessl.job import scene_data
+from densessl.training.choices import change_settings, parse_kwargs
 from densessl.methods.clove import CLoVELoss
 from densessl.methods.encoders import dense_encoder
 from densessl.evaluation.features import patch_labels

@@ -17,7 +17,8 @@ import numpy as np, torch
 from fastai.callback.training import GradientAccumulation
 from PIL import Image
 
-from densessl.training.resume import SaveRun, read_checkpoint, read_header, run_checkpoints
+from densessl.training.resume import SaveRun
+from densessl.training.runfile import read_checkpoint, read_header, run_checkpoints
 from densessl.data.images import image_dls, scene_dls
 from densessl.training.learner import learner, methods
 

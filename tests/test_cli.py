@@ -356,10 +356,8 @@ commands.densessl_pretrain()
 
 def decided(home, **args):
     "The arguments after the first stage, which reads nothing"
-    from densessl import cli
-    defaults = {k: p.default for k,p in inspect.signature(cli.pretrain).parameters.items()}
-    cli._decide(job := SimpleNamespace(**defaults | dict(folder=str(home/'photos')) | args))
-    return job
+    from densessl.job import Arguments, resolve
+    return resolve(Arguments(**dict(folder=str(home/'photos')) | args))
 
 
 def test_the_method_suits_the_network(home):
@@ -381,37 +379,38 @@ def test_local_views_go_with_the_size(home):
 
 def test_the_start_is_handed_to_the_learner(home, monkeypatch):
     from densessl import cli
+    from densessl.training.learner import methods
     assert decided(home, pretrained=True, arch='resnet18').init=='resnet18'
     got = {}
     def learner(dls, arch, config, **kwargs):
         got.update(kwargs)
         raise InterruptedError
-    monkeypatch.setitem(cli.methods, 'flsl', cli.methods['flsl']._replace(learner=learner))
+    monkeypatch.setitem(methods, 'flsl', methods['flsl']._replace(learner=learner))
     with pytest.raises(InterruptedError): cli.pretrain(str(home/'photos'), img_size=32, arch='vit_tiny_patch16_224', model_kwargs='patch_size=8', init='weights.pth', workers=0, compile=True, out=home/'never')
     assert got['init']=='weights.pth' and got['bf16'] is False and got['compile'] is True and not (home/'never').exists()
 
 
 def test_a_small_folder_gets_a_small_batch_and_more_epochs(home):
-    from densessl import cli
+    from densessl import job as stages
     job = decided(home, img_size=32, arch='vit_tiny_patch16_224', model_kwargs='patch_size=8,embed_dim=24,depth=1,num_heads=3', workers=0)
-    learn = cli._open(job, cli.methods[job.method])[0]
-    assert (job.bs, job.steps, job.epochs)==(8, 3, 167) and job.steps*job.epochs>=cli.ENOUGH_STEPS
-    said = '\n'.join(cli._opening(job, learn))
+    run = stages.open_run(job)
+    assert (job.bs, job.steps, job.epochs)==(8, 3, 167) and job.steps*job.epochs>=stages.ENOUGH_STEPS
+    said = '\n'.join(stages.opening(run))
     assert 'short' not in said and '24 photographs, 3 steps an epoch in batches of 8, 167 epochs: 501 steps' in said
 
 
 @pytest.mark.parametrize('method', ['flsl', 'clove', 'dino'])
 def test_the_step_that_is_tried_changes_nothing(method):
     "Weights, statistics, order of the photographs and random states after an epoch are those of a run without it"
-    from densessl import cli
+    from densessl import job
     from densessl.data.images import scene_dls
     torch.set_num_threads(1)
-    m = cli.methods[method]
-    config = cli.change_settings(m.presets['scenes'], dict(img_size=32, local_size=16))
+    m = job.methods[method]
+    config = job.change_settings(m.presets['scenes'], dict(img_size=32, local_size=16))
     def trained(tried):
-        cli.set_seed(0)
-        learn = cli.learner(scene_dls(16, m.recipe(config), bs=4, seed=0), m.scene_arch, m, config, model_kwargs=cli.parse_kwargs(m.scene_kwargs))
-        if tried: assert cli.try_step(learn)[0]>0 and learn.loss_func.parts is None
+        job.set_seed(0)
+        learn = job.learner(scene_dls(16, m.recipe(config), bs=4, seed=0), m.scene_arch, m, config, model_kwargs=job.parse_kwargs(m.scene_kwargs))
+        if tried: assert job.try_step(learn)[0]>0 and learn.loss_func.parts is None
         learn.fit(1)
         return learn.model.state_dict() | dict(next=torch.rand(3))
     tried, plain = trained(True), trained(False)
@@ -419,24 +418,24 @@ def test_the_step_that_is_tried_changes_nothing(method):
 
 
 def test_a_step_that_does_not_fit_is_told_before_the_run(home, monkeypatch):
-    from densessl import cli
-    job = decided(home, img_size=32, arch='vit_tiny_patch16_224', model_kwargs='patch_size=8,embed_dim=24,depth=1,num_heads=3', workers=0)
-    learn = cli._open(job, cli.methods[job.method])[0]
+    from densessl.job import expected, open_run
+    run = open_run(decided(home, img_size=32, arch='vit_tiny_patch16_224', model_kwargs='patch_size=8,embed_dim=24,depth=1,num_heads=3', workers=0))
     def forward(self, views): raise torch.OutOfMemoryError('CUDA out of memory')
-    monkeypatch.setattr(type(learn.model), 'forward', forward)
-    with pytest.raises(InputError, match='out of memory: pass bf16=True, lower bs'): cli._expected(job, learn)
+    monkeypatch.setattr(type(run.learn.model), 'forward', forward)
+    with pytest.raises(InputError, match='out of memory: pass bf16=True, lower bs'): expected(run)
 
 
 def test_the_step_that_is_tried_is_a_whole_one(monkeypatch):
     "Optimizer and teacher are in it; on a CPU, processes that read take their share of the cores; validation is counted"
-    from densessl import cli
+    from densessl import job
+    from densessl.training import trial
     from densessl.data.images import scene_dls
-    m = cli.methods['flsl']
-    config = cli.change_settings(m.presets['scenes'], dict(img_size=32, local_size=16))
-    learn = cli.learner(scene_dls(16, m.recipe(config), bs=4, seed=0), m.scene_arch, m, config, model_kwargs=cli.parse_kwargs(m.scene_kwargs))
+    m = job.methods['flsl']
+    config = job.change_settings(m.presets['scenes'], dict(img_size=32, local_size=16))
+    learn = job.learner(scene_dls(16, m.recipe(config), bs=4, seed=0), m.scene_arch, m, config, model_kwargs=job.parse_kwargs(m.scene_kwargs))
     now, dl, opt_func = [0.], learn.dls.train, learn.opt_func
-    monkeypatch.setattr(cli.time, 'perf_counter', lambda: now[0])
-    monkeypatch.setattr(cli, 'num_cpus', lambda: 2)
+    monkeypatch.setattr(trial.time, 'perf_counter', lambda: now[0])
+    monkeypatch.setattr(trial, 'num_cpus', lambda: 2)
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
     def takes(seconds, f):
         def _f(*args, **kwargs): now[0] += seconds; return f(*args, **kwargs)
@@ -447,18 +446,18 @@ def test_the_step_that_is_tried_is_a_whole_one(monkeypatch):
         return opt
     learn.opt_func = slow_optimizer
     monkeypatch.setattr(type(learn.model), 'update_teacher', takes(4, type(learn.model).update_teacher))
-    monkeypatch.setattr(cli, 'read_batch', lambda dl: (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.full((4, 2), 32), 5.))
-    whole = 7/cli.KEPT
-    assert cli.try_step(learn)[0]==pytest.approx(whole+5)                       # one process does both
+    monkeypatch.setattr(trial, 'read_batch', lambda dl: (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.full((4, 2), 32), 5.))
+    whole = 7/job.KEPT
+    assert trial.try_step(learn, pace=job.KEPT)[0]==pytest.approx(whole+5)                       # one process does both
     dl.fake_l.num_workers = 1
-    assert cli.try_step(learn)[0]==pytest.approx(whole+5/2)                     # a second of reading takes half a one from the step
-    monkeypatch.setattr(cli, 'num_cpus', lambda: 16)
-    assert cli.try_step(learn)[0]==pytest.approx(whole)
-    job = SimpleNamespace(bf16=False, steps=4, epochs=100)
-    monkeypatch.setattr(cli, 'try_step', lambda *args: (60., 'much'))
-    assert cli._expected(job, learn)=='expected: about 7 hours and the scoring, 60 s a step; much of memory'
+    assert trial.try_step(learn, pace=job.KEPT)[0]==pytest.approx(whole+5/2)                     # a second of reading takes half a one from the step
+    monkeypatch.setattr(trial, 'num_cpus', lambda: 16)
+    assert trial.try_step(learn, pace=job.KEPT)[0]==pytest.approx(whole)
+    run = job.Run(SimpleNamespace(bf16=False, steps=4, epochs=100), learn, None, None)
+    monkeypatch.setattr(job, 'try_step', lambda *args: (60., 'much'))
+    assert job.expected(run)=='expected: about 7 hours and the scoring, 60 s a step; much of memory'
     learn.dls.loaders[1] = [None]*3                                             # three batches kept apart: a step's worth an epoch
-    assert '8 hours' in cli._expected(job, learn) and 'for the rest: about 4 hours' in cli._expected(job, learn, 200)
+    assert '8 hours' in job.expected(run) and 'for the rest: about 4 hours' in job.expected(run, 200)
 
 
 def test_a_short_run_keeps_the_teacher_sharp(home, monkeypatch, capsys):
@@ -466,7 +465,7 @@ def test_a_short_run_keeps_the_teacher_sharp(home, monkeypatch, capsys):
     from densessl import cli
     class Begun(Exception): pass
     def stop(*args): raise Begun
-    monkeypatch.setattr(cli, '_expected', stop)
+    monkeypatch.setattr(cli, 'expected', stop)
     small = dict(img_size=32, arch='vit_tiny_patch16_224', model_kwargs='patch_size=8,embed_dim=24,depth=1,num_heads=3', workers=0, epochs=3)
     def said(**args):
         with pytest.raises(Begun): cli.pretrain(str(home/'photos'), out=home/'never', **small|args)
@@ -479,7 +478,7 @@ def test_a_short_run_keeps_the_teacher_sharp(home, monkeypatch, capsys):
 
 def test_the_cost_on_a_card_is_said_for_photographs(home, monkeypatch, capsys):
     "One line, once the step was tried; none on drawn scenes, for a network that cannot be counted, or on a card that is not known"
-    from densessl import cli
+    from densessl import cli, job
     class Begun(Exception): pass
     def stop(*args): raise Begun
     monkeypatch.setattr(cli, 'run_folder', lambda *args, **kwargs: home/'never' if 'make' in kwargs else stop())
@@ -488,34 +487,34 @@ def test_the_cost_on_a_card_is_said_for_photographs(home, monkeypatch, capsys):
         with pytest.raises(Begun): cli.pretrain(**small | args)
         return [l for l in capsys.readouterr().out.splitlines() if l.startswith('on one')]
     line, = said(folder=str(home/'photos'))
-    c = cli.cost('flsl', 'vit_tiny_patch16_224', batch=8, model_kwargs=cli.parse_kwargs(small['model_kwargs']),
+    c = job.cost('flsl', 'vit_tiny_patch16_224', batch=8, model_kwargs=job.parse_kwargs(small['model_kwargs']),
                  config=replace(decided(home, **small).config, n_prototypes=4))     # 48 queries a step
     assert line.startswith('on one H100, by the roofline: about 0 seconds and the scoring, ') and line.endswith(' of 79 GiB')
     assert f'{c.images_per_second:,.0f} photographs a second' in line
     assert said(n_scenes=32)==[]
-    monkeypatch.setattr(cli, 'cost', stop)
+    monkeypatch.setattr(job, 'cost', stop)
     assert said(folder=str(home/'photos'))==[]
     names = {'NVIDIA H100 80GB HBM3': 'H100', 'NVIDIA A100-SXM4-80GB': 'A100', 'NVIDIA L4': 'L4', 'NVIDIA L40S': None,
              'NVIDIA GeForce RTX 4090': 'RTX4090', 'NVIDIA GeForce RTX 4080': None, 'NVIDIA H200': 'H200'}
     for name, card in names.items():
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
-        assert cli._card_to_ask(torch.device('cuda:0'))==card
-    assert cli._card_to_ask(torch.device('cpu'))=='H100'
+        assert job.card_to_ask(torch.device('cuda:0'))==card
+    assert job.card_to_ask(torch.device('cpu'))=='H100'
 
 
 def test_slow_reading_is_in_the_time_that_is_expected(monkeypatch):
     "A photograph takes two seconds by the clock of the test: six for a batch of three, two with as many processes"
-    from densessl import cli
+    from densessl.training import trial
     now = [0.]
     class Slow(list):
         def __getitem__(self, i): now[0] += 2; return super().__getitem__(i)
-    monkeypatch.setattr(cli.time, 'perf_counter', lambda: now[0])
+    monkeypatch.setattr(trial.time, 'perf_counter', lambda: now[0])
     ds = Slow([(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.tensor([8, 8]), '')]*2)
     dl = SimpleNamespace(dataset=ds, bs=3, fake_l=SimpleNamespace(num_workers=0))
-    canvas, hw, seconds = cli.read_batch(dl)
+    canvas, hw, seconds = trial.read_batch(dl)
     assert (canvas.shape, hw.shape, seconds)==((3, 3, 8, 8), (3, 2), 6)
     dl.fake_l.num_workers = 3
-    assert cli.read_batch(dl)[2]==2
+    assert trial.read_batch(dl)[2]==2
 
 
 def test_weights_bring_their_network(home, tmp_path):

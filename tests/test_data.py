@@ -432,7 +432,7 @@ def test_each_epoch_shows_other_windows_of_panoramas(panoramas):
 
 
 def test_resumed_epochs_show_the_same_windows(panoramas):
-    from densessl.training.resume import rest_of_epoch
+    from densessl.data.order import rest_of_epoch
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         a, b = (image_dls(panoramas, RECIPE, bs=2, num_workers=0, seed=1, device='cpu').train for _ in range(2))

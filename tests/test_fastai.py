@@ -350,8 +350,8 @@ def test_dense_scores_can_be_watched(tmp_path):
 
 def test_early_stopping_on_any_score():
     class Worse(D.DenseScore):
-        def judge(self, encoder, label='model', **kwargs):
-            return [replace(s, value=.5-.1*self.done[0]) for s in super().judge(encoder, label, **kwargs)]
+        def score_network(self, encoder, label='model', **kwargs):
+            return [replace(s, value=.5-.1*self.done[0]) for s in super().score_network(encoder, label, **kwargs)]
     learn = learner(cbs=Worse(n_photos=3, verbose=False))
     learn.fit(5, cbs=EarlyStoppingCallback('token rank', patience=2))
     assert len(learn.recorder.values)==3

@@ -10,7 +10,7 @@ from PIL import Image
 
 from densessl.data import images as data
 from densessl.data import canvases, kept
-from densessl.training.resume import rest_of_epoch
+from densessl.data.order import rest_of_epoch
 from densessl.ground.core import InputError
 from densessl.data.images import MakeViews, ViewLoader, n_workers, image_dls, scene_dls
 from densessl.training.distributed import RankLoader

@@ -1,4 +1,4 @@
-"A run that is killed and goes on is the run that was never killed, to the last bit"
+"A run that is killed and resumed is the run that was never killed, to the last bit"
 import csv, errno, gc, json, multiprocessing as mp, os, pty, random, resource, shutil, signal, subprocess, sys, threading, time, warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -10,10 +10,12 @@ from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.training import GradientAccumulation
 from PIL import Image
 
-from densessl.training import resume as checkpoint
-from densessl.training.resume import (RunStopped, SaveRun, gather_state, newest_checkpoint, numerics, read_checkpoint, read_header, restore_state, run_checkpoints,
-                                          check_data, writable_folder, write_checkpoint)
-from densessl.cli import absolute_paths, pretrain, resumed
+from densessl.training import resume, runfile
+from densessl.training.resume import RunStopped, SaveRun
+from densessl.training.runfile import newest_checkpoint, read_checkpoint, read_header, run_checkpoints, writable_folder, write_checkpoint
+from densessl.training.runstate import check_data, gather_state, numerics, restore_recorder, restore_state
+from densessl.cli import pretrain
+from densessl.training.arguments import absolute_paths, resumed
 from densessl.ground.core import InputError
 from densessl.data.images import image_dls, scene_dls
 from densessl.training.learner import learner, methods
@@ -204,7 +206,7 @@ def test_workers_do_not_keep_the_folder(tmp_path):
     read, write = os.pipe()
     run = os.fork()
     if not run:
-        with checkpoint.one_process(tmp_path):
+        with runfile.one_process(tmp_path):
             worker = os.fork()
             if worker: os.write(write, str(worker).encode())
             time.sleep(60)
@@ -212,10 +214,10 @@ def test_workers_do_not_keep_the_folder(tmp_path):
     worker = int(os.read(read, 20))
     try:
         with pytest.raises(InputError, match='another process'):
-            with checkpoint.one_process(tmp_path, patience=0): pass
+            with runfile.one_process(tmp_path, patience=0): pass
         os.kill(run, signal.SIGKILL)
         os.waitpid(run, 0)
-        with checkpoint.one_process(tmp_path, patience=0): pass
+        with runfile.one_process(tmp_path, patience=0): pass
     finally: os.kill(worker, signal.SIGKILL)
 
 
@@ -232,8 +234,8 @@ def test_kill_9_inside_a_write(where, photos, tmp_path):
                 if not n[0]: os.kill(os.getpid(), signal.SIGKILL)
                 return real(*a, **k)
             return f
-        if where=='write': checkpoint._Hashed.write = die(checkpoint._Hashed.write, [900])
-        elif where=='unlink': checkpoint.Path.unlink = die(checkpoint.Path.unlink, [3])
+        if where=='write': runfile._Hashed.write = die(runfile._Hashed.write, [900])
+        elif where=='unlink': runfile.Path.unlink = die(runfile.Path.unlink, [3])
         else: setattr(os, where, die(getattr(os, where), [9]))
         train(*args)
     p = in_child(dying, 'flsl', photos, tmp_path/'run', 0)
@@ -251,9 +253,9 @@ def test_kill_9_inside_a_write(where, photos, tmp_path):
 def test_signal_to_the_whole_group(slow, photos, tmp_path):
     "A cluster tells all processes of a job, workers too, even those that are about to start: the state is saved, the exit code says why, and nobody is left"
     def unprepared(*args):
-        real = checkpoint._shielded
+        real = resume._shielded
         def late(wif, parent): time.sleep(slow); real(wif, parent)
-        checkpoint._shielded = late
+        resume._shielded = late
         train(*args)
     p = in_child(unprepared, 'flsl', photos, tmp_path/'run', 2, (), False, 10**6)
     while newest_step(tmp_path/'run') is None: time.sleep(.002)
@@ -315,7 +317,7 @@ def test_the_folder_of_photographs_may_move_but_not_change(photos, tmp_path):
 
 def test_one_process_at_a_time(tmp_path, monkeypatch):
     "A run that is resumed while it runs is refused, and nothing in its folder changes; a process that was killed locks nothing"
-    monkeypatch.setattr(checkpoint, 'one_process', partial(checkpoint.one_process, patience=0))
+    monkeypatch.setattr(runfile, 'one_process', partial(runfile.one_process, patience=0))
     def meanwhile():
         before = {p: p.read_bytes() for p in (tmp_path/'run').iterdir()}
         with pytest.raises(InputError, match='another process is writing to .*run'): fit(make('flsl'), SaveRun(tmp_path/'run', resume=True))
@@ -360,6 +362,20 @@ def test_gradient_scaler_and_recorder_survive(tmp_path):
     other.scaler = torch.amp.GradScaler('cpu', init_scale=2.)
     restore_state(read_checkpoint(tmp_path/'a.run')[1], other)
     assert other.scaler.state_dict()==learn.scaler.state_dict() and other.scaler.get_scale()==64.
+
+
+def test_the_format_of_a_checkpoint(tmp_path):
+    "What a checkpoint of format 1 holds: another version of the code must write and find the same names, or count the format up"
+    fit(make('flsl', accumulate=True), SaveRun(tmp_path/'run'), At(3, term))
+    path, header, state = newest_checkpoint(tmp_path/'run')
+    assert path.read_bytes().startswith(b'densessl-run {"format": 1, "version": ')
+    assert header.keys()=={'format', 'version', 'method', 'epoch', 'epochs', 'batch', 'batches', 'step', 'processes', 'loader', 'settings', 'versions'}
+    assert state.keys()=={'model', 'opt', 'loss_func', 'grads', 'scaler', 'callbacks', 'accumulated', 'recorder', 'step', 'pct', 'ranks', 'bad_files', 'rows', 'seconds'}
+    assert state['ranks'][0].keys()=={'now', 'loaders', 'start'} and state['ranks'][0]['start'].keys()=={'loader', 'random'}
+    assert state['ranks'][0]['now'].keys()=={'python', 'numpy', 'torch', 'cuda'}
+    assert state['recorder'].keys()=={'lrs', 'losses', 'iters', 'values', 'smooth', 'metrics', 'seconds'}
+    assert {k: v for k,v in header['settings'].items() if k in ('method', 'epochs', 'batch', 'shuffle', 'drop_last', 'accumulation', 'data.images')}==dict(
+        method='FLSL', epochs=EPOCHS, batch=4, shuffle=True, drop_last=True, accumulation=[12], **{'data.images': 4*STEPS})
 
 
 def test_file_names_of_any_bytes(tmp_path):
@@ -412,7 +428,7 @@ def test_two_processes(tmp_path):
 
 
 def test_shards(photos, tmp_path):
-    "Photographs in tar files: exact with as many workers and with none"
+    "Photographs in tar files: exact with any number of workers"
     from densessl.data.shards import shard_dls, write_shards
     write_shards(photos, tmp_path/'tars', per_shard=10)
     m, (change, arch, kwargs) = methods['flsl'], SMALL['flsl']
@@ -577,13 +593,13 @@ def test_what_processes_share_is_where_the_network_is(monkeypatch):
     learn, devices = Stub(model=torch.nn.Linear(1, 1, device='meta'), loss=torch.zeros(()), train_iter=1), []
     cb = SaveRun('never')
     cb.learn, cb.last = learn, (0, time.monotonic())
-    monkeypatch.setattr(checkpoint, 'n_ranks', lambda: 2)
-    monkeypatch.setattr(checkpoint, 'ranks_where', lambda flags, device: devices.append(device.type) or ([], []))
+    monkeypatch.setattr(resume, 'n_ranks', lambda: 2)
+    monkeypatch.setattr(resume, 'ranks_where', lambda flags, device: devices.append(device.type) or ([], []))
     cb._save_or_stop(0, 1)
     part, other = LossPart('intra'), Stub()
     recorder = Stub(learn=learn, smooth_loss=other, metrics=[part])
     s = dict(lrs=torch.zeros(0), losses=torch.zeros(0), iters=[], values=[], seconds=0., smooth={}, metrics=[dict(total=torch.ones(()), count=1)])
-    checkpoint._load_recorder(recorder, s)
+    restore_recorder(recorder, s)
     assert devices==['meta'] and part.total.device.type=='meta'
 
 
@@ -678,7 +694,7 @@ def test_interrupted_outside_the_steps(where, photos, tmp_path, monkeypatch, cap
     from densessl import cli
     from densessl.ground import commands
     from densessl.training import score
-    places = dict(write=(checkpoint._Hashed, 'write'), scoring=(score.DenseScore, '_score_start'), after=(SaveRun, 'after_epoch'), report=(cli, 'run_report'))
+    places = dict(write=(runfile._Hashed, 'write'), scoring=(score.DenseScore, '_score_start'), after=(SaveRun, 'after_epoch'), report=(cli, 'run_report'))
     owner, name = places[where]
     real, run = getattr(owner, name), tmp_path/'run'
     def interrupted(*args, **kwargs):
@@ -712,11 +728,11 @@ def test_the_report_is_not_written(photos, tmp_path, monkeypatch, capsys):
 
     def stopped(*args): raise KeyboardInterrupt
     with monkeypatch.context() as m:                           # before the first checkpoint of a run that overwrites this one
-        m.setattr(cli, '_train', stopped)
+        m.setattr(cli, 'train', stopped)
         with pytest.raises(KeyboardInterrupt, match='To resume: pretrain'):
             pretrain(str(photos), out=str(run), overwrite=True, **small_run(seed=1))
     assert (run/'backbone.safetensors').exists() and not (run/'report.html').exists()
-    assert resumed(dict(out='~/run'), {})['out']==str(run)     # and not: it is complete
+    assert resumed(dict(out='~/run'))['out']==str(run)     # and not: it is complete
 
 
 @pytest.mark.parametrize('threads,terminal,plan', (

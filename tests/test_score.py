@@ -11,7 +11,8 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from PIL import Image
 
 from densessl.training.resume import SaveRun
-from densessl.training.score import DenseScore, network_scores, prototype_head
+from densessl.evaluation.network import network_scores, prototype_head
+from densessl.training.score import DenseScore
 from densessl.methods.clove import clove_presets
 from densessl.ground.core import InputError
 from densessl.data.images import image_dls, scene_dls
@@ -86,7 +87,7 @@ def test_best_checkpoint_gives_its_score(method, photos, tmp_path):
     assert cb.best['separation']==max(h['separation'] for h in cb.history[1:]) and [h['epoch'] for h in cb.history]==[0,1,2,3]
     kept, label = load_backbone(tmp_path/'best.safetensors'), f'epoch {cb.best["epoch"]}'
     recorded = [s for s in cb.scores if s.model==label]
-    assert said(cb.judge(kept, label))==said(s for s in recorded if s.probe!='prototype use')
+    assert said(cb.score_network(kept, label))==said(s for s in recorded if s.probe!='prototype use')
     assert said(read_scores(tmp_path/'scores_by_epoch.json'))==said(cb.scores) and f'separation {100*cb.best["separation"]:.2f} %' in (tmp_path/'best.txt').read_text()
     assert ('prototype use' in {s.probe for s in recorded})==(method!='clove')==(prototype_head(learn.model) is not None)
     assert not list(tmp_path.glob('*.part')) and {p.name for p in tmp_path.iterdir()}=={'best.safetensors', 'best.txt', 'start.safetensors', 'scores_by_epoch.json'}

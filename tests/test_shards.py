@@ -174,7 +174,7 @@ def test_learner_trains_on_shards(tars, tmp_path):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_resume_at_any_batch(tars, workers):
     "`rest_of_epoch` of the checkpoints, which sets the generator: the rest of the epoch, and the next one, with any number of workers"
-    rest = pytest.importorskip('densessl.training.resume').rest_of_epoch
+    rest = pytest.importorskip('densessl.data.order').rest_of_epoch
     dls = loaders(tars)
     batches(dls); state = dls.train.rng.getstate(); full, then = batches(dls), batches(dls)
     for stop in (1, 8, 20):

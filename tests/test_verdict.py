@@ -171,7 +171,7 @@ def test_report_after_a_fit_with_the_callback(method, photos):
 
 def test_statistics_are_those_of_training_views(photos):
     "Views, cropped and colored, of the photographs trained on; not those kept apart"
-    from densessl.training.score import training_views
+    from densessl.evaluation.network import training_views
     learn = learner('clove', photos)
     a, b = training_views(learn.dls), training_views(learn.dls, n=4)
     assert sum(map(len, a))==2*18 and sum(map(len, b))==2*4 and a[0].shape[1:]==(3,32,32)

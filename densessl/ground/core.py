@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['InputError', 'find_device', 'check_ramp', 'check_ranges', 'fp32', 'recomputed', 'rebuilt_from_list', 'in_numbers',
-           'to_device', 'compiled']
+           'to_device', 'compiled', 'unwrapped']
 
 # %% ../../nbs/01_ground.core.ipynb #0fdf960d
 import functools, math
@@ -126,3 +126,13 @@ def compiled(
 ):                       # The compiled function, the same for every call with `f`
     "`f` as one graph, compiled at its first call"
     return torch.compile(f, dynamic=dynamic, fullgraph=True)
+
+# %% ../../nbs/01_ground.core.ipynb #dd2c53b9
+def unwrapped(
+    model,  # A module, wrapped or not
+):          # The module itself
+    "The model inside DistributedDataParallel, DataParallel and torch.compile"
+    for wrapper in ('module', '_orig_mod'):
+        inner = getattr(model, wrapper, None)
+        if inner is not None: return unwrapped(inner)
+    return model
