@@ -25,7 +25,7 @@ from .curve import ScoreFiles, curves_plot, gain, remarks, training_trouble
 
 # %% ../../nbs/77_training.score.ipynb #fa12e1fb
 class DenseScore(Callback):
-    "Scores the product of the model before training, every few epochs and at the end, and keeps the best"
+    "Scores the backbone of the model before training, every few epochs and at the end, and keeps the best"
     order,run_valid = 66,False   # after the monitors, before checkpoints; validation is no training
     own_line = True              # scores are printed below the line of the epoch
     def __init__(self,
@@ -87,12 +87,12 @@ class DenseScore(Callback):
         self.trained = True
 
     def after_epoch(self):
-        "Score the product, if it is time, and say so below the line of the epoch"
+        "Score the backbone, if it is time, and say so below the line of the epoch"
         self.score_epoch()
         self._print_line()
 
     def score_epoch(self):
-        "Score the product, if it is time"
+        "Score the backbone, if it is time"
         if not self.trained: return   # `learn.validate()` and skipped epochs come by here, too
         self.trained, self.done = False, (self.base[0]+self.epoch+1, self.base[1]+self.train_iter)
         if self.done[0]%self.every==0 or self.epoch+1==self.n_epoch: from_first_rank(self._score)
@@ -110,8 +110,8 @@ class DenseScore(Callback):
 def method(self:DenseScore):
     "The method inside its wrappers"
     m = unwrapped(self.learn.model)
-    if not hasattr(m, 'product'):
-        raise InputError('DenseScore needs a model with a `product`, the network that is worth keeping: '
+    if not hasattr(m, 'backbone'):
+        raise InputError('DenseScore needs a model with a `backbone`, the network that is worth keeping: '
                          f'{type(m).__name__} has none')
     return m
 
@@ -151,14 +151,14 @@ def _chosen(self:DenseScore):
 @patch
 def _score_start(self:DenseScore):
     if self.history: return      # by a fit that was broken off before its first step
-    product = self.method.backbone
-    published = getattr(product, 'published', False) if self.published is None else self.published
+    backbone = self.method.backbone
+    published = getattr(backbone, 'published', False) if self.published is None else self.published
     trained_before = getattr(getattr(self.learn, 'collapse_monitor', None), 'history', [])
     if published: self.start_name = 'published weights'
     elif trained_before: self.start_name = 'the start of this fit'
-    fresh = self.start_name=='random start' and isinstance(product, DenseEncoder) and has_batch_norm(product)
+    fresh = self.start_name=='random start' and isinstance(backbone, DenseEncoder) and has_batch_norm(backbone)
     self.scorer.open(self.dls)
-    frozen = self.scorer.gathered(product) if fresh else copy.deepcopy(product)
+    frozen = self.scorer.gathered(backbone) if fresh else copy.deepcopy(backbone)
     self._start = frozen.cpu().eval().requires_grad_(False)
     self.files.export('start', self._start, getattr(self.dls, 'recipe', None))
     self._score()
@@ -166,14 +166,14 @@ def _score_start(self:DenseScore):
 
 @patch
 def _network_now(self:DenseScore):
-    "The product; before training a copy of the frozen start, as its statistics are gathered"
-    product = self.method.backbone
-    if self.done[0]: return product
-    return copy.deepcopy(self._start).to(next(product.parameters()).device)
+    "The backbone; before training a copy of the frozen start, as its statistics are gathered"
+    backbone = self.method.backbone
+    if self.done[0]: return backbone
+    return copy.deepcopy(self._start).to(next(backbone.parameters()).device)
 
 @patch
 def _score(self:DenseScore):
-    "Score the product, write the scores down, and keep the best"
+    "Score the backbone, write the scores down, and keep the best"
     epoch, step = self.done
     label = f'epoch {epoch}' if epoch else 'before training'
     new = self.score_network(self._network_now(), label, head=prototype_head(self.method))
@@ -209,10 +209,10 @@ def _trouble(self:DenseScore):
 @patch
 def _score_others(self:DenseScore):
     "Scores of the other starts: other seeds; or of published weights with gathered statistics"
-    product, fixed = self.method.backbone, self.start_name!='random start'
-    if self.others or not isinstance(product, DenseEncoder): return
-    changes = has_batch_norm(product)
-    if not fixed: nets = [random_start(product, 7001+i) for i in range(self.n_starts-1)]
+    backbone, fixed = self.method.backbone, self.start_name!='random start'
+    if self.others or not isinstance(backbone, DenseEncoder): return
+    changes = has_batch_norm(backbone)
+    if not fixed: nets = [random_start(backbone, 7001+i) for i in range(self.n_starts-1)]
     else: nets = [self.start] if changes and self.start is not None else []
     self.scorer.open(self.dls)
     for net in nets:
@@ -327,7 +327,7 @@ def dense_report(self:Learner,
     labelled=None,      # Folder of `labelled_data`, or (train, test) SegmentationData; default those of `DenseScore`
     linear:bool=True,   # With a linear probe on `labelled`
     **kwargs,           # Arguments of `DenseScore` if the learner has none, as n_photos=32
-)->list:              # Scores of the frozen start, if it is known, and of the product now; shows itself as a table
+)->list:              # Scores of the frozen start, if it is known, and of the backbone now; shows itself as a table
     "How good the dense features are now, next to those before training"
     cb = getattr(self, 'dense_score', None) or getattr(self, '_dense_score', None) or DenseScore(**kwargs)
     cb.learn = self
