@@ -109,6 +109,7 @@ def how_to_resume(job, out):
     if job.shell: return f'densessl_pretrain --resume --out {shlex.quote(str(out))}'
     return f'pretrain(out={str(out)!r}, resume=True)'
 
+# %% ../nbs/81_cli.ipynb #9cafa78c
 @contextmanager
 def _stoppable(run):
     "Ctrl-C outside the steps says what resumes the run"

@@ -166,6 +166,7 @@ class Run:
         "Print, in the first process"
         if self.first and lines: print(*lines, sep='\n', flush=True)
 
+# %% ../nbs/80_job.ipynb #262bdbd0
 def open_run(
     job,   # From `resolve`; batch, epochs and precision are filled in
 )->Run:
@@ -196,6 +197,7 @@ def counted(
     "A number and what it counts"
     return f'{n:,} {what}' + ('' if n==1 else 's')
 
+# %% ../nbs/80_job.ipynb #f395164d
 def in_words(
     seconds:float,
 )->str:              # As '3 hours'
@@ -204,6 +206,7 @@ def in_words(
         if seconds>=2*size: return f'{seconds/size:.0f} {name}'
     return counted(round(seconds), 'second')
 
+# %% ../nbs/80_job.ipynb #ad14d038
 def opening(
     run,     # From `open_run`
 )->list:     # Lines
@@ -242,6 +245,7 @@ def expected(
     what, left = 'expected for the rest' if done else 'expected', in_words(seconds*(steps+looks/3))
     return f'{what}: about {left} and the scoring, {seconds:.2g} s a step; {memory} of memory'
 
+# %% ../nbs/80_job.ipynb #69103046
 def card_to_ask(
     device,  # torch.device of the run
 ):           # None for a GPU that `CARDS` has not
@@ -250,6 +254,7 @@ def card_to_ask(
     name = torch.cuda.get_device_name(device).replace('RTX 4090', 'RTX4090')
     return next((k for k in CARDS if re.search(rf'\b{k}\b', name)), None)
 
+# %% ../nbs/80_job.ipynb #3d57155a
 def on_a_card(
     run,   # From `open_run`
 )->list:   # A line, or none for a network that cannot be counted

@@ -102,6 +102,40 @@ def test_every_module_has_a_page():
              and '.'.join(p.relative_to(PKG).with_suffix('').parts) not in modules()]
     assert not stray, f'no notebook writes {stray}: nbdev_export does not remove modules whose notebook is gone'
 
+# ---- the house: wings, rooms, cells
+
+def exported_cells(p):
+    "Cells that `p` exports: (id, definitions at the top level)"
+    for c in read(p).cells:
+        if c.cell_type == 'code' and re.match(r'#\|\s*export', c.source):
+            tree = ast.parse(re.sub(r'^#\|.*$', '', c.source, flags=re.M))
+            yield c.id, [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+
+def public(names): return [n for n in names if n[0] != '_']
+
+@pytest.mark.parametrize('mod', modules())
+def test_no_private_name_crosses_a_module(mod):
+    "A private name that another module imports is a missing room"
+    tree = ast.parse((PKG/f"{mod.replace('.', '/')}.py").read_text(encoding='utf-8'))
+    own = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.level or (n.module or '').startswith('densessl'))]
+    assert not [a.name for n in own for a in n.names if a.name[0] == '_' and a.name != '__version__']
+
+@pytest.mark.parametrize('p', [p for p in notebooks() if exports(p)], ids=rel)
+def test_one_public_definition_a_cell(p):
+    assert not [(i, d) for i, d in exported_cells(p) if len(public(d)) > 1]
+
+@pytest.mark.parametrize('mod', modules())
+def test_rooms_are_small(mod):
+    "At most 300 lines of code, or the page says why"
+    text = (PKG/f"{mod.replace('.', '/')}.py").read_text(encoding='utf-8')
+    lines = [l for l in text.splitlines() if l.strip() and not l.startswith('#')]
+    assert len(lines) <= 300 or any('longer than 300 lines' in c.source for c in read(modules()[mod]).cells), len(lines)
+
+def test_everything_is_what_a_user_types():
+    "`densessl.all` holds about sixty names of its own, and what they stand on is imported from its page"
+    from densessl import all as everything
+    assert len(everything.__all__) < 80
+
 # ---- pages
 
 @pytest.mark.parametrize('p', notebooks(), ids=rel)

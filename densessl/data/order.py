@@ -22,6 +22,7 @@ def random_states()->dict:  # Plain values and byte tensors
     numpy = kind, torch.from_numpy(keys.astype(np.int64)), *rest
     return dict(python=random.getstate(), numpy=numpy, torch=torch.get_rng_state(), cuda=cuda)
 
+# %% ../../nbs/12_data.order.ipynb #b5d87e91
 def set_random_states(
     states:dict,  # From `random_states`
 ):

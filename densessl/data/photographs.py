@@ -208,6 +208,7 @@ class UnreadablePhoto(InputError, UnidentifiedImageError):
         super().__init__(f'{printable(name)!r} cannot be read as a photograph: {reason}')
         self.reason = reason
 
+# %% ../../nbs/07_data.photographs.ipynb #ec3b754a
 class DecompressionBombError(UnreadablePhoto, Image.DecompressionBombError):
     "Pillow's error, as an `UnreadablePhoto`"
 

@@ -96,6 +96,7 @@ def in_a_sentence(
     if not isinstance(e, OSError) or not e.strerror: return None
     return f'{e.filename!r}: {e.strerror.lower()}' if e.filename else e.strerror.lower()
 
+# %% ../../nbs/04_ground.commands.ipynb #d2713565
 def as_typed(
     message:str,     # Sentence in the words of Python
     options,         # Names of the options of the command
@@ -174,6 +175,7 @@ def check_output(
         raise InputError(f'{str(path)!r} cannot be written ({e.strerror.lower()}): choose another place') from None
     return path
 
+# %% ../../nbs/04_ground.commands.ipynb #05c73ce9
 def check_whole(
     name:str,       # Of an argument
     value,          # None, or a whole number

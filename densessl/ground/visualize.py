@@ -43,6 +43,7 @@ def unnormalize(
     m, s = (torch.as_tensor(o, dtype=torch.float32, device=x.device).view(-1,1,1) for o in (mean, std))
     return (x.float()*s + m).clamp(0, 1)
 
+# %% ../../nbs/06_ground.visualize.ipynb #1d3b1ba6
 def _pixels(x):
     "(3,H,W) or (1,H,W) or (H,W), uint8 or float -> what `imshow` takes"
     x = x.detach().cpu()
@@ -206,6 +207,7 @@ def overlay_mask(
         ax.imshow((m%LABELS.N).numpy(), extent=extent, interpolation='nearest', **colors)
     return fig
 
+# %% ../../nbs/06_ground.visualize.ipynb #4438f7c7
 def show_soft_masks(
     image:Tensor,       # (3,H,W)
     weights:Tensor,     # Weights of each query over the tokens, (Q,N)

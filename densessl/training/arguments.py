@@ -65,6 +65,7 @@ def write_json(
     "Write a file of JSON wholly or not at all"
     with whole_file(path) as part: part.write_text(json.dumps(record, indent=1))
 
+# %% ../../nbs/76_training.arguments.ipynb #908f9790
 def note_places(
     out,             # Folder of a run
     arguments:dict,  # Of `absolute_paths`, for this resume

@@ -26,6 +26,7 @@ def gain(
     lower = by in GAUGES and GAUGES[by].better=='lower'
     return old[by]-new[by] if lower else new[by]-old[by]
 
+# %% ../../nbs/73_training.curve.ipynb #71d54767
 def remarks(
     history:list,   # Rows with `epoch` (0: before training) and a value for each probe
     by:str,         # Probe that chooses the best
@@ -112,6 +113,7 @@ def steps_of(
         out.append(base+last)
     return out
 
+# %% ../../nbs/73_training.curve.ipynb #f1880f50
 def _draw_scores(ax, rows, names, by, best):
     "A line for each score; a star for the best"
     at = [r['step'] for r in rows]

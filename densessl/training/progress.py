@@ -277,6 +277,7 @@ def no_bar(self:Learner):
     try: yield self
     finally: self.add_cbs(bars)
 
+# %% ../../nbs/66_training.progress.ipynb #e1458081
 def show_progress(
     learn:Learner,  # Changed in place
 )->Learner:

@@ -30,6 +30,7 @@ class RunStopped(SystemExit):
         super().__init__(128+signum)
         self.signum = signum
 
+# %% ../../nbs/71_training.resume.ipynb #6c816099
 def _inside_fit(frame):
     "Is a fit running in this frame?"
     while frame is not None:

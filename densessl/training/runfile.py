@@ -203,6 +203,7 @@ def run_checkpoints(
     found = [p for p in Path(folder).glob('step-*.run') if re.fullmatch(r'step-\d+\.run', p.name)]
     return sorted(found, key=lambda p: int(p.name[5:-4]), reverse=True)
 
+# %% ../../nbs/69_training.runfile.ipynb #98612515
 def newest_checkpoint(
     folder,     # Folder of `SaveRun`
 )->tuple:       # Path, header and state

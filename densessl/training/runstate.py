@@ -39,6 +39,7 @@ def flat_settings(
     inner = {f'{name}.{k}' if name else str(k): v for k,v in o.items()}
     return {k: v for key,value in inner.items() for k,v in flat_settings(value, key).items()}
 
+# %% ../../nbs/70_training.runstate.ipynb #8e235783
 def json_settings(
     settings:dict,  # Nested
 )->dict:            # One level, what JSON can hold
@@ -81,6 +82,7 @@ def numerics()->dict:  # One level, what JSON can hold
     versions = {k: version(k) for k in ('torch', 'fastai', 'timm', 'numpy', 'pillow')} | dict(densessl=__version__)
     return versions | dict(threads=torch.get_num_threads(), cpu=torch.backends.cpu.get_cpu_capability())
 
+# %% ../../nbs/70_training.runstate.ipynb #1328a362
 def other_digits(
     old:dict,  # From `numerics`, when the checkpoint was written; what it lacks is not compared
     new:dict,  # From `numerics`, now
@@ -125,6 +127,7 @@ def recorder_state(
         smooth=_numbers(r.smooth_loss), metrics=[_numbers(m) for m in r.metrics],
         seconds=time.time()-getattr(r, 'start_epoch', time.time()))
 
+# %% ../../nbs/70_training.runstate.ipynb #ca0dabc7
 def restore_recorder(
     r,       # fastai's `Recorder`, changed in place
     s:dict,  # From `recorder_state`
@@ -154,6 +157,7 @@ def gather_state(
         accumulated=[cb.count for cb in _accumulations(learn)],
         recorder=recorder_state(learn.recorder), step=learn.train_iter, pct=float(learn.pct_train))
 
+# %% ../../nbs/70_training.runstate.ipynb #a19c2964
 def restore_state(
     state:dict,  # From `gather_state`
     learn,       # Learner inside a fit
@@ -218,6 +222,7 @@ def run_header(
         batches=len(learn.dls.train), step=learn.train_iter, processes=n_ranks(),
         loader={}, settings=settings, versions=numerics())
 
+# %% ../../nbs/70_training.runstate.ipynb #2e6af5f3
 def place_in_words(
     header:dict,  # From `run_header`
 )->str:
@@ -226,6 +231,7 @@ def place_in_words(
     if not header['batch']: return epochs
     return f'{epochs} and {header["batch"]} of {header["batches"]} batches'
 
+# %% ../../nbs/70_training.runstate.ipynb #b6dfdc05
 def check_same_run(
     path,           # Of the checkpoint, for the messages
     header:dict,    # From `run_header`
@@ -280,6 +286,7 @@ def show_skipped(
         if isinstance(cb, CSVLogger) and not cb.append:
             cb.file.writelines(','.join(map(str, row))+'\n' for row in rows)
 
+# %% ../../nbs/70_training.runstate.ipynb #15abf24c
 def set_clock(
     cb,          # Callback with fastprogress' bars
     run,         # Seconds that the run has taken

@@ -115,12 +115,14 @@ def method(self:DenseScore):
                          f'{type(m).__name__} has none')
     return m
 
+# %% ../../nbs/77_training.score.ipynb #2ebd3514
 @patch(as_prop=True)
 def start(self:DenseScore):
     "The network before training, on the CPU, or None if it was never seen"
     if self._start is None and self.history: self._start = self.files.load('start')
     return self._start
 
+# %% ../../nbs/77_training.score.ipynb #e4743165
 @patch
 def score_network(self:DenseScore,
     encoder,        # What `as_feature_map` takes
@@ -226,6 +228,7 @@ def start_scores(self:DenseScore):
     own = [replace(s, model=self.start_name) for s in self.scores if s.model=='before training']
     return [s for s in own if s.probe not in GAUGES or s.probe=='correspondence'] + self.others
 
+# %% ../../nbs/77_training.score.ipynb #b9139f52
 @patch
 def verdict(self:DenseScore,
     label:str=None,  # Name of the trained backbone
@@ -244,6 +247,7 @@ def verdict(self:DenseScore,
     trained = named(s for s in self.scores if s.model==last)
     return training_verdict([*starts, *others, *trained], label, self.start_name, names, fixed, **trouble)
 
+# %% ../../nbs/77_training.score.ipynb #f731681e
 @patch
 def conclude(self:DenseScore,
     label:str=None,  # Name of the trained backbone
@@ -282,6 +286,7 @@ def state_dict(self:DenseScore):
                 first_losses=list(map(float, self.first_losses)),
                 epoch_losses=list(map(float, self.epoch_losses)))
 
+# %% ../../nbs/77_training.score.ipynb #a1716322
 @patch
 def load_state_dict(self:DenseScore, state):
     "Continue from there, inside a fit: each fit begins to count where the last one ended"
@@ -298,6 +303,7 @@ def columns(self:DenseScore):
     watched = [cb.monitor for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and cb.monitor in there]
     return list(dict.fromkeys([self._default_best(), *watched]))
 
+# %% ../../nbs/77_training.score.ipynb #d49024ab
 @patch
 def row(self:DenseScore):
     "Score now if it is time; the values of `columns`, the same in all processes"

@@ -26,6 +26,7 @@ def reading_processes(
     "Processes that read; `dl.num_workers` counts them only inside one of them"
     return dl.fake_l.num_workers
 
+# %% ../../nbs/75_training.trial.ipynb #148377a9
 def read_batch(
     dl,       # Loader of canvases
     n:int=4,  # Items that are read, again and again
