@@ -50,7 +50,10 @@ from densessl.training.resume import SaveRun
 from densessl.training.runfile import run_checkpoints
 from densessl.evaluation.network import training_views
 from densessl.training.choices import change_settings, parse_kwargs
-from densessl.data.images import BadFiles, MakeViews, ViewLoader, find_images, image_dls, load_canvas, scene_dls
+from densessl.data.canvases import BadFiles
+from densessl.data.folders import find_images
+from densessl.data.images import MakeViews, ViewLoader, image_dls, scene_dls
+from densessl.data.photographs import load_canvas
 from densessl.methods.encoders import dense_encoder
 from densessl.data.labelled import SegmentationData
 from densessl.evaluation.gauges import correspondence_score

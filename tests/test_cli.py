@@ -378,14 +378,13 @@ def test_local_views_go_with_the_size(home):
 
 
 def test_the_start_is_handed_to_the_learner(home, monkeypatch):
-    from densessl import cli
-    from densessl.training.learner import methods
+    from densessl import cli, job
     assert decided(home, pretrained=True, arch='resnet18').init=='resnet18'
     got = {}
-    def learner(dls, arch, config, **kwargs):
+    def learner(dls, arch, method, config, **kwargs):
         got.update(kwargs)
         raise InterruptedError
-    monkeypatch.setitem(methods, 'flsl', methods['flsl']._replace(learner=learner))
+    monkeypatch.setattr(job, 'learner', learner)
     with pytest.raises(InterruptedError): cli.pretrain(str(home/'photos'), img_size=32, arch='vit_tiny_patch16_224', model_kwargs='patch_size=8', init='weights.pth', workers=0, compile=True, out=home/'never')
     assert got['init']=='weights.pth' and got['bf16'] is False and got['compile'] is True and not (home/'never').exists()
 

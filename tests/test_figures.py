@@ -9,6 +9,8 @@ from densessl.theory.attention import unit_vectors
 from densessl.ground.core import InputError
 from densessl.methods.encoders import dense_encoder
 from densessl.evaluation.figures import attention_maps, layer_tokens, mode_segments, show_aggregated_similarity, show_probing
+from densessl import show
+from densessl.evaluation import neighbors
 from densessl.evaluation.neighbors import tsne_layers
 from densessl.show import show_backbone
 from densessl.theory.softmask import suggest_beta
@@ -88,7 +90,7 @@ def test_tsne_is_seeded():
 def test_tsne_from_the_shell_is_of_the_first_three_photographs(home):
     seen = []
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(figures, 'tsne_layers', lambda e, p, **kw: seen.append(p) or tsne_layers(e, p, **kw))
+        m.setattr(show, 'tsne_layers', lambda e, p, **kw: seen.append(p) or tsne_layers(e, p, **kw))
         show_backbone(str(home/'a.safetensors'), names(home, 3)+names(home, 2), picture='tsne', out=home/'tsne.png')
     assert torch.equal(seen[0], photos) and Image.open(home/'tsne.png').size[0]>300
 
@@ -98,7 +100,7 @@ def test_segments_color_every_stage_of_a_cnn(monkeypatch):
     e = dense_encoder('test_resnet', img_size=128)
     photos = draw_scenes(2, 128, seed=5)[0]
     place = lambda z, *_: torch.stack([z.double()@torch.arange(z.shape[1]).double()]*2, 1)   # by which a patch is known
-    monkeypatch.setattr(figures, '_tsne', place)
+    monkeypatch.setattr(neighbors, '_tsne', place)
     before, last = layer_tokens(e, figures._normalized(photos, (.485,.456,.406), (.229,.224,.225)), [-2,-1])
     labels = [mode_segments(z, suggest_beta(unit_vectors(z)))[0].view(last.grid)+1 for z in last.tokens]
     labels[1] += labels[0].max()
@@ -140,11 +142,11 @@ def test_gpu_gives_the_same_pictures():
 
 def test_each_backbone_sees_its_own_normalization(home, monkeypatch):
     export_backbone(vit(), home/'half.safetensors', overwrite=True, mean=(.5,.4,.3), std=(.2,.2,.1))
-    seen, layers = {}, figures._layers
+    seen, layers = {}, figures.photo_layers
     def spy(e, p, l, mean, std, *a):
         seen.setdefault(e.arch+str(tuple(mean)), tuple(std))
         return layers(e, p, l, mean, std, *a)
-    monkeypatch.setattr(figures, '_layers', spy)
+    for room in (figures, neighbors): monkeypatch.setattr(room, 'photo_layers', spy)
     show_backbone(str(home/'half.safetensors'), names(home, 2), other=str(home/'cnn.safetensors'), out=home/'norms.html')
     assert seen=={'vit_tiny_patch16_224(0.5, 0.4, 0.3)': (.2,.2,.1), 'test_resnet(0.485, 0.456, 0.406)': (.229,.224,.225)}
 
@@ -183,7 +185,7 @@ def test_a_folder_of_many_photographs(home, tmp_path):
     assert path.read_text().count('<img')==13 and notes==[]
 
 def test_pictures_that_do_not_fit_are_refused_before_they_are_drawn(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, '_draw', lambda *a: pytest.fail('drawn'))
+    monkeypatch.setattr(show, '_draw', lambda *a: pytest.fail('drawn'))
     with pytest.raises(InputError, match='2 pictures of segments do not fit one PNG'):
         show_backbone(str(home/'a.safetensors'), names(home, 2), picture='segments', out=tmp_path/'x.png')
 
