@@ -60,6 +60,7 @@ from densessl.evaluation.gauges import correspondence_score
 from densessl.evaluation.probes import dense_scores
 from densessl.data.labelled import labelled_data
 from densessl.training.learner import learner, methods
+import densessl.training.pictures  # `show_views` and the like of a learner
 from densessl.training.precision import compile_blocks
 from densessl.training.optim import adamw, clip_per_parameter_, lars, split_decay
 from densessl.ground.synthetic import CLASSES, draw_scenes
