@@ -11,12 +11,9 @@ from pathlib import Path
 import torch
 
 from ..ground.core import InputError
-from ..theory.attention import mean_shift, unit_vectors
 from ..data.augment import make_views
 from ..data.labelled import labelled_data
 from ..data.order import same_random_state
-from ..methods.dino import DINO
-from ..methods.flsl import FLSL
 from .gauges import GAUGES, correspondence_score, label_free_gauges
 from .probes import dense_scores
 from .verdict import gather_statistics, random_start
