@@ -1,18 +1,17 @@
 "The parts of detectors and segmenters equal those of detectron2, mmdet and mmsegmentation"
 import json
 from collections import OrderedDict
-from functools import partial
 
-import pytest, timm, torch
+import pytest, torch
 import torch.nn.functional as F
 from golden_numbers import GOLDEN
 from safetensors.torch import load_file
-from torch import nn
 from torch.testing import assert_close
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.image_list import ImageList
 
 from densessl.methods.encoders import dense_encoder
+from densessl.transfer.ap import COCO_NUMBERS, coco_scores
 from densessl.transfer.heads import box_losses, mask_targets, paste_masks
 from densessl.transfer.pyramid import FeaturePyramid, SimplePyramid, windowed_vit
 from densessl.transfer.regions import Anchors, ProposalHead, Proposals, RegionPool
@@ -119,3 +118,16 @@ def test_flsl_taps(x, out):
     pyramid.adapters.load_state_dict({k.replace('fpn1', '0').replace('fpn2', '1'): v for k,v in state.items() if k.startswith('fpn')})
     for k,(adapt,m) in enumerate(zip(pyramid.adapters, pyramid.taps(g[x]))):
         assert_close(adapt(m), g[f'{out}{k}'], rtol=1e-5, atol=1e-5)
+
+@pytest.fixture(scope='module')
+def metrics(): return json.loads((GOLDEN/'transfer/metrics.json').read_text())
+
+@pytest.mark.parametrize('kind', COCO_NUMBERS)
+def test_ap(metrics, kind):
+    of = 'keypoint_' if kind=='keypoints' else ''
+    scores, _ = coco_scores(metrics[f'{of}ground_truth'], metrics[f'{of}detections'], kind)
+    for got,want in zip(scores.values(), metrics['reference'][kind], strict=True): assert got==pytest.approx(want, abs=1e-6)
+
+def test_ap_at_chosen_overlaps(metrics):
+    scores, _ = coco_scores(metrics['ground_truth'], metrics['detections'], 'bbox', (.5, .7))
+    assert list(scores.values())==pytest.approx(metrics['reference']['bbox_at_50_70'], abs=1e-6)
