@@ -317,7 +317,7 @@ def test_shards_that_break_while_training(own, want, workers):
 def loaders_of_spoiled(dls):
     "The same loaders with a smaller allowance"
     dls.bad_files.clear(); dls.bad_files.reasons.clear()
-    dls.bad_files.lost, dls.bad_files.seen, dls.bad_files.max_bad = 0, 0, .1
+    dls.bad_files.seen, dls.bad_files.max_bad = 0, .1
     return dls
 
 
@@ -386,7 +386,7 @@ def test_nothing_is_overwritten_and_nothing_half_done(photos, tmp_path, monkeypa
     (tmp_path/'none').mkdir(); (tmp_path/'none'/'a.jpg').write_text('x')
     with pytest.raises(InputError, match='none of the 1 images .* can be read, the first is .*a.jpg. .not an image'): write_shards(tmp_path/'none', tmp_path/'out0', workers=0)
     assert not (tmp_path/'out0').exists()
-    for match, kw in (('size must be a whole number from 1, got 0', dict(size=0)), ('quality must be a whole number from 1 to 95, got 99', dict(quality=99)), ('per_shard', dict(per_shard=0)), ('the number of workers must be a whole number, 0 for none, got -1', dict(workers=-1))):
+    for match, kw in (('size must be a whole number, at least 1, got 0', dict(size=0)), ('quality must be a whole number, at least 1 and at most 95, got 99', dict(quality=99)), ('per_shard', dict(per_shard=0)), ('the number of workers must be a whole number, at least 0, got -1', dict(workers=-1))):
         with pytest.raises(InputError, match=match): write_shards(photos, tmp_path/'out0', **(dict(workers=0) | kw))
     calls, real = [], os.fsync
     for error, raised, match in ((OSError(28, 'No space left on device'), InputError, 'cannot write to .*out.*: no space left on device'), (KeyboardInterrupt(), KeyboardInterrupt, None)):
@@ -485,7 +485,7 @@ def test_photographs_with_other_files_are_a_folder(tmp_path, beside):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         assert len(find_images(tmp_path)) == 4
-    assert len(said) == (beside[:3] in ('tar', 'all')) and all('archives, give the path of a tar file to train on it' in str(o.message) for o in said)
+    assert len(said) == (beside[:3] in ('tar', 'all')) and all('archives, give the path of a tar file, or of a folder of tar files' in str(o.message) for o in said)
 
 
 def test_shards_with_other_files_are_shards(own):
@@ -566,7 +566,7 @@ def test_numbers_of_others_may_have_gaps(tmp_path, listed):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         assert [o.n for o in shard_list(tmp_path)] == [2, 2, 2]
-    assert [str(o.message) for o in said] == ["the list of shards has a hole, '00002.tar' is missing: training is on those that are there"]*listed[0].startswith('0')
+    assert [str(o.message) for o in said] == ["the list of shards has a hole, '00002.tar' is missing: the others are trained on"]*listed[0].startswith('0')
 
 
 def test_the_advice_on_a_hole_works(own):
