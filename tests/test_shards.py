@@ -21,6 +21,7 @@ from densessl.data.photographs import load_canvas
 from densessl.data.shards import is_shards, shard_dls, shard_list, write_shards
 from densessl.data.tar_files import tar_photographs
 from densessl.data.views import CropSpec, Recipe
+from densessl.ground.commands import densessl_shard
 from densessl.ground.core import InputError
 from densessl.ground.synthetic import draw_scenes
 
@@ -402,7 +403,7 @@ def test_nothing_is_overwritten_and_nothing_half_done(photos, tmp_path, monkeypa
         assert is_shards(out)
 
 
-SCRIPT = 'import sys\nfrom densessl.data.shards import densessl_shard\nsys.exit(densessl_shard())\n'
+SCRIPT = 'import sys\nfrom densessl.ground.commands import densessl_shard\nsys.exit(densessl_shard())\n'
 
 
 def run(*args):
@@ -427,7 +428,7 @@ def test_command_with_bad_input(photos, tmp_path, capsys):
     (tmp_path/'full').mkdir(); (tmp_path/'full/a').touch()
     for args, words in ((dict(folder='nowhere', out=tmp_path/'o'), ("'nowhere'", 'does not exist')), (dict(folder=photos, out=tmp_path/'full'), (str(tmp_path/'full'), 'not an empty folder')),
                         (dict(folder=photos, out=tmp_path/'o', size=0), ('size', '0')), (dict(folder=photos, out=tmp_path/'full/a/b'), ('cannot be written', 'is a file'))):
-        with pytest.raises(SystemExit) as e: S.densessl_shard(**args, workers=0)
+        with pytest.raises(SystemExit) as e: densessl_shard(**args, workers=0)
         assert e.value.code.startswith('densessl_shard: ') and '\n' not in e.value.code and all(w in e.value.code for w in words), e.value.code
     assert not (tmp_path/'o').exists() and capsys.readouterr() == ('', '')
 

@@ -127,8 +127,7 @@ def _apply(x, d, mean, std, out=None, compile=False):
 
 # %% ../../nbs/11_data.augment.ipynb #af68b4ba
 def augment(x:Tensor, spec:Augment|None, mean:tuple, std:tuple, generator=None, compile=False)->Tensor:
-    """Color, blur and solarize views, uint8 (n, 3, s, s), each with its own draw, and normalize them to float32;
-    without `spec` only normalize, and with `compile` use `torch.compile` on an accelerator"""
+    "Color, blur and solarize views, uint8 (n, 3, s, s), each with its own draw, and normalize them to float32"
     d = None if spec is None else draw_augment(spec, len(x), x.shape[-1], generator)
     mean, std = (to_device(torch.tensor(o, dtype=torch.float32).view(3,1,1), x.device) for o in (mean, std))
     if x.device.type!='cpu': return _apply(x, d, mean, std, compile=compile)
@@ -156,7 +155,8 @@ def make_views(
             b = random_boxes(hw if c.within is None else square, c.scale, c.ratio, generator)
             if c.within is not None: b = nest_boxes(b, boxes[c.within][0])
             x, b = crop_resize(canvas, flip_boxes(b, torch.rand(B, generator=generator)<c.flip), c.size, compile)
-            xs.append(x); bs.append(b)
+            xs.append(x)
+            bs.append(b)
         boxes[c.name] = torch.stack(bs)
         x = augment(torch.cat(xs), c.augment, recipe.mean, recipe.std, generator, compile)
         views[c.name] = View(x.unflatten(0, (c.count, B)), to_device(boxes[c.name], canvas.device))

@@ -71,13 +71,9 @@ class SceneCanvases:
 
 # %% ../../nbs/14_data.canvases.ipynb #67afbf50
 class BadFiles(list):
-    "The files that could not be read, each once; ends the run when there are too many"
+    "The unreadable files, each once, as a `kind`; ends the run at more than a share `max_bad` of `n`, 0 if unknown"
     few, enough = 5, 1000
-    def __init__(self,
-        n:int=0,           # Number of files; 0: unknown
-        max_bad:float=1.,  # Share of them that may be unreadable; 0: none
-        kind=Path,         # Type of the names in the list
-    ):
+    def __init__(self, n:int=0, max_bad:float=1., kind=Path):
         if not 0<=max_bad<=1: raise InputError(f'max_bad is a share: choose 0 to 1, got {max_bad}')
         super().__init__()
         self.n, self.max_bad, self.kind, self.seen, self.reasons = n, max_bad, kind, 0, {}

@@ -7,6 +7,7 @@ __all__ = ['MakeViews', 'ViewLoader', 'canvas_side', 'n_workers', 'view_loaders'
 
 # %% ../../nbs/15_data.images.ipynb #32ca18e4
 import copy, os, random, warnings
+from pathlib import Path
 
 import torch
 from fastai.data.core import DataLoaders
@@ -17,9 +18,9 @@ from .augment import make_views
 from .canvases import BadFiles, CanvasDataset, SceneCanvases
 from .folders import find_images, survey_images
 from .kept import KeptCanvases, keep_canvases
-from .views import Recipe, to_device
+from .views import Recipe
 from ..ground.commands import check_whole
-from ..ground.core import InputError
+from ..ground.core import InputError, to_device
 from ..ground.synthetic import draw_scenes
 from ..ground.visualize import show_images, unnormalize
 
@@ -129,11 +130,14 @@ def _check_readable(ds):
     BadFiles().add([small[0][2]])
 
 # %% ../../nbs/15_data.images.ipynb #70df394e
-def view_loaders(train, valid, recipe:Recipe, bs:int, num_workers, device, pin_memory, bad:BadFiles, seed=0,
-                 shuffle:bool=True, drop_last:bool=True, cache=False)->DataLoaders:
-    "Loaders of two data sets of canvases, the second may be empty; arguments as of `image_dls`"
+def view_loaders(split, n:int, recipe:Recipe, bs:int=64, canvas=None, num_workers=None, valid_pct=0., seed=None,
+                 device=None, pin_memory=None, drop_last=True, max_bad=.1, cache=None, shuffle=True, kind=Path):
+    """Loaders of `n` photographs: `split(k, size)` makes two data sets of canvases, the second of `k` photographs for
+    validation; `kind` is the type of their names; the other arguments are those of `image_dls`"""
+    if not 0<=valid_pct<1: raise InputError(f'valid_pct must lie in [0, 1), got {valid_pct}')
+    size, bad = canvas_side(canvas, recipe), BadFiles(n, max_bad, kind)
+    train, valid = split(int(valid_pct*n), size)
     _check_batch(bs, len(train))
-    size = getattr(train, 'size', 0)
     device = _own_device() if device is None else torch.device(device)
     if num_workers is None: num_workers = n_workers(device, 3*bs*size**2)
     check_whole('the number of workers', num_workers)
@@ -166,13 +170,12 @@ def image_dls(
 )->DataLoaders:                # Batches (views, hw); `bad_files` lists what could not be read so far
     "Batches of views of a folder of photographs"
     files = find_images(path)
-    if not 0<=valid_pct<1: raise InputError(f'valid_pct must lie in [0, 1), got {valid_pct}')
-    size, bad = canvas_side(canvas, recipe), BadFiles(len(files), max_bad)
-    order, k = list(range(len(files))), int(valid_pct*len(files))
-    if k: random.Random(seed).shuffle(order)
-    valid, train = (CanvasDataset([files[i] for i in sorted(o)], size) for o in (order[:k], order[k:]))
-    dls = view_loaders(train, valid, recipe, bs, num_workers, device, pin_memory, bad, seed=seed, drop_last=drop_last,
-                       cache=cache)
+    def split(k, size):
+        order = list(range(len(files)))
+        if k: random.Random(seed).shuffle(order)
+        return [CanvasDataset([files[i] for i in sorted(o)], size) for o in (order[k:], order[:k])]
+    dls = view_loaders(split, len(files), recipe, bs, canvas, num_workers, valid_pct, seed, device, pin_memory,
+                       drop_last, max_bad, cache)
     some = random.Random(0).sample(files, min(100, len(files)))
     for o in survey_images([(o, o) for o in some]): warnings.warn(o)
     return dls
@@ -189,6 +192,8 @@ def scene_dls(
     **kwargs,              # Arguments of `draw_scene`, such as natural=True
 )->DataLoaders:            # Batches (views, hw); `train_ds.images` holds the scenes
     "Batches of views of drawn scenes: training without any file"
-    images = draw_scenes(n, canvas_side(canvas, recipe), seed, **kwargs)[0]
-    train, none = SceneCanvases(images), SceneCanvases(images[:0])
-    return view_loaders(train, none, recipe, bs, num_workers, device, False, BadFiles(n), seed=seed)
+    def split(k, size):
+        images = draw_scenes(n, size, seed, **kwargs)[0]
+        return SceneCanvases(images), SceneCanvases(images[:0])
+    return view_loaders(split, n, recipe, bs, canvas, num_workers, seed=seed, device=device, pin_memory=False,
+                        cache=False)

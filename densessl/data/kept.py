@@ -27,8 +27,7 @@ def free_memory(cgroup='/sys/fs/cgroup')->int:
 
 # %% ../../nbs/13_data.kept.ipynb #c0a5000a
 class KeptCanvases:
-    """Canvases of a data set, each decoded once: `ds.read(i)` gives a canvas, its (height, width), a note, and whether
-    it is the same in every epoch; with `pin` batches lie in pinned memory, from which a GPU copies while it computes"""
+    "Canvases of a data set, each decoded once by `ds.read`; with `pin` batches are in pinned memory, for a GPU"
     def __init__(self, ds, pin:bool=False):
         self.ds, self.pin, self.canvas = ds, pin, None
         self.hw = torch.ones(len(ds), 2, dtype=torch.int64)
@@ -36,8 +35,7 @@ class KeptCanvases:
     def __getstate__(self): return vars(self) | dict(canvas=None)       # canvases do not travel to other processes
 
     def read(self, numbers:list)->tuple:
-        """Canvases, sizes and notes of the photographs of a batch that are not kept yet, and whether to keep each;
-        the numbers of all photographs, and the places of these in the batch"""
+        "What of a batch is new: canvases, sizes, notes and whether to keep each; numbers of all, places of the new"
         i = torch.tensor(numbers)
         new = (~self.there[i]).nonzero()[:,0]
         items = [self.ds.read(k) for k in i[new].tolist()]
@@ -90,8 +88,7 @@ def _say(what, n, size):
     print(f'{what}: {n:,} photographs, {size/1e9:.1f} GB', flush=True)
 
 def keep_canvases(sets, size:int, cache:bool|None=None, pin:bool=False)->list:
-    """A `KeptCanvases` for each data set if canvases of side `size` are to be kept, else None for each, and a line that
-    says so; without `cache` they are kept if half of the free memory is enough"""
+    "A `KeptCanvases` for each data set, or None to keep nothing; without `cache` half of the free memory decides"
     if cache not in (None, False, True): raise InputError(f'cache must be True, False or None, got {cache!r}')
     if cache is False: return [None]*len(sets)
     n = sum(map(len, sets))

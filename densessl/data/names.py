@@ -85,8 +85,7 @@ def words_of(name:str)->list:
 
 # %% ../../nbs/33_data.names.ipynb #e63d8c4d
 def folder_role(name:str, images:str=None, labels:str=None)->str:
-    """What a folder holds, by its name: 'photo', 'mask', '' (unknown), or 'other' where the user gave `images` or
-    `labels`, which is then the only name of its kind"""
+    "What a folder holds by its name: photo, mask, other or ''; a name that the user gives is the only one of its kind"
     low = name.lower()
     if images and low==images.lower(): return 'photo'
     if labels and low==labels.lower(): return 'mask'
@@ -97,8 +96,7 @@ def folder_role(name:str, images:str=None, labels:str=None)->str:
 
 # %% ../../nbs/33_data.names.ipynb #bb7f82a2
 def folders_of_parts(names, parts=())->dict:
-    """The part of each folder that names one: alone (Training Set), or by differing from another folder in it
-    (uavid_train, uavid_val); `parts` are parts by any name"""
+    "Folder -> the part it names, alone (Training Set) or in contrast to another folder (uavid_train, uavid_val)"
     alike, out = {}, {}
     for name in names:
         words = words_of(name)

@@ -70,8 +70,7 @@ def _replaced(o, **attrs):
 
 # %% ../../nbs/12_data.order.ipynb #7afec5a9
 def rest_of_epoch(dl, k:int, before):
-    """The batches of an epoch of a fastai `DataLoader` without the first `k`, which are not read; `before` is called
-    once the order is drawn and the workers have started, before the first batch is made"""
+    "An epoch's batches without the first `k`, which are not read; `before` is called before the first one is made"
     name = 'after_batch' if dl.fake_l.num_workers else 'sample'
     first = _CallFirst(before, getattr(dl, name))
     with _replaced(dl, get_idxs=_WithoutFirst(dl.get_idxs, k*dl.bs), **{name: first}): yield from dl

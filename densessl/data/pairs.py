@@ -8,7 +8,6 @@ __all__ = ['Found', 'plain_folder']
 # %% ../../nbs/34_data.pairs.ipynb #c1d999ea
 import os, re
 from collections import Counter
-from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
@@ -117,7 +116,7 @@ def _pair_somehow(root, photos, masks):
     elsewhere = lambda files, **kw: [(w._replace(rest=(), **kw), p) for w,p in files]
     bare = elsewhere(photos)
     places = (photos, masks), (bare, elsewhere(masks)), (bare, elsewhere(masks, part=''))
-    ways = [({}, []), (dict(name=partial(file_name, fold=True)), [])]
+    ways = [({}, []), (dict(name=lambda p: file_name(p, fold=True)), [])]
     if around := _around(photos, masks):
         ways.append((dict(around=[*map(re.escape, around)]), [f'masks are named {around[0]}NAME{around[1]}']))
     for kw,notes in ways:
@@ -219,14 +218,9 @@ def _spare_masks(root, pairs, masks, left):
     if lost: notes.append(f'{len(lost)} masks without a photograph are left out ({some_names(p.name for p in lost)})')
     return notes
 
-def plain_folder(
-    root,                 # Folder
-    images:str=None,      # Name of the folders of photographs; default the words of `PHOTO_WORDS`
-    labels:str=None,      # Name of the folders of masks; default the words of `MASK_WORDS`
-    parts=(),             # Names of folders that are parts, besides train, val and test
-    sure:bool=False,      # Whether the user says that it is one
-)->Found|None:            # None if there are no masks
-    "Photographs and masks in folders of any of the usual names"
+def plain_folder(root, images:str=None, labels:str=None, parts=(), sure:bool=False)->Found|None:
+    """Photographs and masks in folders of the usual names, or named `images`, `labels` and `parts`, None if there are
+    no masks; a public set is refused unless the user is `sure`"""
     photos, masks, notes = _sort_files(root, images, labels, parts)
     if not masks or not photos: return
     pairs, lone, left, around = _pair_somehow(root, photos, masks)

@@ -10,7 +10,6 @@ __all__ = ['FORMATS', 'IMAGE_SUFFIXES', 'MAX_PIXELS', 'LONGEST', 'is_image', 'un
 # %% ../../nbs/07_data.photographs.ipynb #32232602
 import logging, math, os, random, re, stat, sys
 from contextlib import nullcontext, suppress
-from itertools import chain
 
 import numpy as np
 import torch, torch.nn.functional as F
@@ -36,7 +35,7 @@ def _formats_here():
     return {k: tuple(v.split()) for k,v in formats.items()}
 
 FORMATS = _formats_here()                              # no others are tried, whatever a file's name
-IMAGE_SUFFIXES = tuple(chain(*FORMATS.values()))
+IMAGE_SUFFIXES = sum(FORMATS.values(), ())
 _UNREAD = {                                        # what else people keep beside photographs, and what to do about it
     'install pillow-heif to read them': '.heic .heif .hif',
     'install pillow-jxl-plugin to read them': '.jxl',
@@ -73,10 +72,9 @@ def unread_suffix(name:str)->str|None:
 def unread_advice(counts:dict)->str:
     "What is not read, and what to do about it; `counts` says how many files have each suffix of `unread_suffix`"
     called = dict(nosuffix='without a suffix', copysuffix='with more after it, as .jpg~')
-    counts = sorted(counts.items())
-    whys = dict.fromkeys(_UNREAD[s] for s,_ in counts)
-    def some(why): return ' and '.join(f'{n} {called.get(s, s)}' for s,n in counts if _UNREAD[s]==why)
-    return 'not read: '+', '.join(f'{some(why)} ({why})' for why in whys)
+    found = {}
+    for s,n in sorted(counts.items()): found.setdefault(_UNREAD[s], []).append(f'{n} {called.get(s, s)}')
+    return 'not read: '+', '.join(f'{" and ".join(o)} ({why})' for why,o in found.items())
 
 # %% ../../nbs/07_data.photographs.ipynb #1b57da58
 _NAMES = 'FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split()
@@ -100,9 +98,8 @@ def _bytes(a):
     ok, whole = np.isfinite(a), a.dtype.kind!='f'
     lo, hi = (float(f(a, where=ok, initial=0. if not ok.any() else a[ok][0])) for f in (np.min, np.max))
     a = np.nan_to_num(a.astype(np.float64), nan=lo, posinf=hi, neginf=lo)
-    if lo>=0 and (whole or hi<=1 or hi>=64):             # floats between 1 and 64 follow no convention
-        white = 1. if hi<=1 and not whole else _white(hi)
-        if white: lo, hi = _black_and_white(lo, hi) if white>1 else (0., white)
+    if lo>=0 and hi<=1 and not whole: lo, hi = 0., 1.
+    elif lo>=0 and (whole or hi>=64) and _white(hi): lo, hi = _black_and_white(lo, hi)   # none for floats from 1 to 64
     return Image.fromarray(_stretched(a, lo, hi))
 
 def _check_planes(im):
@@ -238,11 +235,9 @@ def _decode(file, size, file_bytes):
     if turn is None: return x, (h, w)
     return x.transpose(turn), (w, h) if turn.name in _NAMES[3:] else (h, w)
 
-def read_photo(
-    file,           # Path, or an open binary file
-    size:int=None,  # A JPEG may be decoded at a fraction, but both sides at least this long; None: in full
-)->tuple:           # Upright RGB `Image`, and (height, width) of the whole photograph
-    "A photograph as a viewer would show it, the first frame if there are several; raises `UnreadablePhoto`"
+def read_photo(file, size:int=None)->tuple:
+    """A photograph, or its first frame, as a viewer would show it: an upright RGB `Image`, no side of which a reduced
+    JPEG has below `size`, and the (height, width) of the whole; raises `UnreadablePhoto`"""
     try:
         with open_regular(file) as f: return _decode(f, size, f.seek(0, os.SEEK_END))
     except Image.DecompressionBombError as e: raise DecompressionBombError(file, str(e)) from None

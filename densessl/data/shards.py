@@ -6,26 +6,24 @@
 __all__ = ['shard_list', 'is_shards', 'write_shards', 'ShardImages', 'shard_dls']
 
 # %% ../../nbs/16_data.shards.ipynb #bb5756a6
-import hashlib, json, os, random, re, tarfile, time, warnings
-from bisect import bisect_right
+import bisect, glob, hashlib, itertools, json, os, random, re, tarfile, time, warnings
 from contextlib import suppress
-from glob import glob
 from io import BytesIO
-from itertools import accumulate, chain, groupby
 from pathlib import Path
 
 import torch
 from fastai.data.core import DataLoaders
 from fastcore.foundation import defaults
+from fastcore.meta import delegates
 from PIL import Image
 
-from .canvases import BadFiles, CanvasDataset
+from .canvases import CanvasDataset
 from .folders import find_images, has_photographs, survey_images
-from .images import canvas_side, view_loaders
+from .images import image_dls, view_loaders
 from .photographs import is_image, read_photo, reason_of, unread_advice
 from .tar_files import Shard, TarContents, tar_photographs
 from .views import Recipe
-from ..ground.commands import check_whole, densessl_shard
+from ..ground.commands import check_whole
 from ..ground.core import InputError
 from ..ground.files import printable, whole_file
 
@@ -89,7 +87,7 @@ def _expand(urls):
     if s.endswith('.json'):
         index = _read_index(s)
         return [os.path.join(os.path.dirname(s), o) for o in sorted(index)], index
-    if '*' in s: return sorted(glob(s)), None
+    if '*' in s: return sorted(glob.glob(s)), None
     from braceexpand import braceexpand
     return list(braceexpand(s)), None
 
@@ -120,11 +118,8 @@ def _open_shard(path, entry, contents):
     return Shard(path, [o[1:] for o in tar_photographs(path, contents)])
 
 # %% ../../nbs/16_data.shards.ipynb #3cb1baac
-def shard_list(
-    urls,              # Folder of tar files; path of an index; `data/{000..031}.tar`, `data/*.tar`; list of paths
-    holes:bool=False,  # Accept missing numbers without a warning
-)->list:               # `Shard`s
-    "All shards, or one sentence on what is wrong with the list"
+def shard_list(urls, holes:bool=False)->list:
+    "The `Shard`s of a folder, an index, a pattern or a list of paths; `holes` accepts missing numbers silently"
     paths, index = _expand(urls if isinstance(urls, (list,tuple)) else [urls])
     if not paths: raise InputError('the list of shards is empty: give tar files')
     _check_names(paths, holes or index is not None)
@@ -203,7 +198,7 @@ def write_shards(
     def samples():
         "Number, name and bytes of each photograph"
         told = time.monotonic()
-        for done,(suffix,data) in enumerate(chain.from_iterable(loader)):
+        for done,(suffix,data) in enumerate(itertools.chain.from_iterable(loader)):
             n = done-len(bad)
             if suffix is None: bad.append(data)
             else: yield n, f'{n:09}.{suffix}', data
@@ -211,7 +206,7 @@ def write_shards(
                 say(f'{done+1} of {len(files)} photographs')
                 told = time.monotonic()
     try:
-        for k,shard in groupby(samples(), lambda o: o[0]//per_shard):
+        for k,shard in itertools.groupby(samples(), lambda o: o[0]//per_shard):
             out.mkdir(parents=True, exist_ok=True)
             started.touch()
             index.append(_write(out/f'shard-{k:06}.tar', (o[1:] for o in shard)))
@@ -230,11 +225,11 @@ class ShardImages(CanvasDataset):
     "Photographs of `Shard`s as canvases of side `size`; those of a `block` are shuffled together"
     def __init__(self, shards, size:int, block:int=1024):
         self.shards, self.size, self.block = [o for o in shards if o.n], size, block
-        self.ends = list(accumulate(o.n for o in self.shards))
+        self.ends = list(itertools.accumulate(o.n for o in self.shards))
     def __len__(self): return self.ends[-1] if self.ends else 0
     def place(self, i:int):
         "The shard of photograph `i`, and its number there"
-        k = bisect_right(self.ends, i)
+        k = bisect.bisect_right(self.ends, i)
         return self.shards[k], i-self.ends[k]+self.shards[k].n
     def file(self, i:int):
         shard, j = self.place(i)
@@ -245,7 +240,7 @@ class ShardImages(CanvasDataset):
     def shuffled(self, rng:random.Random)->list:
         "The order of an epoch: shards at random, then photographs within each block"
         spans = [range(end-o.n, end) for o,end in zip(self.shards, self.ends)]
-        order = list(chain(*rng.sample(spans, len(spans))))
+        order = list(itertools.chain(*rng.sample(spans, len(spans))))
         blocks = [order[k:k+self.block] for k in range(0, len(order), self.block)]
         return [i for b in blocks for i in rng.sample(b, len(b))]
     def identity(self)->dict:
@@ -255,35 +250,26 @@ class ShardImages(CanvasDataset):
         return dict(images=len(self), hash=sha.hexdigest()[:16])
 
 # %% ../../nbs/16_data.shards.ipynb #69c53e25
+@delegates(image_dls)
 def shard_dls(
-    urls,                      # Folder of shards, index, pattern or list: see `shard_list`
-    recipe:Recipe,             # Views to make
-    bs:int=64,                 # Photographs in a batch, on each rank
-    canvas:int=None,           # Side of the square that photographs are resized to first; None: 8/7 of the largest view
-    num_workers:int=None,      # Processes that decode; None: one fewer than the CPUs, without a GPU at most 8
-    valid_pct:float=0.,        # Share of the images set aside for a validation loss: the last ones
-    seed:int=0,                # Fixes the order; the views follow torch's generator (`torch.manual_seed`)
-    device=None,               # Where views are made; None: the GPU if there is one
-    pin_memory:bool=None,      # None: with a GPU
-    drop_last:bool=True,       # Leave out an incomplete last batch
-    max_bad:float=0.1,         # Share of unreadable images that ends the run; 0: the first one, 1: never
-    shuffle:int=1024,          # Photographs that are shuffled together, of shards in random order; 0: no shuffling
-    holes:bool=False,          # Accept a list of shards with missing numbers
-    cache:bool=None,           # Decode once and keep the canvases; None: if they fit, see `keep_canvases`
-)->DataLoaders:                # Batches (views, hw); `bad_files` lists what could not be read so far
+    urls,              # Folder of shards, index, pattern or list: see `shard_list`
+    recipe:Recipe,     # Views to make
+    bs:int=64,         # Photographs in a batch, on each rank
+    seed:int=0,        # Fixes the order; the views follow torch's generator (`torch.manual_seed`)
+    shuffle:int=1024,  # Photographs that are shuffled together, of shards in random order; 0: no shuffling
+    holes:bool=False,  # Accept a list of shards with missing numbers
+    **kwargs,          # Arguments of `image_dls`; the last images are those for a validation loss
+)->DataLoaders:        # Batches (views, hw); `bad_files` lists what could not be read so far
     "Batches of views of the photographs in tar files"
+    check_whole('shuffle', shuffle)
     shards = shard_list(urls, holes)
     n = sum(o.n for o in shards)
-    if not 0<=valid_pct<1: raise InputError(f'valid_pct must lie in [0, 1), got {valid_pct}')
-    check_whole('shuffle', shuffle)
-    size, bad = canvas_side(canvas, recipe), BadFiles(n, max_bad, kind=str)
-    cut, starts = n-int(valid_pct*n), accumulate((o.n for o in shards), initial=0)
-    cuts = [min(max(cut-start, 0), o.n) for start,o in zip(starts, shards)]
-    train = ShardImages([o.part(0, k) for o,k in zip(shards, cuts)], size, shuffle)
-    valid = ShardImages([o.part(k, o.n) for o,k in zip(shards, cuts)], size)
-    dls = view_loaders(train, valid, recipe, bs, num_workers, device, pin_memory, bad, seed=seed, shuffle=shuffle>0,
-                       drop_last=drop_last, cache=cache)
-    first = shards[0]
-    some = [(first.name(i), BytesIO(first.read(i))) for i in range(min(32, first.n))]
+    def split(k, size):
+        starts = itertools.accumulate((o.n for o in shards), initial=0)
+        cuts = [min(max(n-k-start, 0), o.n) for start,o in zip(starts, shards)]
+        train, valid = zip(*((o.part(0, cut), o.part(cut, o.n)) for o,cut in zip(shards, cuts)))
+        return ShardImages(train, size, shuffle), ShardImages(valid, size)
+    dls = view_loaders(split, n, recipe, bs, seed=seed, shuffle=shuffle>0, kind=str, **kwargs)
+    some = [(shards[0].name(i), BytesIO(shards[0].read(i))) for i in range(min(32, shards[0].n))]
     for o in survey_images(some): warnings.warn(o)
     return dls

@@ -85,8 +85,7 @@ def _check_tar(path):
         raise OSError(' but '.join(filter(None, ['not a tar file', describe_file(path)])))
 
 def tar_photographs(path, contents:TarContents=None)->list:
-    """(name, first byte, bytes) of each photograph of an uncompressed tar file, in order, found by its headers and
-    counted in `contents`; a file that is cut short is an error"""
+    "(name, first byte, bytes) of each photograph of an uncompressed, whole tar file, in order, counted in `contents`"
     contents, found = contents or TarContents(), []
     try:
         _check_tar(path)

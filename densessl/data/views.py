@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
 
-from ..ground.core import InputError, compiled, fp32, to_device
+from ..ground.core import InputError, check_ranges, compiled, fp32, to_device
 
 # %% ../../nbs/10_data.views.ipynb #1cd25a58
 def nest_boxes(inner:Tensor, outer:Tensor)->Tensor:
@@ -27,13 +27,9 @@ def flip_boxes(boxes:Tensor, mask:Tensor)->Tensor:
     return torch.where(mask[...,None], boxes[...,[2,1,0,3]], boxes)
 
 # %% ../../nbs/10_data.views.ipynb #df1f87d5
-def random_boxes(
-    hw:Tensor,       # Height and width of each image, (n, 2), any unit
-    scale:tuple,     # Range of the share of the area
-    ratio:tuple,     # Range of width over height, log-uniform, in the unit of `hw`
-    generator=None,  # Generator of the CPU; None: torch's default
-)->Tensor:           # Boxes (n, 4) in [0,1] of the image
-    "One random crop per image: `RandomResizedCrop` for a whole batch"
+def random_boxes(hw:Tensor, scale:tuple, ratio:tuple, generator=None)->Tensor:
+    """Boxes (n, 4) in [0,1], one for each image of height and width (n, 2): `RandomResizedCrop` for a whole batch;
+    `scale` is the range of the share of the area, `ratio` that of width over height in the unit of `hw`"""
     h, w = hw.double().unbind(-1)
     def U(lo, hi): return torch.empty(len(hw), 10, dtype=torch.float64).uniform_(lo, hi, generator=generator)
     area, r = U(*scale)*(h*w)[:,None], U(math.log(ratio[0]), math.log(ratio[1])).exp()
@@ -69,8 +65,7 @@ def _crop_resize_one_by_one(canvas, px, flip, size):
 
 # %% ../../nbs/10_data.views.ipynb #571be22b
 def bicubic_weights(lo:Tensor, hi:Tensor, size:int, S:int)->Tensor:
-    """Weights (n, size, S) that resize pixels `lo` to before `hi`, each (n,), of a row of `S` pixels to `size`:
-    antialiased, bicubic, cut off at the ends of the source; they sum to 1"""
+    "Weights (n, size, S), antialiased bicubic, that resize pixels `lo` to before `hi`, each (n,), of rows of `S`"
     scale = ((hi-lo)/size)[:,None,None]
     j, i = torch.arange(S, device=lo.device)[None,None], torch.arange(size, device=lo.device)[None,:,None]
     t = ((j-lo[:,None,None]+.5 - (i+.5)*scale)/scale.clamp(min=1)).abs()
@@ -148,14 +143,9 @@ class CropSpec:
     def __post_init__(self):
         for f in ('scale','ratio'): object.__setattr__(self, f, _tuple(getattr(self, f)))
         if isinstance(self.augment, dict): object.__setattr__(self, 'augment', Augment(**self.augment))
-        who = f'crop {self.name!r}: '
-        if not isinstance(self.size, int) or self.size<1:
-            raise InputError(f'{who}size must be a whole number of pixels, at least 1, got {self.size}')
-        if not isinstance(self.count, int) or self.count<1:
-            raise InputError(f'{who}count must be at least 1, got {self.count}: leave out an unwanted crop')
-        if not 0<=self.flip<=1: raise InputError(f'{who}flip is a probability: choose 0 to 1, got {self.flip}')
-        _range(who+'scale', self.scale, 0, 1, 'in (0, 1]')
-        _range(who+'ratio', self.ratio, 0, math.inf, 'above 0')
+        check_ranges(self, size='[1, inf)', count='[1, inf)', flip='[0, 1]')
+        _range('scale', self.scale, 0, 1, 'in (0, 1]')
+        _range('ratio', self.ratio, 0, math.inf, 'above 0')
 
 # %% ../../nbs/10_data.views.ipynb #3fe73ee1
 @dataclass(frozen=True)
