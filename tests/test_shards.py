@@ -160,6 +160,7 @@ def test_kept_canvases_give_the_same(tars):
 
 def test_learner_trains_on_shards(tars, tmp_path):
     "The same learner, views to look at, plain `fit`"
+    import densessl.training.pictures       # gives a learner `show_views`
     from densessl.methods.flsl import FLSLConfig, flsl_recipe
     from densessl.training.learner import flsl_learner
     c = FLSLConfig(img_size=32, n_prototypes=16)
