@@ -705,7 +705,7 @@ REFUSED = {
     'MATLAB':              (arrays('.mat', 'img/{n}.png', 'cls/{n}'), 'holds masks in .mat files'),
     'volumes':             (arrays('.nii.gz', mask='labelsTr/{n}', photos=False), 'holds masks in .nii.gz files'),
     'a mask an object':    (each_object, 'holds several masks for one photograph, as if each showed one object: merge them'),
-    'a mask a class':      (lambda r: [pairs(r, 'images/{n}.png', f'masks/{c}/{{n}}.png', lambda m: m//2*255) for c in ('cat', 'dog')], 'if each shows one class or one object, join them'),
+    'a mask a class':      (lambda r: [pairs(r, 'images/{n}.png', f'masks/{c}/{{n}}.png', lambda m: m//2*255) for c in ('cat', 'dog')], 'if each shows one class or one object, merge them'),
     'numbers of objects':  (lambda r: [(write(r/f'images/{n}.png', IMAGES[i]), write(r/f'masks/{n}.png', objects(i))) for i,n in enumerate(NAMES)], 'each mask holds all numbers from 1 to its own last one, 9 to 20'),
     'two ways':            (lambda r: [(write(r/f'images/{n}.png', IMAGES[i]), write(r/f'masks/{n}.png', (MASKS[i]//2*(255 if i%2 else 1)).astype(np.uint8))) for i,n in enumerate(NAMES)], 'some masks hold 0 and 1, others 0 and 255'),
     'transparency':        (lambda r: pairs(r, 'images/{n}.png', 'masks/{n}.png', lambda m: np.dstack([np.zeros((9,14,3), np.uint8), m//2*255])), "getchannel('A')"),
