@@ -316,7 +316,7 @@ def test_home_is_expanded(tmp_path, monkeypatch):
 @pytest.mark.parametrize('workers', [-1, 1.5, 'two'])
 def test_workers_are_checked(tmp_path, workers):
     for i in range(2): photo(tmp_path/f'{i}.jpg')
-    with pytest.raises(InputError, match=f'the number of workers must be a whole number, 0 for none, got {workers}'): image_dls(tmp_path, RECIPE, bs=2, num_workers=workers)
+    with pytest.raises(InputError, match=f'the number of workers must be a whole number, at least 0, got {workers!r}'): image_dls(tmp_path, RECIPE, bs=2, num_workers=workers)
 
 
 # ---- depth, size, damage
@@ -545,7 +545,7 @@ def test_tiff_where_0_is_white(tmp_path, dtype):
 
 @pytest.mark.parametrize('a,kw,says', [
     (COLORS.astype(np.uint16)*257, dict(photometric=2, planar=2), '16 bits in separate planes, which Pillow misreads'),
-    (np.repeat(BAND, 13, -1), dict(photometric=1, extra=[0]*12), 'a TIFF that Pillow cannot read, as of many bands'),
+    (np.repeat(BAND, 13, -1), dict(photometric=1, extra=[0]*12), 'a TIFF that Pillow cannot read, such as many bands'),
     (COLORS.astype(np.float32)/255, dict(photometric=2), 'a TIFF that Pillow cannot read')], ids=['planes', 'bands', 'floats'])
 def test_tiff_that_is_refused(tmp_path, a, kw, says):
     import logging

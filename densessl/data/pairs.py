@@ -8,7 +8,6 @@ __all__ = ['Found', 'plain_folder']
 # %% ../../nbs/34_data.pairs.ipynb #c1d999ea
 import os, re
 from collections import Counter
-from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
@@ -27,13 +26,13 @@ class Found(NamedTuple):
     classes:tuple=None       # Names of the classes
     read:object=read_mask    # Function that reads a mask
     lists:tuple=()           # Lists of classes that lie beside the masks
-    notes:tuple=()           # For the user, in words
+    notes:tuple=()           # Sentences for the user
 
 # %% ../../nbs/34_data.pairs.ipynb #13ec72a6
-_BEST = ('labelids', 'labeltrainids', 'mask', 'masks', 'label', 'labels')   # Of several masks, the first of these
+_BEST = ('labelids', 'labeltrainids', 'mask', 'masks', 'label', 'labels')   # Of several masks, the first of these ends
 
 def _one_mask(root, masks):
-    "The mask of a photograph, if several fit; one of numbers before its colored copies"
+    "The mask of a photograph where several fit; one of numbers before its colored copies"
     words = lambda m: {w for part in m.relative_to(root).with_suffix('').parts for w in words_of(part)}
     masks = [m for m in masks if not words(m) & COLORED_COPIES] or masks
     if len(masks)==1: return masks[0]
@@ -41,28 +40,24 @@ def _one_mask(root, masks):
         if len(fit := [m for m in masks if m.stem.lower().endswith(f'_{end}')])==1: return fit[0]
     a, b = (m.relative_to(root) for m in masks[:2])
     raise InputError(f'{a} and {b} in {root} both look like the mask of one photograph: keep one of them, or '
-                     f'{option("labels=FOLDER")}; if each shows one class or one object, join them to one mask')
+                     f'{option("labels=FOLDER")}; if each shows one class or one object, merge them into one mask')
 
 def _sort_files(root, images, labels, parts):
     "Photographs and masks as lists of (place, path), and notes for the user"
-    given = [str(o).strip('/') for o in (images, labels) if o and '/' in str(o)]
-    def folders(p):
-        "Names of the folders above a file; those of a given path count as one"
-        path = f'/{p.relative_to(root).parent.as_posix()}/'
-        for o in given: path = path.replace(f'/{o}/', f'/{o.replace("/", chr(0))}/')
-        return [w.replace(chr(0), '/') for w in path.strip('/').split('/')] if path!='/./' else []
-    above = {p: folders(p) for p in photos_of(root)}
+    given = [re.escape(o.strip('/')) for o in (images, labels) if o and '/' in o]    # a path counts as one folder
+    folder = re.compile('|'.join([*(rf'{o}(?![^/])' for o in given), '[^/]+']))
+    above = {p: folder.findall('/'.join(p.relative_to(root).parts[:-1])) for p in photos_of(root)}
     shared = {*os.path.commonprefix([*above.values()])}      # a folder of all files tells nothing of one
     part_folders = folders_of_parts({n for v in above.values() for n in v}, parts)
     role_of = lambda n: '' if n in shared else folder_role(n, images, labels)
     placed = [(place_of(v, part_folders, role_of), p) for p,v in above.items()]
     masks, photos, plain = ([o for o in placed if o[0].role==r] for r in ('mask', 'photo', ''))
+    photos = photos or plain
     hands = sorted({n for _,p in masks for n in above[p] if 'manual' in re.split(r'[_\-. \d]+', n.lower())})
     if hands and not labels:                                 # eyes: the folder mask holds the field of view
-        return photos or plain, [o for o in masks if hands[0] in above[o[1]]], [f'masks are those of {hands[0]}']
-    if masks: return photos or plain, masks, []
-    photos = photos or plain                                 # side by side: a word at the end of the name
-    stems = {(w, p.stem) for w,p in photos}
+        return photos, [o for o in masks if hands[0] in above[o[1]]], [f'masks are those of {hands[0]}']
+    if masks: return photos, masks, []
+    stems = {(w, p.stem) for w,p in photos}                  # side by side: a word at the end of the name
     bare = {(w, bare_name(s, PHOTO_ENDS)) for w,s in stems}
     def is_mask(w, p):
         b = bare_name(p.stem, MASK_ENDS if p.suffix.lower() in ('.jpg', '.jpeg') else SHORT_ENDS)
@@ -78,10 +73,7 @@ def _by_place(masks, name, around):
     for w,m in masks:
         stem = name(m)
         names = {stem, bare_name(stem, FOLDER_ENDS)}
-        if around:
-            before, after = around
-            fits = stem.startswith(before) and stem.endswith(after)
-            names = {stem[len(before):len(stem)-len(after)]} if fits else ()
+        if around: names = re.findall(rf'\A{around[0]}(.*){around[1]}\Z', stem, flags=re.S)
         for s in names: of.setdefault((part_of(w.part) or w.part, w.rest, s), []).append(m)
     return of
 
@@ -89,7 +81,7 @@ def _pair_files(root, photos, masks, name=file_name, around=None):
     "(place, photograph, mask) of all pairs, photographs without a mask, masks without a photograph"
     of = _by_place(masks, name, around)
     by_stem([p for _,p in photos], lambda p: (p.parent, p.stem))
-    pairs, lone, used, owner = [], [], set(), {}
+    pairs, lone, owner = [], [], {}
     for w,p in photos:
         stems = dict.fromkeys((name(p), bare_name(name(p), PHOTO_ENDS)))
         keys = [(q, w.rest, s) for s in stems for q in (part_of(w.part) or w.part, '')]
@@ -104,48 +96,46 @@ def _pair_files(root, photos, masks, name=file_name, around=None):
             raise InputError(f'{a} in {root} could be the mask of {b} and of {c}: give each photograph a mask in a '
                              f'folder of the same name, or {option("images=FOLDER")}')
         pairs.append((w, p, m))
-        used.add(m)
-    return pairs, lone, [m for _,m in masks if m not in used]
+    return pairs, lone, [m for _,m in masks if m not in owner]
 
 def _around(photos, masks):
-    "What stands before and after the name of the photograph in the names of most masks, None if that is not clear"
+    "What precedes and follows the name of the photograph in the names of most masks, None if that is not clear"
     names, counts = {file_name(p) for _,p in photos[:2000]}, Counter()
     for _,m in masks[:50]:
         stem = file_name(m)
         for s in names:
             if s not in stem: continue
-            before, after = stem[:stem.index(s)], stem[stem.index(s)+len(s):]
+            before, _, after = stem.partition(s)
             if not (before[-1:].isalnum() or after[:1].isalnum()): counts[before, after] += 1
     best = counts.most_common(2)
     if not best or best[0][1]<2 or len(best)>1 and best[0][1]<2*best[1][1]: return None
     return best[0][0]
 
 def _pair_somehow(root, photos, masks):
-    "Pairs by name: in folders of the same names, in any folders, in any case, with a constant word around the name"
+    "Pairs by name: in folders of the same names, in any folders, in any case, with a constant string around it"
     elsewhere = lambda files, **kw: [(w._replace(rest=(), **kw), p) for w,p in files]
     bare = elsewhere(photos)
     places = (photos, masks), (bare, elsewhere(masks)), (bare, elsewhere(masks, part=''))
-    for kw in ({}, dict(name=partial(file_name, fold=True))):
-        for x,m in places:
-            if (found := _pair_files(root, x, m, **kw))[0]: return *found, ''
+    ways = [({}, []), (dict(name=lambda p: file_name(p, fold=True)), [])]
     if around := _around(photos, masks):
+        ways.append((dict(around=[*map(re.escape, around)]), [f'masks are named {around[0]}NAME{around[1]}']))
+    for kw,notes in ways:
         for x,m in places:
-            if (found := _pair_files(root, x, m, around=around))[0]:
-                return *found, f'masks are named {around[0]}NAME{around[1]}'
-    return [], photos, [m for _,m in masks], ''
+            if (found := _pair_files(root, x, m, **kw))[0]: return *found, notes
+    return [], [], [], []
 
 # %% ../../nbs/34_data.pairs.ipynb #c4c580ff
 _LISTS = ('', 'splits', 'split', 'lists', 'ImageSets', 'ImageSets/Segmentation', 'annotations')
 
 def _list_part(stem):
-    "The part that a list is of, '' if it is none: train, train_list, val-files"
+    "The part that a list names, as train, train_list or val-files; '' if none"
     words = words_of(stem)
     its = [w for w in words if part_of(w) or w=='trainval']
     filling = FILLING | PHOTO_WORDS | set('list lists file files id ids name names'.split())
     return its[0] if len(its)==1 and {*words}-{*its}<=filling else ''
 
 def _read_list(file, known):
-    "Names of photographs in a list, and how many of its lines name none; the first word of a line is a path or a name"
+    "Photographs in a list, and how many of its lines name none; a line or its first word is a path or a name"
     names, lost = [], 0
     for line in map(str.strip, read_text(file).splitlines()):
         if not line: continue
@@ -156,7 +146,7 @@ def _read_list(file, known):
     return dict.fromkeys(names), lost
 
 def _by_lists(root, pairs):
-    "Parts that text files as train.txt and val.txt name, and what to say of them; {} if there are none"
+    "Parts that text files such as train.txt name, and notes on them; {} if there are none"
     known, lists = {}, {}
     for w,p,m in pairs: known.setdefault(p.stem, []).append((p, m))
     for folder in _LISTS:
@@ -172,16 +162,15 @@ def _by_lists(root, pairs):
     if not named or max(map(len, known.values()))>1 or strangers:
         return {}, [f'{files} name other files or folders and are not used']
     if both := [o for o,n in named.items() if n>1]:
-        raise InputError(f'{len(both)} photographs stand in more than one of the lists {files}, as {both[0]}: each may '
-                         f'be in one part only')
+        raise InputError(f'{len(both)} photographs are in several of the lists {files}, such as {both[0]}: keep each '
+                         'in one part only')
     splits = {k: tuple(known[o][0] for o in names) for k,(names,_) in read.items() if names}
-    notes, rest = [f'parts are those of {files}'], [o for o in known if o not in named]
-    if rest and len(splits)==1:
-        other = 'train' if part_of(next(iter(splits))) in ('val', 'test') else 'val'
-        splits[other] = tuple(known[o][0] for o in rest)
-        notes = [f'parts are those of {files}, {other} is the rest']
-    elif rest: notes.append(f'{len(rest)} photographs that no list names are left out ({some_names(rest)})')
-    return splits, notes
+    says, rest = f'parts are those of {files}', [o for o in known if o not in named]
+    if not rest: return splits, [says]
+    if len(splits)>1:
+        return splits, [says, f'{len(rest)} photographs that no list names are left out ({some_names(rest)})']
+    other = 'train' if part_of(next(iter(splits))) in ('val', 'test') else 'val'
+    return splits | {other: tuple(known[o][0] for o in rest)}, [f'{says}, {other} is the rest']
 
 # %% ../../nbs/34_data.pairs.ipynb #bebea254
 def _no_pairs(root, photos, masks):
@@ -191,12 +180,13 @@ def _no_pairs(root, photos, masks):
     a, b = (o[0][1].relative_to(root) for o in (photos, masks))
     if many and all(k in alone for k in many) and max(many.values())>1:
         return InputError(f'{b.parent} in {root} holds several masks for one photograph, as if each showed one object: '
-                          f'join them to one mask, named as the photograph')
-    return InputError(f'{root} holds photographs, as {a}, and masks, as {b}, but no mask has the name of a photograph: '
-                      f'name them alike (a.jpg and a.png, or a_mask.png), or {option("images=FOLDER,labels=FOLDER")}')
+                          "merge them into one mask with the photograph's name")
+    return InputError(f'{root} holds photographs such as {a} and masks such as {b}, but no mask has the name of a '
+                      'photograph: give both the same name (a.jpg and a.png, or a_mask.png), or '
+                      f'{option("images=FOLDER,labels=FOLDER")}')
 
 def _check_public(root, pairs):
-    "An error if files of a public set would be read as what they are not"
+    "An error if the files of a public set would be misread"
     w, p, m = pairs[0]
     if re.match(r'ADE_\w+_seg$', m.stem):
         raise InputError(f'{root} is the full release of ADE20K, whose masks ({m.name}) hold objects in colors: use '
@@ -213,31 +203,24 @@ def _class_lists(root, pairs):
     return [later(o) if o.names.get(0, '').lower() in VOID else o for o in lists]
 
 def _spare_masks(root, pairs, masks, left):
-    "What to say of masks that are in no pair; an error if so many, or those of a part, have no photograph"
+    "Notes on masks that are in no pair; an error if more than half, or all those of a part, have no photograph"
     names = {s for _,p,_ in pairs for s in (file_name(p), bare_name(file_name(p), PHOTO_ENDS))}
-    more = [m for m in left if bare_name(file_name(m), FOLDER_ENDS) in names]          # another mask of a photograph
-    lost = {*left} - {*more}
-    some = [m for m in left if m in lost]
+    lost = dict.fromkeys(m for m in left if bare_name(file_name(m), FOLDER_ENDS) not in names)
+    more = [m for m in left if m not in lost]                # other masks of these photographs
     if len(lost)>len(masks)/2:
-        raise InputError(f'{len(lost)} of {len(masks)} masks have no photograph, as {some[0].relative_to(root)}: name '
-                         f'both alike, or remove these masks')
+        raise InputError(f'{len(lost)} of {len(masks)} masks have no photograph, such as '
+                         f'{next(iter(lost)).relative_to(root)}: give both the same name, or remove these masks')
     having = {part_of(w.part) for w,*_ in pairs}
     if gone := [w.part for w,m in masks if m in lost and part_of(w.part) and part_of(w.part) not in having]:
-        raise InputError(f'{root} has masks for {gone[0]}, but none of their photographs: add them, or remove these '
-                         f'masks')
+        raise InputError(f'{root} has masks for {gone[0]}, but none of their photographs: add or remove them')
     notes = []
     if more: notes.append(f'{len(more)} more masks of these photographs are left out (as {more[0].relative_to(root)})')
-    if some: notes.append(f'{len(some)} masks without a photograph are left out ({some_names(p.name for p in some)})')
+    if lost: notes.append(f'{len(lost)} masks without a photograph are left out ({some_names(p.name for p in lost)})')
     return notes
 
-def plain_folder(
-    root,             # Folder
-    images=None,      # Name of the folders of photographs; default the words of `PHOTO_WORDS`
-    labels=None,      # Name of the folders of masks; default the words of `MASK_WORDS`
-    parts=(),         # Names of folders that are parts, beside train, val and test
-    sure:bool=False,  # Does the user say that it is one?
-):                    # `Found`, or None if there are no masks
-    "Photographs and masks in folders of any of the usual names"
+def plain_folder(root, images:str=None, labels:str=None, parts=(), sure:bool=False)->Found|None:
+    """Photographs and masks in folders of the usual names, or named `images`, `labels` and `parts`, None if there are
+    no masks; a public set is refused unless the user is `sure`"""
     photos, masks, notes = _sort_files(root, images, labels, parts)
     if not masks or not photos: return
     pairs, lone, left, around = _pair_somehow(root, photos, masks)
@@ -249,7 +232,7 @@ def plain_folder(
     name = lambda w: w.part or (w.rest[0] if known and w.rest else 'all')
     for w,p,m in pairs if not listed else (): splits.setdefault(name(w), []).append((p, m))
     for w,p in lone: without.setdefault(name(w), []).append(p)
-    notes += [*filter(None, [around]), *says]
+    notes += around + says
     for k,v in without.items():
         if k not in splits and not listed: notes.append(f'no masks in {k}, which is skipped')
         else: notes.append(f'{len(v)} photographs of {k} without a mask are left out ({some_names(p.name for p in v)})')
