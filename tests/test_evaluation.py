@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from densessl.ground.core import InputError
+from densessl.data.labelled import SegmentationData, labelled_data, segmentation_folder
 from densessl.evaluation.features import *
 from densessl.evaluation.scores import *
 from densessl.evaluation.probes import *
@@ -34,9 +35,7 @@ def test_iou_is_sklearns_over_the_whole_pipeline():
     for n in (5, 2):
         assert class_map_ious(None, data, dict(same=lambda z: z), maps=maps, batch_size=n)[0]['same'][0]==pytest.approx(want, abs=1e-6)
     for budget in (2**24, 1):
-        m = iou_metric(4, 4)
-        count_pixels(m, maps, masks, budget)
-        assert mean_iou(m)[0]==pytest.approx(want, abs=1e-6)
+        assert mean_iou(count_pixels(maps, masks, 4, budget), 4)[0]==pytest.approx(want, abs=1e-6)
 
 def test_one_neighbor_is_sklearns():
     maps = [extract_features(pixels, d) for d in (TRAIN, TEST)]
