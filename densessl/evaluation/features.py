@@ -79,7 +79,9 @@ def with_progress(batches, total:int, progress:bool=None, comment:str=''):
     if progress is None: progress = total>=10 and (IN_NOTEBOOK or sys.stdout.isatty())
     if not progress: return batches
     from fastprogress.fastprogress import progress_bar
-    return progress_bar(batches, total=total, leave=False, comment=comment)
+    bar = progress_bar(batches, total=total, leave=False)
+    bar.comment = comment   # the bar of a terminal takes no such argument
+    return bar
 
 # %% ../../nbs/51_evaluation.features.ipynb #e5100014
 @torch.no_grad()
