@@ -18,17 +18,13 @@ from .scores import mean_and_deviation, read_scores
 from .gauges import GAUGES
 
 # %% ../../nbs/58_evaluation.run_report.ipynb #82636900
-def arrow(
-    probe,  # Name of a score
-)->str:
-    "Which way is better"
+def arrow(probe:str)->str:
+    "Which way a score is better"
     return '↓' if probe in GAUGES and GAUGES[probe].better=='lower' else '↑'
 
 # %% ../../nbs/58_evaluation.run_report.ipynb #e5800001
-def percent(
-    values,  # Values of one score of one model, in [0,1]
-)->str:      # '25.3', or '21.8 ± 1.4' if there are several
-    "Mean, and standard deviation if there are several values, in percent"
+def percent(values)->str:
+    "Values of one score of one model in percent: '25.3', or mean and standard deviation of several, '21.8 ± 1.4'"
     mean, deviation = mean_and_deviation([100*v for v in values])
     return f'{mean:.1f}' if len(values)==1 else f'{mean:.1f} ± {deviation:.1f}'
 
@@ -39,23 +35,17 @@ def _table(head, rows):
 
 def _score_table(scores):
     "A row a model, a column a score"
-    probes = list(dict.fromkeys(s.probe for s in scores))
-    values = {}
-    for s in scores: values.setdefault((s.model, s.probe), []).append(s.value)
-    cell = lambda model, probe: percent(values[model, probe]) if (model, probe) in values else ''
-    rows = [[m, *(cell(m, p) for p in probes)] for m in dict.fromkeys(s.model for s in scores)]
+    probes, values = dict.fromkeys(s.probe for s in scores), {}
+    for s in scores: values.setdefault(s.model, {}).setdefault(s.probe, []).append(s.value)
+    rows = [[m, *(percent(v[p]) if p in v else '' for p in probes)] for m,v in values.items()]
     return _table(['%', *(f'{p} {arrow(p)}' for p in probes)], rows)
 
-def _protocols(scores):
-    "What each score depends on"
-    lines = dict.fromkeys(f'{s.probe}: {s.line}' for s in scores)
-    return Details(Summary('Protocols: what each number depends on'), Ul(*map(Li, lines)))
-
 # %% ../../nbs/58_evaluation.run_report.ipynb #bc501ace
-def _panels(n, cols=4):
-    "A figure of `n` panels"
+def _panels(n):
+    "A figure of `n` panels, at most four in a row"
+    cols = min(n, 4)
     rows = math.ceil(n/cols)
-    fig, axs = plt.subplots(rows, cols, figsize=(2.6*cols, 1.9*rows), squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(rows, cols, figsize=(2.6*cols, 2.2*rows), squeeze=False, layout='constrained')
     plt.close(fig)
     for ax in axs.flat[n:]: ax.axis('off')
     for ax in axs.flat:
@@ -64,33 +54,29 @@ def _panels(n, cols=4):
         ax.spines[['top', 'right']].set_visible(False)
     return fig, axs.flat
 
-def score_curves(
-    scores,  # Scores of one run, their models 'before training' and 'epoch 3'
-):           # Figure
-    "Each score over the epochs; a star marks the best, the dotted line the start"
+def score_curves(scores):
+    "Scores of models 'before training', 'epoch 3' over the epochs; a star marks the best, the dotted line the start"
     of = {}
     for s in scores:
         epoch = 0 if s.model=='before training' else int(s.model.removeprefix('epoch '))
         of.setdefault(s.probe, {}).setdefault(epoch, []).append(100*s.value)
     fig, axs = _panels(len(of))
     for ax,(probe,by_epoch) in zip(axs, of.items()):
-        at = sorted(by_epoch)
-        y = [sum(by_epoch[e])/len(by_epoch[e]) for e in at]
-        best = (max if arrow(probe)=='↑' else min)(range(len(y)), key=y.__getitem__)
+        at, y = zip(*((e, sum(v)/len(v)) for e,v in sorted(by_epoch.items())))
+        best = y.index(max(y) if arrow(probe)=='↑' else min(y))
         ax.plot(at, y, 'o-', ms=3, c='#0072B2')
         ax.plot(at[best], y[best], '*', ms=11, c='#D55E00')
         ax.axhline(y[0], ls=':', lw=1, c='.5')
-        if max(y)-min(y)<2: ax.set_ylim((max(y)+min(y))/2-1, (max(y)+min(y))/2+1)   # two points at least: less is noise
+        middle = (max(y)+min(y))/2
+        if max(y)-min(y)<2: ax.set_ylim(middle-1, middle+1)   # two points at least: less is noise
         ax.set_title(f'{probe} {arrow(probe)}, %', fontsize=9)
         ax.set_xlabel('epoch', fontsize=8)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return fig
 
 # %% ../../nbs/58_evaluation.run_report.ipynb #e5800002
-def monitor_curves(
-    rows,  # Rows of history.csv: step, epoch, progress, loss, and what the monitor measured
-):         # Figure
-    "The loss and each number of the monitor over the steps"
+def monitor_curves(rows):
+    "The loss and each number of the monitor over the steps, from the rows of history.csv"
     names = [k for k in rows[0] if k not in ('step', 'epoch', 'progress', 'K')]
     fig, axs = _panels(len(names))
     for ax,name in zip(axs, names):
@@ -115,19 +101,16 @@ pre {background: #f6f6f6; padding: .8em; white-space: pre-wrap}
 .helped {border-color: #009E73} .harmed {border-color: #D55E00}
 '''
 
-def _png(path):
-    "A PNG file as the address of an image"
-    return 'data:image/png;base64,' + base64.b64encode(Path(path).read_bytes()).decode()
+def _picture(data, caption, kind='png'):
+    "A picture inside the page, with its caption"
+    address = f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
+    return Figure(Img(src=address, alt=caption), Figcaption(caption))
 
-def _svg(fig):
-    "A figure as the address of an image"
+def _drawn(fig, caption):
+    "A figure as a picture"
     out = io.BytesIO()
     fig.savefig(out, format='svg')
-    return 'data:image/svg+xml;base64,' + base64.b64encode(out.getvalue()).decode()
-
-def _picture(address, caption):
-    "A picture with its caption"
-    return Figure(Img(src=address, alt=caption), Figcaption(caption))
+    return _picture(out.getvalue(), caption, 'svg+xml')
 
 def _flat(settings, name=''):
     "Nested settings as one level: `config.augment.hue`"
@@ -159,19 +142,19 @@ MONITORED = dict(   # method -> name of a number -> what it is
     clove={
         'positive': 'similarity of matched cells',
         'negative': 'similarity of the hardest other cells',
-        'gap': 'the first less the second',
+        'gap': 'the first minus the second',
         'matched': 'share of the cells that have a match',
         'active': 'share of the pairs inside the margin',
         'empty': 'share of the pairs of views without any match',
-        'contrast': 'similarity of matched cells less that of all others; 0 is chance',
+        'contrast': 'similarity of matched cells minus that of all others; 0 is chance',
         'rank': 'directions along which the local embeddings vary; near 1 is a collapse',
         'context_rank': 'the same for the contextualized embeddings',
     },
     dino={
-        'information': 'what a view tells of its photograph, in nats; 0 or less is nothing',
+        'information': 'what a view tells about its photograph, in nats; 0 or less is nothing',
         'alike': 'mean cosine between the average tokens of photographs; near 1 is a collapse',
         'spread': 'mean cosine between the tokens of a view; near 1: nothing dense is left in them',
-        'center': 'length of the center that is taken from the scores of the teacher',
+        'center': 'length of the center that is subtracted from the scores of the teacher',
         'entropy': 'how undecided the targets of the teacher are; 0 is certain',
         'kl': 'distance of the student from its targets',
         'perplexity': 'prototypes in use, weighted by how much; 1 is a collapse',
@@ -179,25 +162,7 @@ MONITORED = dict(   # method -> name of a number -> what it is
         'rank': 'directions along which the tokens of the batch vary; near 1 is a collapse',
     })
 
-def _read_json(path):
-    "A JSON file of the run"
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
-        message = f'{str(path)!r} cannot be read ({e}): give the folder of a run that densessl_pretrain has finished'
-        raise InputError(message) from None
-
 # %% ../../nbs/58_evaluation.run_report.ipynb #9d7701ec
-def _data_line(settings):
-    "What the run was trained on, in one sentence"
-    data = f"{settings['images']:,} drawn scenes"
-    if settings['folder']: data = f"{settings['images']:,} photographs of {settings['folder']}"
-    return f"Trained on {data}, on {settings['device']}, with densessl {settings['version']}."
-
-def _gauge_lines(scores):
-    "What each gauge among the scores means"
-    names = [p for p in dict.fromkeys(s.probe for s in scores) if p in GAUGES]
-    return [f'{p} {arrow(p)}: {GAUGES[p].means} Without content: {GAUGES[p].null}.' for p in names]
-
 def run_report(
     folder,           # Folder of a finished run of `densessl_pretrain`
     verdict:str='',   # Whether training helped, in words
@@ -207,26 +172,31 @@ def run_report(
 )->Path:              # folder/report.html
     "Write the page of a run from the files in its folder"
     folder = Path(folder)
-    settings = _read_json(folder/'settings.json')
+    path = folder/'settings.json'
+    try: settings = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError) as e:
+        message = f'{str(path)!r} cannot be read ({e}): give the folder of a run that densessl_pretrain has finished'
+        raise InputError(message) from None
     final, over_time = (read_scores(folder/name) for name in ('scores.json', 'scores_by_epoch.json'))
     with open(folder/'history.csv', newline='') as f: rows = list(csv.DictReader(f))
-    epochs = f"{settings['epochs']} epoch" + ('' if settings['epochs']==1 else 's')
-    title = f"{settings['method']}, {settings['arch']}, {epochs}"
-    pictures = [_picture(_png(folder/p), c) for p,c in _CAPTIONS.items() if (folder/p).exists()]
+    data = f"photographs of {settings['folder']}" if settings['folder'] else 'drawn scenes'
+    title = f"{settings['method']}, {settings['arch']}, {settings['epochs']} epoch{'s'*(settings['epochs']!=1)}"
     monitored = MONITORED.get(settings['method'], {})
+    gauges = [p for p in dict.fromkeys(s.probe for s in over_time) if p in GAUGES]
     setting_rows = [[k, str(v)] for k,v in _flat(settings).items()]
     body = [
-        H1(title), P(_data_line(settings)),
+        H1(title), P(f"Trained on {settings['images']:,} {data}, on {settings['device']}, "
+                     f"with densessl {settings['version']}."),
         *([P(verdict, cls=f'verdict {answer}'.strip())] if verdict else []), *map(P, notes),
         H2('Scores of the frozen features'), _score_table(final),
         P('↑ higher is better, ↓ lower is better; ± is the standard deviation over random starts.'),
-        _protocols(final),
+        Details(Summary('Protocols: what each number depends on'),
+                Ul(*map(Li, dict.fromkeys(f'{s.probe}: {s.line}' for s in final)))),
         *([H2('How to load the backbone'), Pre(Code('\n'.join(load)))] if load else []),
-        H2('Pictures'), *pictures,
-        H2('Curves'),
-        _picture(_svg(score_curves(over_time)), 'Scores over the epochs; a star: the best, dotted: the start.'),
-        Ul(*map(Li, _gauge_lines(over_time))),
-        _picture(_svg(monitor_curves(rows)), 'The loss, its parts and what the monitor measured, over the steps.'),
+        H2('Pictures'), *(_picture((folder/p).read_bytes(), c) for p,c in _CAPTIONS.items() if (folder/p).exists()),
+        H2('Curves'), _drawn(score_curves(over_time), 'Scores over the epochs; a star: the best, dotted: the start.'),
+        Ul(*(Li(f'{p} {arrow(p)}: {GAUGES[p].means} Without content: {GAUGES[p].null}.') for p in gauges)),
+        _drawn(monitor_curves(rows), 'The loss, its parts and what the monitor measured, over the steps.'),
         Ul(*(Li(f'{k}: {monitored[k]}') for k in rows[0] if k in monitored)),
         H2('Settings'), Details(Summary('All settings of the run'), _table(['setting', 'value'], setting_rows))]
     screen = Meta(name='viewport', content='width=device-width')     # of a telephone
