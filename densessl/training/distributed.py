@@ -43,11 +43,8 @@ class RanksBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self.act(self.drop(y.to(x.dtype)))
 
 # %% ../../nbs/67_training.distributed.ipynb #1822ad55
-def sync_batchnorm(
-    model:nn.Module,     # Changed in place, parameters and buffers are kept
-    device:str='cuda',   # Type of device it runs on
-)->nn.Module:            # The model
-    "Every batch norm over all processes, activations that sit in it included (timm)"
+def sync_batchnorm(model:nn.Module, device:str='cuda')->nn.Module:
+    "Every batch norm of `model`, in place, over all processes; parameters, buffers and activations in it are kept"
     for name,m in list(model.named_children()):
         if isinstance(m, nn.modules.batchnorm._BatchNorm): setattr(model, name, _synced(m, device))
         else: sync_batchnorm(m, device)
@@ -66,12 +63,8 @@ def _synced(m, device):
 
 # %% ../../nbs/67_training.distributed.ipynb #e8ae42b7
 class RankLoader(DataLoader):
-    "The part of a loader that belongs to one process; one step takes consecutive photographs, `bs` for each process"
-    def __init__(self,
-        dl,          # A loader of fastai, its `bs` is for one process
-        rank=None,   # This process; None: from the environment
-        world=None,  # Processes in all
-    ):
+    "The part of a loader that belongs to process `rank` of `world`: in each step `bs` consecutive photographs"
+    def __init__(self, dl, rank=None, world=None):
         self.rank,self.world = rank_distrib() if rank is None else rank, num_distrib() if world is None else world
         if dl.drop_last and not dl.shuffle and dl.n<dl.bs*self.world:    # validation with fewer than one step of all
             dl = copy.copy(dl)
@@ -102,10 +95,7 @@ class RankLoader(DataLoader):
         if hasattr(self.dl, 'spare_processes'): self.dl.spare_processes(self.fake_l, mine)
         return mine
 
-    @property
-    def rng(self): return self.dl.rng
-    @rng.setter
-    def rng(self, rng): self.dl.rng = rng
+    rng = property(lambda self: self.dl.rng, lambda self, rng: setattr(self.dl, 'rng', rng))
 
 # %% ../../nbs/67_training.distributed.ipynb #2740ee56
 class ManyProcesses(Callback):
@@ -125,7 +115,7 @@ class ManyProcesses(Callback):
         self._check(world)
         self.learn.dls.to(trainer.accelerator.device)
         if trainer.sync_bn: self._synchronize(trainer.accelerator)
-        trainer.sync_bn = False
+        trainer.sync_bn = False            # fastai would drop activations
         trainer._wrap_dl = lambda dl: dl if isinstance(dl, RankLoader) else RankLoader(dl)
         if rank:
             torch.manual_seed(torch.randint(2**62, ()).item() + rank)

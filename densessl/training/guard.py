@@ -216,7 +216,7 @@ class OutOfMemory(Callback):
         config = getattr(unwrapped(self.learn.model), 'config', None)
         acc = next((cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
         half = any(isinstance(cb, MixedPrecision) or type(cb).__name__=='AutocastBF16' for cb in self.learn.cbs)
-        img_size, n_local = (getattr(config, k, None) for k in ('img_size', 'n_local'))
-        advice = memory_advice(self.dls.bs, img_size, n_local, acc, half)
+        sizes = {k: getattr(config, k, None) for k in ('img_size', 'n_local')}
+        advice = memory_advice(self.dls.bs, **sizes, n_acc=acc, half=half)
         device = next(self.learn.model.parameters()).device
         return f'{device} is out of memory at step {self.train_iter} of epoch {self.epoch+1}: {advice}'

@@ -11,8 +11,7 @@ from collections import deque
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import psutil
-import torch
+import psutil, torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.imports import noop
@@ -140,21 +139,19 @@ class Progress(ProgressCallback):
     "Progress of a fit outside notebooks: a bar in a terminal, and a line for each finished epoch"
     order = 59   # before `CSVLogger`, which writes its row and then calls the logger it found
     def __init__(self):
-        self.line, self.own_logger = None, False
-        self.step_end = _StepEnd(self)
+        self.line, self.step_end = None, _StepEnd(self)
         self.mbar = SimpleNamespace(update_graph=noop, write=print)   # what other callbacks of fastai ask for
 
     def before_fit(self):
         "Begin to measure; the first process alone shows anything, and only of a fit"
-        if rank_distrib() or self.learn.lock.locked():   # locked: validate, get_preds
-            self.run = False
-            return
+        self.run = not (rank_distrib() or self.learn.lock.locked())   # locked: validate, get_preds
+        if not self.run: return
         self.close()
         self.times, self.epoch_ends = StepTimes(), []
         self.epoch_ended, self.warm = None, False
         self.learn.add_cb(self.step_end)
-        self.own_logger = self.learn.logger!=noop        # fastai's `no_logging`
-        if self.own_logger: self.old_logger,self.learn.logger = self.learn.logger,self.log_epoch
+        self.old_logger = self.learn.logger
+        if self.old_logger!=noop: self.learn.logger = self.log_epoch      # `noop` is fastai's `no_logging`
         if sys.stdout.isatty() and os.environ.get('TERM')!='dumb': self.line = LastLine()
 
     def before_train(self):
@@ -221,8 +218,7 @@ class Progress(ProgressCallback):
     def after_fit(self):
         "As it was before the fit"
         self.close()
-        if self.own_logger: self.learn.logger = self.old_logger
-        self.own_logger = False
+        self.learn.logger = self.old_logger
 
     def before_epoch(self): pass       # fastai's bar does something in these events
     before_validate = after_validate = before_epoch

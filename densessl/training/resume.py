@@ -30,10 +30,8 @@ class RunStopped(SystemExit):
 # %% ../../nbs/71_training.resume.ipynb #6c816099
 def _inside_fit(frame):
     "Is a fit running in this frame?"
-    while frame is not None:
-        if frame.f_code is Learner._do_fit.__code__: return True
-        frame = frame.f_back
-    return False
+    while frame is not None and frame.f_code is not Learner._do_fit.__code__: frame = frame.f_back
+    return frame is not None
 
 class StopSignals:
     "Notes the signals that end a process; the run obeys them at the end of a step"
@@ -134,21 +132,17 @@ class _RunOnDisk:
     def open(self, resume):
         "Path of the checkpoint to resume, or None; an error if the folder is not for this run"
         if self.folder.open(resume):
-            self.loaded = newest_checkpoint(self.folder.path)
-            return str(self.loaded[0])
+            path, *self.loaded = newest_checkpoint(self.folder.path)
+            return str(path)
         if resume: print(f'no checkpoint in {self.folder.path}: starting at the beginning', flush=True)
 
-    def read(self, path):
-        "Header and state; the first process has them already"
-        if not this_rank(): return vars(self).pop('loaded')[1:]
-        try: return read_checkpoint(path)
+    def resume(self, path):
+        "Restore everything as it was at the checkpoint"
+        learn = self.learn
+        try: header, state = read_checkpoint(path) if this_rank() else vars(self).pop('loaded')
         except OSError as e:
             raise InputError(f'process {this_rank()} cannot read {path!r} ({e.strerror}): '
                              'give a folder that all processes see') from e
-
-    def resume(self, path):
-        "Everything as it was at the checkpoint"
-        learn, (header, state) = self.learn, self.read(path)
         check_same_run(path, header, state, learn, self.settings)
         if not this_rank():
             self.folder.remove_parts()
@@ -166,7 +160,7 @@ class _RunOnDisk:
             self.rest = min(n, header['batch']*n//header['batches']), state, own
 
     def loader(self, dl):
-        "That of the epoch, or of its rest; notes from where its order and the workers' seeds come"
+        "The loader of an epoch, or of its rest; notes where its order and the workers' seeds come from"
         if self.rest is None:
             self.start = dict(loader=inner_loader(dl).rng.getstate(), random=random_states())
             return dl
@@ -223,7 +217,7 @@ class SaveRun(Callback):
         self.signals.listen()
 
     def before_train(self):
-        "Of an interrupted epoch, train the rest"
+        "Train the rest of an interrupted epoch"
         self.learn.dl = self.on_disk.loader(self.learn.dl)
         self.signals.hold(True)
 
@@ -239,7 +233,7 @@ class SaveRun(Callback):
         self._save_or_stop(self.epoch+1, 0, self.epoch+1==self.n_epoch)
 
     def after_fit(self):
-        "Everything as it was before the fit; after a signal, leave with its code"
+        "Restore everything as it was before the fit; after a signal, exit with its code"
         self._leave()
         if self.signals.heard is None: return
         if not this_rank():
@@ -271,7 +265,7 @@ class SaveRun(Callback):
             raise CancelFitException    # ends the fit as fastai does
 
     def _events(self, f, event_type, ex, final=lambda: None):
-        "The learner's `_with_events`: epochs that were trained cause no events; an error leaves as the end does"
+        "The learner's `_with_events`: epochs that were trained cause no events; an error undoes all, as the end does"
         if event_type=='epoch' and self.epoch<self.on_disk.first_epoch: return
         try: type(self.learn)._with_events(self.learn, f, event_type, ex, final)
         except BaseException as e:

@@ -11,8 +11,7 @@ import hashlib, io, json, os, pickle, re, time, warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
-import torch
+import numpy as np, torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -181,11 +180,12 @@ def first_names(names, n=6):
     return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
 
 # %% ../../nbs/69_training.runfile.ipynb #49d1d2a7
-class RunFolder:
+class RunFolder(ExitStack):
     "The folder of a run and of nothing else, locked from `open` to `close`; the newest `keep` checkpoints stay"
     def __init__(self, path, keep:int=2):
         if keep<1: raise InputError(f'keep must be at least 1, got {keep}')
-        self.path, self.keep, self.lock = writable_folder(path), keep, ExitStack()
+        super().__init__()
+        self.path, self.keep = writable_folder(path), keep
 
     def open(self, resume:bool)->list:
         "Make the folder if need be, and lock it; its checkpoints, or an error if it is not for this run"
@@ -200,7 +200,7 @@ class RunFolder:
         try: d.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise InputError(f'{str(d)!r} cannot be made ({e.strerror}): choose another folder') from e
-        self.lock.enter_context(one_process(d))
+        self.enter_context(one_process(d))
         return found
 
     def remove_parts(self):
@@ -223,6 +223,3 @@ class RunFolder:
         for p in run_checkpoints(self.path)[self.keep:]: p.unlink(missing_ok=True)
         return path
 
-    def close(self):
-        "Release the lock"
-        self.lock.close()

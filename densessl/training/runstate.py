@@ -12,8 +12,7 @@ import json, random, time, warnings
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 
-import numpy as np
-import torch
+import numpy as np, torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import CSVLogger
 from fastai.callback.training import GradientAccumulation
