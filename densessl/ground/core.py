@@ -18,13 +18,11 @@ from torch import Tensor
 class InputError(ValueError):
     "Bad input that the user can correct; its message names the value and says what to do"
     def __init__(self, message): super().__init__(message); self.message = message
-    def __str__(self): return self.message     # whatever is written into `args`: fastai puts names of its own there
+    def __str__(self): return self.message     # not `args`, to which fastai adds names of its own
 
 # %% ../../nbs/01_ground.core.ipynb #c746a1c1
-def find_device(
-    name=None,      # As `torch.device` takes it; None: the GPU if there is one
-)->torch.device:
-    "A device on which a tensor can be made"
+def find_device(name=None)->torch.device:
+    "The device of that name, after a test that a tensor can be made on it; without a name the GPU if there is one"
     if name is None: name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
         device = torch.device(name)
@@ -35,50 +33,41 @@ def find_device(
     return device
 
 # %% ../../nbs/01_ground.core.ipynb #2abb01a4
-def check_ramp(
-    name:str,           # Name of the setting
-    ends,               # Its first and last value
-    lo:float=0.,        # Least value allowed
-    hi:float=math.inf,  # Largest
-):
-    "Check that a setting is two numbers in range, first and last"
+def check_ramp(name:str, ends, lo:float=0., hi:float=math.inf):
+    "Check that a setting is two numbers in [lo, hi], first and last"
     def in_range(v): return isinstance(v, (int, float)) and lo<=v<=hi and math.isfinite(v)
     if not isinstance(ends, (tuple, list)) or len(ends)!=2 or not all(map(in_range, ends)):
         where = f'in [{lo:g}, {hi:g}]' if hi<math.inf else f'>= {lo:g}'
         raise InputError(f'{name} needs two numbers {where}, first and last, got {ends}')
 
 # %% ../../nbs/01_ground.core.ipynb #510912a9
-def check_ranges(
-    settings,     # A dataclass of settings
-    **intervals,  # Field -> where its number lies, as '(0, inf)' or '[0, 1)'
-):
-    "Check that settings are numbers in range; NaN never is"
+def check_ranges(settings, **intervals):
+    "Check that fields of a dataclass lie in intervals such as `'(0, inf)'` or `'[0, 1)'`; NaN lies in none"
     whole = {f.name for f in fields(settings) if f.type is int}
     for name,interval in intervals.items():
         value, (lo, hi) = getattr(settings, name), map(float, interval[1:-1].split(','))
-        kind, number = ('a whole number', int) if name in whole else ('a number', (int, float))
-        above = isinstance(value, number) and (value>=lo if interval[0]=='[' else value>lo)
-        below = isinstance(value, number) and (value<=hi if interval[-1]==']' else value<hi)
-        if not (above and below):
+        inside = isinstance(value, int if name in whole else (int, float)) and lo<=value<=hi
+        if not inside or value==lo and interval[0]=='(' or value==hi and interval[-1]==')':
+            kind = 'a whole number' if name in whole else 'a number'
             where = 'that is finite' if lo==-math.inf else f'in {interval}'
             raise InputError(f'{name} must be {kind} {where}, got {value}')
 
 # %% ../../nbs/01_ground.core.ipynb #23bf1237
 def fp32(f):
     "Run `f` outside autocast, its half-precision tensor arguments upcast to float32; float64 stays float64"
-    def up(x): return x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
+    def up(x): return x.float() if isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
     @functools.wraps(f)
     def _f(*args, **kwargs):
         args, kwargs = [up(a) for a in args], {k: up(v) for k,v in kwargs.items()}
-        device = next((a.device.type for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor)), 'cpu')
+        device = next((a.device.type for a in [*args, *kwargs.values()] if isinstance(a, Tensor)), 'cpu')
         with torch.autocast(device, enabled=False): return f(*args, **kwargs)
     return _f
 
 # %% ../../nbs/01_ground.core.ipynb #80963eb5
 @contextmanager
 def recomputed(f, x):
-    "Inside the `with`, `f(x)`; what autograd would save of it there is recomputed from `x` in the backward pass"
-    if torch.compiler.is_compiling():      # a compiler decides for itself what it keeps
+    "Gives `f(x)`; inside the `with` autograd does not save it but recomputes it from `x` in the backward pass"
+    if torch.compiler.is_compiling():      # the compiler decides for itself what it keeps
         yield f(x)
         return
     y, x = f(x), x.detach()
@@ -88,10 +77,8 @@ def recomputed(f, x):
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack): yield y
 
 # %% ../../nbs/01_ground.core.ipynb #8069b973
-def rebuilt_from_list(
-    cls,   # A `NamedTuple` of at least two fields; changed in place
-)->type:   # The same class
-    "A `NamedTuple` that can be built from one list as well as from one argument a field, as fastai's `apply` needs"
+def rebuilt_from_list(cls):
+    "Let a `NamedTuple` of two or more fields be built from one list too, as fastai's `apply` does; changes `cls`"
     plain = cls.__new__
     def _new(kind, *args, **kwargs):
         if len(args)==1 and isinstance(args[0], list) and not kwargs: args = args[0]
@@ -100,39 +87,27 @@ def rebuilt_from_list(
     return cls
 
 # %% ../../nbs/01_ground.core.ipynb #24ca2ced
-def in_numbers(
-    values:dict,  # Tensors of one number, all on one device, or numbers
-)->dict:          # The same in Python's numbers
-    "The values of a dictionary as numbers, taken from the device in one copy"
+def in_numbers(values:dict)->dict:
+    "A dictionary of one-element tensors, all on one device, and numbers as Python's numbers, with a single copy"
     tensors = {k: v.detach() for k,v in values.items() if isinstance(v, Tensor)}
     if not tensors: return dict(values)
     found = torch.stack([v.double() for v in tensors.values()]).tolist()
-    numbers = {k: x if v.is_floating_point() else int(x) for (k, v),x in zip(tensors.items(), found)}
-    return {k: numbers.get(k, v) for k,v in values.items()}
+    return values | {k: x if v.is_floating_point() else int(x) for (k, v),x in zip(tensors.items(), found)}
 
 # %% ../../nbs/01_ground.core.ipynb #97e47cd5
-def to_device(
-    x:Tensor,  # Tensor
-    device,    # Where it should be
-)->Tensor:
-    "Move a tensor without waiting for what the GPU has still to do"
+def to_device(x:Tensor, device)->Tensor:
+    "Move a tensor without waiting for the work queued on the GPU"
     return x.to(device, non_blocking=torch.device(device).type=='cuda')
 
 # %% ../../nbs/01_ground.core.ipynb #ac760665
 @functools.lru_cache
-def compiled(
-    f,                   # Function of tensors
-    dynamic:bool=False,  # Whether their shapes may vary
-):                       # The compiled function, the same for every call with `f`
-    "`f` as one graph, compiled at its first call"
+def compiled(f, dynamic:bool=False):
+    "A function of tensors as one graph, compiled at its first call; `dynamic` if their shapes vary"
     return torch.compile(f, dynamic=dynamic, fullgraph=True)
 
 # %% ../../nbs/01_ground.core.ipynb #dd2c53b9
-def unwrapped(
-    model,  # A module, wrapped or not
-):          # The module itself
+def unwrapped(model):
     "The model inside DistributedDataParallel, DataParallel and torch.compile"
     for wrapper in ('module', '_orig_mod'):
-        inner = getattr(model, wrapper, None)
-        if inner is not None: return unwrapped(inner)
+        if hasattr(model, wrapper): return unwrapped(getattr(model, wrapper))
     return model
