@@ -7,8 +7,9 @@ __all__ = ['option', 'command_parser', 'as_typed', 'quiet_libraries', 'command',
            'densessl_pretrain', 'densessl_evaluate', 'densessl_show', 'densessl_shard']
 
 # %% ../../nbs/04_ground.commands.ipynb #ce00a12c
-import argparse, difflib, functools, importlib, math, os, re, shutil, sys, tempfile, time, warnings
+import argparse, difflib, functools, math, os, re, shutil, sys, tempfile, time, warnings
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -23,10 +24,9 @@ class _BothSpellings(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None): setattr(namespace, self.dest, values)
 
 # %% ../../nbs/04_ground.commands.ipynb #63a996be
-class _OnOrOff(argparse.BooleanOptionalAction):
-    "`--bf16`, `--no-bf16`, or neither: let the command decide"
-    def __init__(self, option_strings, dest, **kwargs):
-        super().__init__(option_strings, dest, help=kwargs.get('help'))
+def _on_or_off(option_strings, dest, help=None, **kwargs):
+    "Action for `--bf16`, `--no-bf16`, or neither: let the command decide"
+    return argparse.BooleanOptionalAction(option_strings, dest, help=help)
 
 # %% ../../nbs/04_ground.commands.ipynb #e38db3e9
 def option(kind, help:str, **kwargs):
@@ -134,10 +134,6 @@ def command(usage:str, example:str):
         return run
     return decorated
 
-def _later(name):
-    "A module of densessl, imported now"
-    return importlib.import_module(f'densessl.{name}')
-
 # %% ../../nbs/04_ground.commands.ipynb #1b16f779
 def check_output(path)->Path:
     "The path of a file or folder, after a check that it can be written; nothing is made"
@@ -178,7 +174,7 @@ def densessl_pretrain(
     seed:int=0,             # Random seed
     workers:int=None,       # Processes that decode, 0 or more; by default one fewer than CPUs, without a GPU at most 8
     device:str=None,        # cpu, cuda or cuda:1; by default the GPU if there is one
-    bf16:option(None, 'Forward pass in bfloat16; by default on a GPU that has it', action=_OnOrOff)=None,
+    bf16:option(None, 'Forward pass in bfloat16; by default on a GPU that has it', action=_on_or_off)=None,
     compile:bool=False,     # Compile the network: faster steps on a GPU, after half a minute or more
     max_bad:float=0.1,      # Share of photographs that may be unreadable before the run ends, 0 to 1
     labelled:str=None,      # Folder of labelled photographs to score on, in any layout of densessl.data.labelled
@@ -192,7 +188,7 @@ def densessl_pretrain(
 ):
     "Pretrain a backbone, and say whether it helped"
     args = dict(locals())
-    _later('cli').pretrain(**args, shell=True)
+    import_module('densessl.cli').pretrain(**args, shell=True)
 
 # %% ../../nbs/04_ground.commands.ipynb #129b11d3
 @command('BACKBONE DATA [options]', 'backbone.safetensors labelled/ --others resnet50')
@@ -210,10 +206,10 @@ def densessl_evaluate(
     starts:int=5,          # Random starts to compare with, of seeds seed, seed+1, ...; 1 to 8
 ):
     "Score a frozen backbone beside its random starts, and say whether training was worth it"
-    args, results = dict(locals()), _later('evaluation.scores')
+    args, results = dict(locals()), import_module('densessl.evaluation.scores')
     for name,least in dict(size=1, limit=1, seed=0).items(): check_whole(name, args[name], least)
     if out and check_output(out).exists(): results.read_scores(out)   # an error if it takes no more scores
-    scores, said = _later('evaluation.report').evaluate(**args)
+    scores, said = import_module('densessl.evaluation.report').evaluate(**args)
     print(f'\n{results.scores_table(scores)}\n\n{said}')
     if out: print(f'written to {out} and {Path(out).with_suffix(".png")}')
 
@@ -234,7 +230,7 @@ def densessl_show(
     args = dict(locals())
     check_whole('size', size, 1)
     check_output(out)
-    path, notes = _later('show').show_backbone(**args)
+    path, notes = import_module('densessl.show').show_backbone(**args)
     for note in notes: print(note)
     print(f'written to {path}')
 
@@ -252,7 +248,7 @@ def densessl_shard(
     "Write a folder of photographs as tar files that densessl_pretrain and webdataset read"
     args, began = dict(locals()), time.monotonic()
     check_output(out)
-    index = _later('data.shards').write_shards(**args, say=lambda line: print(line, flush=True))
+    index = import_module('densessl.data.shards').write_shards(**args, say=lambda line: print(line, flush=True))
     speed, bad = index['images']/(time.monotonic()-began), index['left_out']
     print(f'{index["images"]} photographs in {len(index["shardlist"])} shards, {index["bytes"]/1e6:.1f} MB, '
           f'{speed:.0f} photographs a second. Written to {out}')

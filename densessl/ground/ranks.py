@@ -37,11 +37,9 @@ class _MeanOverRanks(torch.autograd.Function):
     def backward(ctx, g): return _MeanOverRanks.apply(g, True) if ctx.exchange else g, None
 
 # %% ../../nbs/02_ground.ranks.ipynb #cb787f60
-def mean_over_ranks(
-    x:Tensor,                      # Same shape in every process
-    exchange_gradient:bool=False,  # True if what is computed from the mean differs between processes
-)->Tensor:                         # Its mean over all processes; `x` itself if there is only one
-    "Mean over all processes; gradients of parameters must then be averaged, as DDP does"
+def mean_over_ranks(x:Tensor, exchange_gradient:bool=False)->Tensor:
+    """Mean over all processes, `x` itself if there is only one; gradients of parameters must be averaged, as DDP does
+    `exchange_gradient` if what is computed from the mean differs between processes"""
     return _MeanOverRanks.apply(x, exchange_gradient) if n_ranks()>1 else x
 
 # %% ../../nbs/02_ground.ranks.ipynb #32b93cc9

@@ -9,8 +9,7 @@ __all__ = ['TEXTURES', 'CLASSES', 'texture', 'draw_scene', 'draw_scenes']
 import math
 from colorsys import hsv_to_rgb
 
-import torch
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import Tensor
 
 from .core import InputError

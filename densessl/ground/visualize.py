@@ -134,17 +134,9 @@ def _cells(grid, aspect, left):
     y, x = torch.meshgrid((torch.arange(h)+.5)/h, left + (torch.arange(w)+.5)/w*aspect, indexing='ij')
     return torch.stack([x, y], -1).view(-1,2)
 
-def show_matches(
-    image1:Tensor,     # First view, (3,H,W)
-    image2:Tensor,     # Second view, (3,H,W); drawn as high as the first
-    matches:Tensor,    # Which cells match, bool (N,M), the cells of a map row by row
-    grid1,             # Rows and columns of the first view's map, N = rows * columns
-    grid2,             # Rows and columns of the second view's map
-    queries=None,      # Cells of the first view whose lines are drawn; default all
-    size:float=2.,     # Height of a view, inches
-    axes=None,         # Axes to draw on
-):                     # Figure
-    "Two views and lines between the cells that match; crosses have no match, small dots none that is drawn"
+def show_matches(image1:Tensor, image2:Tensor, matches:Tensor, grid1, grid2, queries=None, size:float=2., axes=None):
+    """Two views, (3,H,W), and lines between the matching cells, bool (N,M), of their maps of `grid1` and `grid2`
+    Crosses have no match; with `queries`, numbers of cells of the first, other matches are small dots without lines"""
     n1, n2 = math.prod(grid1), math.prod(grid2)
     if tuple(matches.shape)!=(n1,n2):
         raise InputError(f'matches must be ({n1},{n2}) for maps of {grid1[0]} x {grid1[1]} and '
@@ -189,19 +181,10 @@ def overlay_mask(image:Tensor, mask:Tensor, name:str='other', alpha:float=.6, ax
     return fig
 
 # %% ../../nbs/06_ground.visualize.ipynb #4438f7c7
-def show_soft_masks(
-    image:Tensor,       # (3,H,W)
-    weights:Tensor,     # Weights of each query over the tokens, (Q,N)
-    grid,               # Height and width of the token grid, N = height * width
-    query_xy=None,      # Positions of the queries, (Q,2), (x,y) in [0,1] of the image
-    titles=None,        # One title a query
-    name:str='positive',# Role, gives the color of the weights
-    cols:int=None,      # Pictures a row
-    size:float=1.6,     # Side of one picture, inches
-    dpi:int=100,        # Dots per inch
-    axes=None,          # Axes to draw on, one a query
-):                      # Figure
-    "Where each query looks: its weights over the image, each scaled to its largest, and the query as a dot"
+def show_soft_masks(image:Tensor, weights:Tensor, grid, query_xy=None, titles=None, name:str='positive',
+                    cols:int=None, size:float=1.6, dpi:int=100, axes=None):
+    """Where each query looks: its weights, a row of (Q,N), over the tokens of `grid`, each row scaled to its largest
+    A dot marks the query at `query_xy`, (Q,2) in [0,1] of the image; the other arguments are those of `show_images`"""
     h, w = grid
     if weights.ndim!=2 or weights.shape[1]!=h*w:
         raise InputError(f'weights must be (Q,{h*w}) for a grid of {h} x {w}, got {tuple(weights.shape)}')

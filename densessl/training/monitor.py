@@ -14,7 +14,7 @@ from torch import Tensor
 from fastai.callback.core import Callback
 from fastai.learner import Metric
 
-from ..ground.core import in_numbers
+from ..ground.core import python_numbers
 from ..ground.ranks import mean_over_ranks
 
 # %% ../../nbs/64_training.monitor.ipynb #22ae7456
@@ -72,7 +72,7 @@ class CollapseMonitor(Callback):
         whole, self.whole = self.whole, False
         if not due or not whole: return
         place = dict(step=self.train_iter, epoch=self.epoch+1, progress=float(self.pct_train))
-        row = in_numbers(place | dict(loss=self.learn.loss) | self.measure(self.learn))     # the one copy of a reading
+        row = python_numbers(place | dict(loss=self.learn.loss) | self.measure(self.learn))     # the one copy of a reading
         if math.isfinite(row['loss']): self.history.append(row)
 
     def _rows(self):
