@@ -72,7 +72,7 @@ class CollapseMonitor(Callback):
         whole, self.whole = self.whole, False
         if not due or not whole: return
         place = dict(step=self.train_iter, epoch=self.epoch+1, progress=float(self.pct_train))
-        row = python_numbers(place | dict(loss=self.learn.loss) | self.measure(self.learn))     # the one copy of a reading
+        row = python_numbers(place | dict(loss=self.learn.loss) | self.measure(self.learn))  # the one copy of a reading
         if math.isfinite(row['loss']): self.history.append(row)
 
     def _rows(self):
