@@ -15,7 +15,7 @@ import torch
 from fastai.torch_core import num_distrib, rank_distrib, set_seed
 
 from .ground.commands import check_whole
-from .ground.core import InputError, find_device
+from .ground.core import InputError, usable_device
 from .ground.synthetic import CLASSES, draw_scenes
 from .data.folders import find_images
 from .data.images import image_dls, scene_dls
@@ -140,7 +140,7 @@ def resolve(
     _choose_settings(job, _choose_method(job))
     if job.pretrained and job.init: raise InputError(f'pretrained=True and init={job.init} are two starts: give one')
     if job.pretrained: job.init = job.arch
-    if job.device: job.where = find_device(job.device)
+    if job.device: job.where = usable_device(job.device)
     return job
 
 # %% ../nbs/80_job.ipynb #f6ccc54c

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import torch, torch.nn.functional as F
 
 from ..ground.commands import densessl_evaluate
-from ..ground.core import InputError, find_device
+from ..ground.core import InputError, usable_device
 from ..data.labelled import Unlabelled, labelled_data, labelled_options
 from ..methods.export import backbone_labels, open_backbone
 from .davis import davis_sequences, split_file
@@ -204,7 +204,7 @@ def evaluate(
     data, names = Path(data).expanduser(), [n.strip() for n in (others or '').split(',') if n.strip()]
     out = out if out is None else Path(out).expanduser()
     _check_arguments(backbone, names, data, out, starts)
-    device = find_device(device)
+    device = usable_device(device)
     enc, norm = open_backbone(backbone, size)
     size = size or (enc.img_size if isinstance(enc.img_size, int) else enc.img_size[0])
     name, *labels = backbone_labels([backbone, *names])
