@@ -193,7 +193,7 @@ def _remarks(walk, out, kept):
         if files: says.append(f'{len(files)} {what} of photographs are left out, {_such(files)}')
     if kept:
         says.append(f'{len(kept)} images are kept though their names say mask, depth or thumbnail, {_such(kept)}: '
-                    'remove them if they are not photographs')
+                    'remove those that are not photographs')
     if walk.other: says.append(unread_advice(walk.other))
     return '; '.join(says)
 
@@ -252,5 +252,5 @@ def survey_images(files:list, closer:int=32)->list:
     if len(gray)<len(looks): odd |= gray
     if len(odd)>max(1, len(looks)/20):
         says.append(f'{len(odd)} of {len(looks)} images looked at have few colors, or are gray beside others in color, '
-                    f'like masks and depth maps, such as {printable(min(odd))!r}: remove them if they are not photographs')
+                    f'like masks or depth maps, such as {printable(min(odd))!r}: remove those that are not photographs')
     return says
