@@ -265,7 +265,7 @@ def test_photographs_with_such_names_are_kept(tmp_path, layout, word):
 def test_a_folder_of_masks_alone_is_kept_and_said(tmp_path):
     for i in range(4): index_map(tmp_path/f'masks/{i}.png')
     names, said = listed(tmp_path)
-    assert len(names) == 4 and 'such as \'masks/0.png\': take them away if they are no photographs' in said
+    assert len(names) == 4 and 'such as \'masks/0.png\': remove those that are not photographs' in said
 
 
 def test_hidden_folders_are_left_out_and_counted(tmp_path):

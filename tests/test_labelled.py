@@ -7,9 +7,10 @@ from PIL import Image
 
 from densessl.ground.core import InputError
 from densessl.data.labelled import *
-from densessl.data.coco import BACKGROUND, read_panoptic
+from densessl.data.coco import BACKGROUND, decode_counts, decode_runs, fill_polygon, read_panoptic
 from densessl.data.photographs import read_photo
-from densessl.data.masks import color_label
+from densessl.data.masks import color_label, read_mask
+from densessl.data.public_sets import CITYSCAPES_CLASSES
 
 RNG = np.random.default_rng(0)
 IMAGES, MASKS = RNG.integers(0, 256, (12,9,14,3), dtype=np.uint8), RNG.integers(0, 4, (12,9,14), dtype=np.uint8)

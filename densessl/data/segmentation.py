@@ -20,15 +20,13 @@ from torch import Tensor
 from .classes import MAX_CLASSES
 from .coco import Instances
 from .masks import MASK_SUFFIXES, label_name, open_image, option, read_mask
-from .names import by_stem, files_of, match_stems, photos_of
+from .names import by_stem, files_of, match_stems, photos_of, some_names
 from .photographs import read_photo
 from ..ground.core import InputError
 
 # %% ../../nbs/37_data.segmentation.ipynb #37c00001
-def labels_in(
-    masks:Tensor,  # (n,H,W)
-)->set:
-    "The labels that occur, a few masks at a time"
+def labels_in(masks:Tensor)->set:
+    "The labels that occur in masks (n,H,W), searched a few masks at a time"
     return {l for part in masks.split(64) for l in part.unique().tolist()}
 
 # %% ../../nbs/37_data.segmentation.ipynb #ea8d5d08
@@ -53,8 +51,7 @@ class SegmentationData:
         if C<1: raise InputError(f'n_classes must be at least 1, got {C}')
         found = labels_in(m) - {self.ignore_index}
         if not found:
-            raise InputError(f'{self.name}: every pixel has the ignored label {self.ignore_index}, nothing can be '
-                             f'scored')
+            raise InputError(f'{self.name}: every pixel has the ignored label {self.ignore_index}: leave out less')
         if bad := sorted(l for l in found if not 0<=l<C):
             raise InputError(f'{self.name}: masks hold the labels {bad[:8]}, outside 0..{C-1}: set n_classes or '
                              f'ignore_index, or pass remap')
@@ -79,40 +76,28 @@ def _part_name(name, i):
     return f'{name}[{":".join("" if o is None else str(o) for o in (i.start, i.stop, i.step))}]'
 
 # %% ../../nbs/37_data.segmentation.ipynb #ac45c023
-def resize_nearest(
-    mask,   # Array (h,w)
-    size,   # Height and width; default as it is
-):          # Array of that size
-    "Each pixel takes the label at its center, so no label appears that was not there"
+def resize_nearest(mask:np.ndarray, size:tuple|None)->np.ndarray:
+    "A mask (h,w) at another size: each pixel takes the label at its center, so no label appears that was not there"
     if size is None: return mask
     y, x = ((2*np.arange(n)+1)*m//(2*n) for n,m in zip(size, mask.shape))
     return mask[y][:,x]
 
 # %% ../../nbs/37_data.segmentation.ipynb #7f1336d0
-def mask_file(
-    mask,  # Path, or an object with `file`
-):
-    "The file that a mask is in"
-    return mask if isinstance(mask, (str,Path)) else mask.file
+def mask_file(mask):
+    "The file that a mask is in: a path, or the `file` of an object"
+    return getattr(mask, 'file', mask)
 
 # %% ../../nbs/37_data.segmentation.ipynb #ff5f12d3
 _TURNED = {2: lambda m: m[:,::-1], 3: lambda m: m[::-1,::-1], 4: lambda m: m[::-1], 5: lambda m: m.T,
            6: lambda m: np.rot90(m, -1), 7: lambda m: m[::-1,::-1].T, 8: np.rot90}   # By EXIF orientation
-_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)
 
-def stored_as(
-    photo,  # Image file
-)->tuple:   # Its EXIF orientation, (height, width) of its stored pixels
-    "How a photograph is stored; only the head of the file is read"
-    try:
-        with open_image(photo) as im: turn, (w, h) = im.getexif().get(0x0112, 1), im.size
-    except InputError: raise
-    except _UNREADABLE as e: raise InputError(f'cannot read {photo}: {e}') from None
+def stored_as(photo)->tuple:
+    "EXIF orientation and (height, width) of the stored pixels of an image file, of which only the head is read"
+    with open_image(photo) as im: turn, (w, h) = im.getexif().get(0x0112, 1), im.size
     return turn if turn in _TURNED else 1, (h, w)
 
 # %% ../../nbs/37_data.segmentation.ipynb #0739a6b2
 def _upright_mask(m, photo, mask, hw, orientation):
-    "The mask turned as its photograph"
     turn, stored = (1, hw) if m.shape==hw and orientation!='stored' else stored_as(photo)
     if turn!=1 and m.shape==stored: m = _TURNED[turn](m)
     if m.shape==hw: return m
@@ -120,18 +105,10 @@ def _upright_mask(m, photo, mask, hw, orientation):
     if turn!=1: why = f'neither upright nor as stored ({stored[1]}x{stored[0]}, turned by its EXIF tag)'
     raise InputError(f'{mask_file(mask)} is {m.shape[1]}x{m.shape[0]}, its image {hw[1]}x{hw[0]}: {why}')
 
-def read_pair(
-    photo,                 # Image file
-    mask,                  # Where its mask is
-    size=None,             # Height and width that the photograph is brought to; default as it is
-    mask_size=None,        # The same for the mask; default `size`
-    read=read_mask,        # Function (where the mask is) -> integer array
-    orientation:str=None,  # 'upright' or 'stored': on what masks of turned photographs are drawn; default by their size
-)->tuple:                  # uint8 (3,h,w), labels (H,W) as they are on disk
-    "A photograph and its labels"
-    try: x, hw = read_photo(photo, 2**16)  # so large that a JPEG is decoded at full size
-    except InputError: raise
-    except _UNREADABLE as e: raise InputError(f'cannot read {photo}: {e}') from None
+def read_pair(photo, mask, size=None, mask_size=None, read=read_mask, orientation:str|None=None)->tuple:
+    """A photograph, uint8 (3,h,w), and its labels (H,W) as they are on disk, resized to `size` and `mask_size` (h,w);
+    a mask is drawn on the photograph 'upright' or as 'stored', by default as its size says"""
+    x, hw = read_photo(photo, 2**16)  # so large that a JPEG is decoded at full size
     m = _upright_mask(read(mask), photo, mask, tuple(hw), orientation)
     if size is not None and tuple(size)!=tuple(hw): x = x.resize(size[::-1], Image.Resampling.BICUBIC)
     m = np.ascontiguousarray(resize_nearest(m, mask_size or size))
@@ -139,14 +116,10 @@ def read_pair(
     return torch.from_numpy(np.array(x)).permute(2,0,1), torch.from_numpy(m)
 
 # %% ../../nbs/37_data.segmentation.ipynb #695229ec
-def _mask_size(mask):
-    if isinstance(mask, Instances): return tuple(mask.hw)
-    return stored_as(mask_file(mask))[1]
+def _mask_size(mask): return tuple(mask.hw) if isinstance(mask, Instances) else stored_as(mask_file(mask))[1]
 
-def mask_orientation(
-    pairs,  # (photograph, where its mask is)
-):          # Orientation for `read_pair`, what to say of it
-    "On what the masks of turned photographs were drawn, by the sizes of those turned by a right angle"
+def mask_orientation(pairs)->tuple:
+    "Orientation of (photograph, mask) pairs for `read_pair`, told by the sizes of quarter turns, and a remark on it"
     with ThreadPoolExecutor() as pool: stored = [*pool.map(stored_as, (p for p,_ in pairs))]
     turned = [(*s, m) for s,(_,m) in zip(stored, pairs) if s[0]!=1]
     if not turned: return None, ''
@@ -155,25 +128,34 @@ def mask_orientation(
     if len(votes)>1 and len(lying)<len(turned):
         raise InputError(f'{len(turned)} photographs are turned by their EXIF tag, and some masks fit the upright '
                          f'photograph, some the stored one: {option("orientation=upright")}, or stored')
-    if len(votes)>1: orientation, drawn = None, 'on either, told by their size'
+    if len(votes)>1: orientation, drawn = None, 'on either, as their size shows'
     elif 'stored' in votes: orientation, drawn = 'stored', 'on the stored pixels and turned alike'
     else: orientation, drawn = 'upright', 'on the upright ones'
     return orientation, f'{len(turned)} photographs are turned by their EXIF tag, masks count as drawn {drawn}'
 
 # %% ../../nbs/37_data.segmentation.ipynb #995ab41d
+def _void_label(n_classes): return 255 if n_classes<256 else MAX_CLASSES
+
+def _translate(masks, table, n_classes, problem):
+    "Class indices of labels by a table, where None is left out; `problem` words the error for labels it lacks"
+    found, where = masks.unique(return_inverse=True)
+    if lost := [l for l in found.tolist() if l not in table]: raise InputError(problem(lost))
+    new = [_void_label(n_classes) if (c := table[l]) is None else c for l in found.tolist()]
+    return torch.tensor(new, dtype=torch.uint8 if n_classes<256 else torch.int16)[where]
+
 @dataclass(frozen=True)
 class SegmentationFiles:
     "Labelled images on disk, read a batch at a time; `load()` brings them into memory"
     pairs:tuple              # (image file, where its mask is) of each image
-    size:tuple               # Height and width that images are brought to (bicubic, antialiased)
+    size:tuple               # Height and width that images are resized to (bicubic, antialiased)
     table:dict               # Label in the files -> class index; None where it is left out
     n_classes:int            # Number of classes
     name:str='data'          # Name that protocol ids show
     classes:tuple=None       # Names of the classes
-    mask_size:tuple=None     # Height and width that masks are brought to (nearest pixel); default `size`
+    mask_size:tuple=None     # Height and width that masks are resized to (nearest pixel); default `size`
     read:object=read_mask    # Function (where the mask is) -> integer array of labels
     orientation:str=None     # Of `read_pair`
-    read_as:str=None         # How the files are read, in words
+    read_as:str=None         # How the files were read, in words
     def __post_init__(self):
         if not self.pairs: raise InputError(f'{self.name} holds no image')
         if self.n_classes>MAX_CLASSES:
@@ -182,19 +164,17 @@ class SegmentationFiles:
     def __len__(self): return len(self.pairs)
     def __getitem__(self, i): return replace(self, name=_part_name(self.name, i), pairs=self.pairs[i])
     @property
-    def ignore_index(self): return 255 if self.n_classes<256 else MAX_CLASSES
+    def ignore_index(self): return _void_label(self.n_classes)
     @property
     def sizes(self): return self.size, self.mask_size or self.size
     def one(self, image, mask):
         "Image uint8 (3,h,w) and class indices (H,W)"
-        x, m = read_pair(image, mask, self.size, self.mask_size, self.read, self.orientation)
-        found, where = m.unique(return_inverse=True)
-        if lost := [l for l in found.tolist() if l not in self.table]:
+        def problem(lost):
             listed = ', '.join(map(label_name, lost[:8]))
-            raise InputError(f'{mask_file(mask)}: masks hold the labels [{listed}], which are no class of {self.name}: '
-                             f'{option(f"ignore_index={label_name(lost[0])}")} to leave it out')
-        new = [self.ignore_index if (c := self.table[l]) is None else c for l in found.tolist()]
-        return x, torch.tensor(new, dtype=torch.uint8 if self.n_classes<256 else torch.int16)[where]
+            return (f'{mask_file(mask)}: masks hold the labels [{listed}], which are no class of {self.name}: '
+                    f'{option(f"ignore_index={label_name(lost[0])}")} to leave it out')
+        x, m = read_pair(image, mask, self.size, self.mask_size, self.read, self.orientation)
+        return x, _translate(m, self.table, self.n_classes, problem)
     def batches(self, n=32, ahead=2):
         "Images and masks, `n` at a time; `ahead` batches are read in threads meanwhile"
         with ThreadPoolExecutor() as pool:
@@ -210,33 +190,31 @@ class SegmentationFiles:
         return SegmentationData(X, M, self.n_classes, self.ignore_index, self.name, self.classes, self.read_as)
 
 # %% ../../nbs/37_data.segmentation.ipynb #4d8b0ccb
-def height_width(
-    size,  # One number, (height, width), or None
-):
-    "A size as (height, width), checked"
-    both = size if size is None else (size,size) if isinstance(size, int) else tuple(size)
-    if both is not None and (len(both)!=2 or min(both)<1):
+def height_width(size:int|tuple|None)->tuple|None:
+    "A size as (height, width), checked; None is no size"
+    if size is None: return None
+    both = (size, size) if isinstance(size, int) else tuple(size)
+    if len(both)!=2 or min(both)<1:
         raise InputError(f'size must be one number of pixels or (height, width), got {size}')
     return both
 
 # %% ../../nbs/37_data.segmentation.ipynb #a04045b7
 def _folder_pairs(root, split, images, labels, stems):
-    "Photographs and masks of two folders by stem"
     folders = root/images/(split or ''), root/labels/(split or '')
     if gone := [d for d in folders if not d.is_dir()]: raise InputError(f'{gone[0]} is not a folder')
     files = photos_of(folders[0]), files_of(folders[1], MASK_SUFFIXES)
     photos, masks = (by_stem(p for p in found if p.parent==d) for found,d in zip(files, folders))
     pairs, lone = match_stems(photos, masks, folders[0], stems and [str(s) for s in stems])
     if lone:
-        raise InputError(f'{len(lone)} of {len(lone)+len(pairs)} files have no mask: '
-                         f'{", ".join(lone[:5])}{" ..." if lone[5:] else ""}; add them or pass stems')
+        raise InputError(f'{len(lone)} of {len(lone)+len(pairs)} files have no mask: {some_names(lone)}; add them or '
+                         f'pass stems')
     if not pairs: raise InputError(f'no image in {folders[0]}')
     return pairs
 
 def segmentation_folder(
     root,                   # Folder
     split:str=None,         # Subfolder of `images` and `labels`, as 'train'; default none
-    size=None,              # (height, width) that both are brought to, or one number; default as they are
+    size=None,              # (height, width) that both are resized to, or one number; default as they are
     n_classes:int=None,     # Number of classes; default the largest label (or value of `remap`) + 1
     ignore_index:int=None,  # Label in the files that is left out
     images:str='images',    # Folder of the images in `root`
@@ -256,12 +234,10 @@ def segmentation_folder(
     if remap is not None:
         n_classes = n_classes or max(remap.values())+1
         table = {int(k): v for k,v in remap.items()}
-        if ignore_index is not None: table[ignore_index] = 255 if n_classes<256 else MAX_CLASSES
-        found, where = M.unique(return_inverse=True)
-        if lost := [l for l in found.tolist() if l not in table]:
-            raise InputError(f'remap has no class for the labels {lost[:8]}: add them or make them ignore_index')
-        M = torch.tensor([table[l] for l in found.tolist()], dtype=torch.uint8 if n_classes<256 else torch.int16)[where]
-        ignore_index = table.get(ignore_index)
+        if ignore_index is not None: table[ignore_index] = None
+        def problem(lost): return f'remap has no class for the labels {lost[:8]}: add them or make them ignore_index'
+        M = _translate(M, table, n_classes, problem)
+        if ignore_index is not None: ignore_index = _void_label(n_classes)
     if n_classes is None:
         n_classes = 1 + max(labels_in(M)-{ignore_index}, default=0)
         if n_classes>MAX_CLASSES:
