@@ -144,7 +144,8 @@ def test_notebook_has_title_and_summary(p):
     assert first[0].startswith('# '), f'the first text cell must open with "# Title", not {first[0]!r}'
     assert any(re.match(r'> \S', l) for l in first), 'the title cell lacks its "> one line" summary'
 
-PICTURE_PAGES = ('05_ground.synthetic', '06_ground.visualize', '25_theory.matching')     # they live by their pictures
+PICTURE_PAGES = ('05_ground.synthetic', '06_ground.visualize', '25_theory.matching', '56_evaluation.figures',
+                 '82_evaluation.neighbors')     # they live by their pictures
 
 @pytest.mark.parametrize('p', notebooks(), ids=rel)
 def test_notebook_is_small(p):

@@ -127,7 +127,7 @@ def start(self:DenseScore):
 def score_network(self:DenseScore,
     encoder,        # What `as_feature_map` takes
     label='model',  # Name of the model in tables
-    **kwargs,       # Changes to the settings, as `network_scores` takes them
+    **kwargs,       # Changes to the settings, as `NetworkScorer.score` takes them
 )->list:            # Scores
     "All scores of any network, as this callback gives them; random numbers stay as they are"
     self.scorer.open(self.dls)
@@ -340,7 +340,7 @@ def dense_report(self:Learner,
     data, own = cb.scorer.open(self.dls), {}
     known = [s for s in cb.scores if s.model=='before training']
     if labelled is not None:
-        own = dict(labelled=checked_labels(labelled, data['size']), linear=linear)
+        own = dict(labelled=checked_labels(labelled, data.photos[2]), linear=linear)
         known = [s for s in known if s.probe in GAUGES]
         if known and cb.start is not None:
             known += [s for s in cb.score_network(cb.start, 'before training', **own) if s.probe not in GAUGES]
