@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
-from fastai.torch_core import get_model
 
-from ..ground.core import InputError
+from ..ground.core import InputError, unwrapped
 from ..ground.ranks import gather_objects, n_ranks, ranks_where, this_rank
 
 # %% ../../nbs/65_training.guard.ipynb #0a1aeaf0
@@ -76,7 +75,7 @@ class FailureReport:
         learn,   # Learner in the middle of the batch
         cast,    # Context of the precision in which the batch was run
     ):
-        self.learn, self.cast, self.model = learn, cast, get_model(learn.model)
+        self.learn, self.cast, self.model = learn, cast, unwrapped(learn.model)
 
     def terms(self):
         "The terms of the loss, name -> number; none if it has no parts"
@@ -146,7 +145,7 @@ class StopIfNotFinite(Callback):
         device = self._device()
         half = torch.is_autocast_enabled(device)
         self.cast = torch.autocast(device, dtype=torch.get_autocast_dtype(device)) if half else nullcontext()
-        if self.skip: self.kept = [(b, b.clone()) for b in get_model(self.learn.model).buffers()]
+        if self.skip: self.kept = [(b, b.clone()) for b in unwrapped(self.learn.model).buffers()]
 
     def after_loss(self):
         "Check the loss"
@@ -243,7 +242,7 @@ class OutOfMemory(Callback):
 
     def advice(self):
         "The sentence, with the settings of the learner"
-        config = getattr(get_model(self.learn.model), 'config', None)
+        config = getattr(unwrapped(self.learn.model), 'config', None)
         acc = next((cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
         half = any(isinstance(cb, MixedPrecision) or type(cb).__name__=='AutocastBF16' for cb in self.learn.cbs)
         img_size, n_local = (getattr(config, k, None) for k in ('img_size', 'n_local'))
