@@ -13,11 +13,11 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import Learner, Recorder
-from fastai.torch_core import get_model, num_distrib
+from fastai.torch_core import num_distrib
 from fastcore.foundation import L
 from fastcore.meta import delegates
 
-from ..ground.core import InputError
+from ..ground.core import InputError, unwrapped
 from ..data.images import MakeViews
 from ..methods.encoders import DenseEncoder, check_exportable, dense_encoder
 from ..methods.weights import init_backbone, network_of
@@ -193,7 +193,7 @@ def _callbacks(method, config, model, bf16, monitor_every):
     if getattr(config, 'freeze_epochs', 0): cbs.append(FreezeLastLayer(config.freeze_epochs))
     return [*cbs, *method.callbacks(config)]
 
-def _split(model): return split_decay(get_model(model).student)
+def _split(model): return split_decay(unwrapped(model).student)
 
 # %% ../../nbs/68_training.learner.ipynb #bc704c50
 optimizers = dict(adamw=adamw, lars=lars)   # By the name in the settings
