@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -80,11 +79,8 @@ class Operator(NamedTuple):
     half:bool     # Operands of 16 bits
 
 # %% ../nbs/79_cost.ipynb #3e2398f0
-def roofline(
-    operators,    # `Operator`s
-    card:Card,    # Ceilings
-)->float:         # Seconds
-    "The least time in which a card can run operators one after the other"
+def roofline(operators, card:Card)->float:
+    "The least time in which a card can run operators one after the other, seconds"
     def seconds(o): return max(o.flops/(card.bf16 if o.half else card.fp32), o.nbytes/card.tb_s)/1e12
     return sum(map(seconds, operators))
 
@@ -95,16 +91,16 @@ _FLOPS = flop_registry | {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop}
 
 class CountOperators(TorchDispatchMode):
-    "Inside the `with`, notes every operator but views of tensors, and the memory that is held"
+    "Inside the `with`, records every operator that is no view of a tensor, and the memory that is held"
     def __init__(self):
         super().__init__()
         self.operators, self.held, self.now, self.peak = [], {}, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is _aten._local_scalar_dense.default: return .5      # a check reads a number; there is none
+        if func is _aten._local_scalar_dense.default: return .5      # a check reads a number that is not there
         out = func(*args, **kwargs)
-        read, made = ([t for t in tree_leaves(o) if isinstance(t, Tensor)] for o in ((args, kwargs), out))
+        read, made = ([t for t in tree_leaves(o) if isinstance(t, torch.Tensor)] for o in ((args, kwargs), out))
         for t in made: self._hold(t.untyped_storage())
         if made and not func.is_view:
             count = _FLOPS.get(func._overloadpacket)
@@ -132,15 +128,8 @@ class StepCount(NamedTuple):
     pixels:int        # Of all views
 
 # %% ../nbs/79_cost.ipynb #dba5c474
-def count_step(
-    model,             # A method made on the device 'meta'; it serves once
-    loss_func,         # Its loss
-    recipe,            # Its views
-    batch:int,         # Photographs
-    bf16:bool=True,    # Forward pass in bfloat16
-    states:int=2,      # Numbers a weight that the optimizer keeps
-)->StepCount:
-    "Run a step without data and count it; the views are there already"
+def count_step(model, loss_func, recipe, batch:int, bf16:bool=True, states:int=2)->StepCount:
+    "Run a step without data, after its views; `model` is made on 'meta', the optimizer keeps `states` numbers a weight"
     with FakeTensorMode(), CountOperators() as count, warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Accessing the data pointer')   # by `recomputed`
         model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device='cpu'))
@@ -156,12 +145,8 @@ def count_step(
     return StepCount(tuple(count.operators), fixed, count.peak-fixed, pixels)
 
 # %% ../nbs/79_cost.ipynb #52996ce8
-def fit_local_views(
-    config,             # `FLSLConfig`, `CLoVEConfig`, `DINOConfig`
-    preset,             # The settings it comes from
-    stride:int,         # Of the network, pixels
-):                      # Settings whose local views are to the large ones as in `preset`, in whole patches
-    "Local views that suit the size of the large ones"
+def fit_local_views(config, preset, stride:int):
+    "Settings whose local views are to the large ones as in `preset`, in whole patches of `stride` pixels"
     if not getattr(config, 'n_local', 0): return config
     wish = preset.local_size*config.img_size/preset.img_size
     return replace(config, local_size=max(2, round(wish/stride))*stride)
@@ -201,15 +186,8 @@ class Fitted(NamedTuple):
 FITTED = Fitted(efficiency=.564, efficiency_fp32=.596, views_ns=.811, launch_us=37.)
 
 # %% ../nbs/79_cost.ipynb #f7e15846
-def seconds_of_step(
-    operators:int,       # How many
-    roof:float,          # Seconds of the roofline
-    pixels:float,        # Of all views
-    card:Card,
-    bf16:bool=True,
-    fitted:Fitted=FITTED,
-)->float:
-    "Seconds of a step: of the card, or of the processor that launches its operators if that is slower"
+def seconds_of_step(operators:int, roof:float, pixels:float, card:Card, bf16=True, fitted=FITTED)->float:
+    "Seconds of a step with `pixels` of views: of the card, or of the processor that launches its operators if slower"
     views = 1e-9*fitted.views_ns*pixels*CARDS['H100'].tb_s/card.tb_s
     on_card = roof/(fitted.efficiency if bf16 else fitted.efficiency_fp32) + views
     return max(on_card, 1e-6*fitted.launch_us*operators)
@@ -222,12 +200,6 @@ class Cost(NamedTuple):
     source:str               # 'measured', or 'roofline': predicted from counts
 
 # %% ../nbs/79_cost.ipynb #400d5caf
-def _ask(method, card, batch):
-    find_method(method)
-    if card not in CARDS: raise InputError(f'there are no ceilings of a card {card!r}: use one of {", ".join(CARDS)}')
-    if batch is None: raise InputError('batch is the number of photographs in a step, got None')
-    check_whole('batch', batch, 2)
-
 def cost(
     method='flsl',         # Name of a method, or its record
     arch:str=None,         # timm name; None: the network of the method
@@ -239,9 +211,12 @@ def cost(
     model_kwargs:dict=None,# For timm, e.g. dict(patch_size=8)
 )->Cost:
     "Images a second and memory of training: a row of `MEASURED` if there is one, else by the roofline"
-    _ask(method, card, batch)
+    m = find_method(method)
+    if card not in CARDS: raise InputError(f'there are no ceilings of a card {card!r}: use one of {", ".join(CARDS)}')
+    if batch is None: raise InputError('batch is the number of photographs in a step, got None')
+    check_whole('batch', batch, 2)
     check_whole('img_size', img_size, 1)
-    arch, ceilings = arch or find_method(method).arch, CARDS[card]
+    arch, ceilings = arch or m.arch, CARDS[card]
     for m in [] if config or model_kwargs else MEASURED:
         known = m.method, m.arch, m.img_size, m.batch, m.bf16, m.card
         if known==(method, arch, img_size, batch, bf16, card) and not m.compiled:
@@ -256,18 +231,11 @@ def cost(
 ENOUGH_STEPS = 500     # below these features hardly change
 SEVERAL_CARDS = .9     # Share of their sum that several cards reach: an assumption
 
-def enough_epochs(
-    steps:int,    # Steps of an epoch
-)->int:
-    "Epochs for photographs: a hundred, or as many as `ENOUGH_STEPS` take"
+def enough_epochs(steps:int)->int:
+    "Epochs of `steps` each that a run takes: a hundred, or as many as `ENOUGH_STEPS` take"
     return max(100, math.ceil(ENOUGH_STEPS/max(1, steps)))
 
 # %% ../nbs/79_cost.ipynb #9c1938d0
-def hours(
-    rate:float,          # Photographs a second on one card, as `cost(...).images_per_second`
-    photographs:int,     # How many there are
-    epochs:int=100,
-    cards:int=1,
-)->float:
-    "Hours of training, without scoring and if reading is no limit"
+def hours(rate:float, photographs:int, epochs:int=100, cards:int=1)->float:
+    "Hours of training at `rate` photographs a second on a card, without scoring and if reading is no limit"
     return photographs*epochs/(rate*cards*(SEVERAL_CARDS if cards>1 else 1))/3600
