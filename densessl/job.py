@@ -71,10 +71,8 @@ class Job(Arguments):
 
 def _check_numbers(args):
     "An error for numbers that are out of range"
-    for name,least in dict(workers=0, score_every=0, bs=2, img_size=1).items():
-        check_whole(name, getattr(args, name), least)
-    check_whole('epochs', args.epochs, 1, 10**6)
-    check_whole('seed', args.seed, 0, 2**32-1)
+    whole = dict(workers=(0,), score_every=(0,), bs=(2,), img_size=(1,), epochs=(1, 10**6), seed=(0, 2**32-1))
+    for name,limits in whole.items(): check_whole(name, getattr(args, name), *limits)
     for name in ('lr', 'save_minutes'):
         value = getattr(args, name)
         if value is not None and not (isinstance(value, (int, float)) and 0<value<math.inf):
@@ -95,8 +93,6 @@ def _choose_method(job):
         if suits: job.notes.append(f'{suits}, which suits {job.arch}; --method chooses another')
     m, drawn = find_method(job.method), job.folder is None
     job.preset = job.preset or ('scenes' if drawn else 'paper')
-    if job.preset not in m.presets:
-        raise InputError(f'there is no preset {job.preset!r}: use one of {", ".join(m.presets)}')
     if drawn and job.arch is None: job.arch, job.kwargs = m.scene_arch, job.kwargs or parse_kwargs(m.scene_kwargs)
     job.arch = job.arch or m.arch
     return stride or outline(job.arch, job.kwargs)[1]
@@ -105,7 +101,7 @@ def _choose_settings(job, stride):
     "Settings of the preset, with what was given and local views that fit"
     named = {k: v for k,v in dict(img_size=job.img_size, lr=job.lr).items() if v is not None}
     changes = named | parse_kwargs(job.settings, 'settings')
-    preset = methods[job.method].presets[job.preset]
+    preset = methods[job.method].settings(job.preset)
     job.config = change_settings(preset, changes)
     job.fits_temperature = job.folder is not None and job.preset=='paper' and 'temp_t' not in changes
     if not stride or 'local_size' in changes or not hasattr(preset, 'local_size'): return

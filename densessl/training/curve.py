@@ -28,9 +28,8 @@ def remarks(history:list, by:str, answer:str='')->list:
     "Sentences that the rows of a curve, chosen by the score `by`, add to the answer of the verdict; none if the end is best"
     rows = [h for h in history if h.get(by) is not None]
     if len(rows)<2: return []
-    first, last, best = rows[0], rows[-1], rows[1]
-    for h in rows[2:]:
-        if gain(by, h, best)>0: best = h
+    first, last = rows[0], rows[-1]
+    best = max(rows[1:], key=lambda h: gain(by, h, first))
     def percent(h, k=by): return f'{100*h[k]:.1f} %'
     said = []
     if gain(by, best, last)>.02 and gain(by, best, first)>0:
@@ -109,8 +108,9 @@ class ScoreCurve:
 
     def remarks(self, answer)->list:
         "What the curve adds to the answer of the verdict, and where the backbone of the best epoch is"
-        said, by, first = remarks(self.history, self.best_by, answer), self.best_by, self.history[0]
+        said, by = remarks(self.history, self.best_by, answer), self.best_by
         if not self.best or gain(by, self.best, self.history[-1])<.005: return said
+        first = self.history[0]
         if first['epoch']==0 and gain(by, self.best, first)<=0: return said
         where = ': its backbone is best.safetensors.' if self.files.folder else '.'
         highest = f'The highest {by} was that of epoch {self.best["epoch"]}, {100*self.best[by]:.1f} %{where}'

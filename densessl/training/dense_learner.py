@@ -168,24 +168,18 @@ class DenseLearner(LearnerWithoutLabels):
         self.frozen = [] if n==0 else encoder
         self.opt.clear_state()
 
-# %% ../../nbs/62_training.dense_learner.ipynb #8181a838
-@patch
-def to_bf16(self:DenseLearner):
-    "bfloat16 on any device, as `bf16=True`"
-    return self.to_fp32().add_cb(AutocastBF16())
+    def to_bf16(self):
+        "bfloat16 on any device, as `bf16=True`"
+        return self.to_fp32().add_cb(AutocastBF16())
 
-# %% ../../nbs/62_training.dense_learner.ipynb #0502faf5
-@patch
-def to_fp16(self:DenseLearner, **kwargs):
-    "float16 with fastai's `MixedPrecision`; on a CPU float32"
-    return Learner.to_fp16(self.to_fp32(), **kwargs)
+    def to_fp16(self, **kwargs):
+        "float16 with fastai's `MixedPrecision`; on a CPU float32"
+        return Learner.to_fp16(self.to_fp32(), **kwargs)
 
-# %% ../../nbs/62_training.dense_learner.ipynb #9bdf5604
-@patch
-def to_fp32(self:DenseLearner):
-    "No mixed precision"
-    self.remove_cbs(self._grab_cbs((AutocastBF16, MixedPrecision)))
-    return self
+    def to_fp32(self):
+        "No mixed precision"
+        self.remove_cbs(self._grab_cbs((AutocastBF16, MixedPrecision)))
+        return self
 
 # %% ../../nbs/62_training.dense_learner.ipynb #589bf939
 @patch

@@ -22,9 +22,9 @@ from ..data.images import MakeViews
 from ..methods.encoders import DenseEncoder, check_exportable, dense_encoder
 from ..methods.weights import init_backbone, network_of
 from ..methods.method import Method
-from ..methods.flsl import flsl_method, flsl_presets
-from ..methods.clove import clove_method, clove_presets
-from ..methods.dino import dino_method, dino_presets
+from ..methods.flsl import flsl_method
+from ..methods.clove import clove_method
+from ..methods.dino import dino_method
 from ..theory.schedules import cosine
 from .precision import AutocastBF16, compile_blocks, has_bf16
 from .optim import ClipGrad, FreezeLastLayer, adamw, lars, split_decay
@@ -235,7 +235,7 @@ def _with_options(f):
 def flsl_learner(
     dls,                           # DataLoaders of views, from `image_dls` or `scene_dls` with `flsl_recipe(config)`
     arch='vit_small_patch16_224',  # A timm name, or a `DenseEncoder`
-    config=flsl_presets['paper'],  # Settings, or the name of a preset
+    config='paper',                # Settings, or the name of a preset
     **kwargs,                      # Of `learner`
 )->Learner:                        # Call `fit(n)`
     "A fastai Learner that pretrains with FLSL"
@@ -246,7 +246,7 @@ def flsl_learner(
 def clove_learner(
     dls,                            # DataLoaders of views, from `image_dls` or `scene_dls` with `clove_recipe(config)`
     arch='resnet50',                # A timm name, or a `DenseEncoder`
-    config=clove_presets['paper'],  # Settings, or the name of a preset
+    config='paper',                 # Settings, or the name of a preset
     **kwargs,                       # Of `learner`
 )->Learner:                         # Call `fit(n)`
     "A fastai Learner that pretrains with CLoVE"
@@ -257,7 +257,7 @@ def clove_learner(
 def dino_learner(
     dls,                           # DataLoaders of views, from `image_dls` or `scene_dls` with `dino_recipe(config)`
     arch='vit_small_patch16_224',  # A timm name, or a `DenseEncoder`
-    config=dino_presets['paper'],  # Settings, or the name of a preset
+    config='paper',                # Settings, or the name of a preset
     **kwargs,                      # Of `learner`
 )->Learner:                        # Call `fit(n)`
     "A fastai Learner that pretrains with DINO, the baseline"

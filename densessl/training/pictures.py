@@ -25,10 +25,10 @@ def _first(dls, n):
     return torch.stack([i[0] for i in items]), torch.stack([i[1] for i in items])
 
 @patch
-def show_views(self:Learner, n=2):
+def show_views(self:Learner, n=2, **kwargs):
     "The first `n` photographs with their views drawn on them, and the views as the network gets them"
     recipe, (canvas, hw) = self.dls.recipe, _first(self.dls, n)
-    return visualize.show_views(canvas, make_views(recipe, canvas, hw), recipe.mean, recipe.std)
+    return visualize.show_views(canvas, make_views(recipe, canvas, hw), recipe.mean, recipe.std, n, **kwargs)
 
 # %% ../../nbs/72_training.pictures.ipynb #25e20d9a
 def _unit_tokens(encoder, x, recipe):
@@ -40,14 +40,9 @@ def _unit_tokens(encoder, x, recipe):
     return z
 
 @torch.no_grad()
-def dense_picture(
-    photos,             # uint8 (n, 3, S, S), S a multiple of the stride of the encoders
-    encoders:dict,      # Title -> DenseEncoder
-    beta:float,         # Inverse temperature of the soft masks
-    recipe,             # Mean and standard deviation of the input
-    query=(0.5,0.5),    # The patch whose soft mask is shown, (x, y) in [0, 1] of the photograph
-):                      # Figure
-    "Photographs, and for each encoder the soft mask of one patch, the modes and the tokens as colors (PCA)"
+def dense_picture(photos, encoders:dict, beta:float, recipe, query=(0.5,0.5)):
+    """Photographs, uint8 (n,3,S,S), and for each encoder (title -> `DenseEncoder`) the soft mask of the patch at
+    `query`, (x, y) in [0,1], the modes and the tokens as colors (PCA)"""
     import matplotlib.pyplot as plt
     x, n, S = photos.float()/255, len(photos), photos.shape[-1]
     cols = 1+3*len(encoders)
