@@ -16,11 +16,8 @@ from ..ground.core import InputError
 # %% ../../nbs/74_training.choices.ipynb #a0b911d6
 _WORDS = dict(true=True, false=False, null=None, none=None)   # as JSON has them; Python's own are read as Python
 
-def parse_kwargs(
-    s:str,                     # 'name=value,name=value'; values as JSON or Python has them, or else text
-    option:str='model_kwargs', # The option it was given to
-)->dict:
-    "Named values from one word of the command line"
+def parse_kwargs(s:str, option:str='model_kwargs')->dict:
+    "Named values from 'name=value,name=value', values as in JSON or Python, else text; an error names the `option`"
     res, example = {}, 'beta_sa=5,beta_ca=10' if option=='settings' else 'patch_size=8,depth=3'
     for part in filter(None, re.split(r',(?![^\[(]*[\])])', s or '')):
         k, eq, v = map(str.strip, part.partition('='))

@@ -120,7 +120,6 @@ class LearnerWithoutLabels(Learner):
 class DenseLearner(LearnerWithoutLabels):
     "fastai's `Learner` for pretraining: precision, weight decay, freezing and a summary for two networks"
     frozen = ()     # parameters that `freeze` has frozen
-
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         "fastai's; a `wd` is held for the whole fit, in place of its schedule"
         if not isinstance(n_epoch, (int, np.integer)) or n_epoch<0:
@@ -136,7 +135,6 @@ class DenseLearner(LearnerWithoutLabels):
             raise
 
     def one_batch(self, i, b):
-        "fastai's"
         with precision_of_a_batch(self): super().one_batch(i, b)
 
     def validate(self, ds_idx=1, dl=None, cbs=None):
@@ -177,7 +175,6 @@ class DenseLearner(LearnerWithoutLabels):
         return Learner.to_fp16(self.to_fp32(), **kwargs)
 
     def to_fp32(self):
-        "No mixed precision"
         self.remove_cbs(self._grab_cbs((AutocastBF16, MixedPrecision)))
         return self
 

@@ -18,14 +18,31 @@ from ..ground.core import InputError, unwrapped
 from ..ground.ranks import from_first_rank
 from ..methods.encoders import DenseEncoder
 from ..evaluation.gauges import GAUGES
-from ..evaluation.network import PROBES, NetworkScorer, checked_labels, prototype_head
+from ..evaluation.network import NetworkScorer, checked_labels, prototype_head
 from ..evaluation.scores import Score, scores_table
 from ..evaluation.verdict import Verdict, has_batch_norm, random_start, training_verdict
 from .curve import ScoreCurve, curves_plot, training_trouble
 from .monitor import in_fit
 
 # %% ../../nbs/77_training.score.ipynb #fa12e1fb
-class DenseScore(ScoreCurve, Callback):
+class _Counted(Callback):
+    "Epochs and steps over all fits, and the losses of the first steps and of this epoch"
+    def after_loss(self):
+        "Remember the loss; a canceled batch has none"
+        if not self.training: return
+        loss = self.learn.loss.detach()
+        if len(self.first_losses)<8 and self.done[1]<8: self.first_losses.append(loss)
+        self.epoch_losses.append(loss)
+
+    def after_batch(self):
+        "Count the step"
+        if self.training: self.done = self.base[0]+self.epoch, self.base[1]+self.train_iter
+
+    def after_train(self):
+        "Note that an epoch was trained, not skipped"
+        self.trained = True
+
+class DenseScore(ScoreCurve, _Counted):
     "Scores the backbone of the model before training, every few epochs and at the end, and keeps the best"
     order,run_valid = 66,False   # after the monitors, before checkpoints; validation is no training
     own_line = True              # scores are printed below the line of the epoch
@@ -46,8 +63,6 @@ class DenseScore(ScoreCurve, Callback):
     ):
         if not isinstance(every, int) or every<1:
             raise InputError(f'every must be a whole number of epochs, at least 1, got {every}')
-        if best_by not in (None, *PROBES):
-            raise InputError(f'best_by must be one of {", ".join(PROBES)}, got {best_by!r}')
         if not isinstance(starts, int) or not 1<=starts<=8:
             raise InputError(f'starts must be a whole number from 1 to 8, got {starts}')
         super().__init__(out, best_by)
@@ -71,21 +86,6 @@ class DenseScore(ScoreCurve, Callback):
         self.epoch_losses = []
         if self.epoch==0 and self.done==(0,0): from_first_rank(self._score_start)
 
-    def after_loss(self):
-        "Remember the loss; a canceled batch has none"
-        if not self.training: return
-        loss = self.learn.loss.detach()
-        if len(self.first_losses)<8 and self.done[1]<8: self.first_losses.append(loss)
-        self.epoch_losses.append(loss)
-
-    def after_batch(self):
-        "Count the step"
-        if self.training: self.done = self.base[0]+self.epoch, self.base[1]+self.train_iter
-
-    def after_train(self):
-        "Note that an epoch was trained, not skipped"
-        self.trained = True
-
     def after_epoch(self):
         "Score the backbone, if it is time, and print the scores below the line of the epoch"
         self.score_epoch()
@@ -100,10 +100,6 @@ class DenseScore(ScoreCurve, Callback):
     def after_fit(self):
         "Give the verdict, if the fit has come to its end"
         if self.say and self.done[0]==self.base[0]+self.n_epoch: from_first_rank(self._say)
-
-    def _print_line(self):
-        if self.line: print(self.line, flush=True)
-        self.line = ''
 
 # %% ../../nbs/77_training.score.ipynb #8941d7eb
 @patch(as_prop=True)
@@ -167,6 +163,11 @@ def _score_start(self:DenseScore):
     self._print_line()
 
 @patch
+def _print_line(self:DenseScore):
+    if self.line: print(self.line, flush=True)
+    self.line = ''
+
+@patch
 def _score(self:DenseScore):
     "Score the backbone, or the frozen start before training, whose statistics are gathered; keep the best"
     (epoch, step), backbone = self.done, self.method.backbone
@@ -208,11 +209,8 @@ def start_scores(self:DenseScore)->list:
 
 # %% ../../nbs/77_training.score.ipynb #b9139f52
 @patch
-def verdict(self:DenseScore,
-    label:str=None,  # Name of the trained backbone
-    others=(),       # Scores of other backbones that could be used instead
-)->Verdict:
-    "Did training help? The last scores against several starts"
+def verdict(self:DenseScore, label=None, others=())->Verdict:
+    "Did training help? The last scores, named `label`, against several starts and `others`, scores of other backbones"
     last = f'epoch {self.done[0]}'
     label, starts = label or last, self.start_scores()
     fixed, trouble = self.start_name!='random start', self._trouble()
