@@ -85,7 +85,7 @@ class Schedules(Callback):
 
 # %% ../../nbs/68_training.learner.ipynb #9b562606
 class ViewRecorder(Recorder):
-    "fastai's `Recorder` for training without labels; `learn.recorder`, as ever"
+    "fastai's `Recorder` for training without labels; as usual `learn.recorder`"
     name = 'recorder'
 
     def _more(self): return [cb for cb in self.learn.cbs if hasattr(type(cb), 'columns')]

@@ -114,7 +114,7 @@ def method(self:DenseScore):
 # %% ../../nbs/77_training.score.ipynb #2ebd3514
 @patch(as_prop=True)
 def start(self:DenseScore):
-    "The network before training, on the CPU, or None if it was never seen"
+    "The network before training, on the CPU, or None if it is not known"
     if self._start is None and self.history: self._start = self.files.load('start')
     return self._start
 
