@@ -25,7 +25,7 @@ def gain(by, new, old)->float:
 
 # %% ../../nbs/73_training.curve.ipynb #71d54767
 def remarks(history:list, by:str, answer:str='')->list:
-    "Sentences that the rows of a curve, chosen by the score `by`, add to the answer of the verdict; none if the end is best"
+    "Sentences that a curve of the score `by` adds to the answer of the verdict; none if its last row is the best"
     rows = [h for h in history if h.get(by) is not None]
     if len(rows)<2: return []
     first, last = rows[0], rows[-1]
@@ -47,7 +47,7 @@ def remarks(history:list, by:str, answer:str='')->list:
 
 # %% ../../nbs/73_training.curve.ipynb #174938b9
 def training_trouble(monitor, first_losses:list, last_losses:list)->dict:
-    "Sentences `diverged` and `collapsed`, empty if all is well: from `CollapseMonitor` (or None) and losses of the ends"
+    "Sentences `diverged` and `collapsed`, empty if all is well; `monitor` is a `CollapseMonitor` or None"
     epochs = [list(rows) for _,rows in groupby(getattr(monitor, 'history', []), lambda h: h['epoch'])]
     means = [{k: sum(h[k] for h in rows)/len(rows) for k in rows[0]} for rows in epochs]
     said = [sentence for m in means for sentence in monitor.diagnose(m)]

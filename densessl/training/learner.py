@@ -70,7 +70,8 @@ class Schedules(Callback):
         "Restore the learning rate for the next fit; give the curves to `learn.recorder.plot_sched()`"
         self.opt.set_hyper('lr', self.base)
         rows = self.history[self.began:]
-        if rows and hasattr(self.learn, 'recorder'): self.learn.recorder.hps = {k: [r[k] for r in rows] for k in rows[0]}
+        if not rows or not hasattr(self.learn, 'recorder'): return
+        self.learn.recorder.hps = {k: [r[k] for r in rows] for k in rows[0]}
 
     def state_dict(self):
         "What was set so far, for a checkpoint; the schedules themselves have no state"

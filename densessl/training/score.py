@@ -227,8 +227,8 @@ def verdict(self:DenseScore, label=None, others=())->Verdict:
 def conclude(self:DenseScore, label=None, others=())->str:
     "The `verdict` and what the curve adds to it; also written to best.txt"
     v = self.conclusion = self.verdict(label, others)
-    words = v.said
-    if not any(self._trouble().values()): words = ' '.join([words, *self.remarks(v.answer)])   # else no epoch is advised
+    remarks = [] if any(self._trouble().values()) else self.remarks(v.answer)     # no epoch of a failed run is advised
+    words = ' '.join([v.said, *remarks])
     if self.best: self.write_best(words)
     return words
 
