@@ -124,6 +124,12 @@ def test_no_private_name_crosses_a_module(mod):
 def test_one_public_definition_a_cell(p):
     assert not [(i, d) for i, d in exported_cells(p) if len(public(d)) > 1]
 
+@pytest.mark.parametrize('p', [p for p in notebooks() if exports(p)], ids=rel)
+def test_public_names_are_shown(p):
+    "Each is used or named in a cell that a reader sees, beside the one that defines it"
+    seen = '\n'.join(c.source for c in read(p).cells if not re.match(r'#\|\s*(export|hide)', c.source))
+    assert not [n for _, d in exported_cells(p) for n in public(d) if not re.search(rf'\b{n}\b', seen)]
+
 @pytest.mark.parametrize('mod', modules())
 def test_rooms_are_small(mod):
     "At most 300 lines of code, or the page says why"

@@ -138,7 +138,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(scores, path):
         path.write_text('[{"mod')
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr('densessl.training.score.write_scores', full)
+    monkeypatch.setattr('densessl.training.curve.write_scores', full)
     with pytest.warns(UserWarning, match='could not be written'): cb._score()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()}==before
 
