@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch, torch.nn.functional as F
 
-from ..ground.core import InputError, find_device
+from ..ground.core import InputError, usable_device
 from ..data.folders import find_images
 from ..data.labelled import Unlabelled, labelled_data, labelled_options
 from ..data.photographs import load_canvas
@@ -176,7 +176,7 @@ def evaluate(
     data, names = Path(data).expanduser(), [n.strip() for n in (others or '').split(',') if n.strip()]
     out = out and Path(out).expanduser()
     _check_arguments(backbone, names, data, out, starts)
-    device = find_device(device)
+    device = usable_device(device)
     enc, norm = open_backbone(backbone, size)
     size = size or (enc.img_size if isinstance(enc.img_size, int) else enc.img_size[0])
     name, *labels = backbone_labels([backbone, *names])

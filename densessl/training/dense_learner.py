@@ -11,11 +11,10 @@ import math
 import numpy as np
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import AvgMetric, Learner, mk_metric
-from fastai.torch_core import get_model
 from fastcore.basics import PrettyString, patch
 from fastcore.foundation import L
 
-from ..ground.core import InputError
+from ..ground.core import InputError, unwrapped
 from .precision import AutocastBF16, precision_of_a_batch, tf32_beside_bf16
 
 # %% ../../nbs/62_training.dense_learner.ipynb #63a15dfd
@@ -159,7 +158,7 @@ class DenseLearner(LearnerWithoutLabels):
                              'freeze() trains the heads alone, unfreeze() trains both')
         if self.opt is None: self.create_opt()
         trained = {p for g in self.opt.param_lists for p in g}
-        encoder = [p for p in get_model(self.model).student.encoder.parameters() if p in trained]
+        encoder = [p for p in unwrapped(self.model).student.encoder.parameters() if p in trained]
         for p in encoder:
             p.requires_grad_(n==0)
             p.grad = None
@@ -182,7 +181,7 @@ class DenseLearner(LearnerWithoutLabels):
 @patch
 def summary(self:DenseLearner):
     "Parts with their parameters, views, optimizer, loss and callbacks"
-    m, dls = get_model(self.model), self.dls
+    m, dls = unwrapped(self.model), self.dls
     lines = [f'{type(m).__name__} of {getattr(m.student.encoder, "arch", "an encoder")}', '',
              f'{"Part":<20} {"Class":<20} {"Parameters":>12} {"Trainable":>12}', '-'*67]
     for side,parts in m.sides.items():

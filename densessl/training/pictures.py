@@ -8,12 +8,12 @@ __all__ = ['dense_picture', 'similarity_picture']
 # %% ../../nbs/72_training.pictures.ipynb #df88114a
 import torch
 from fastai.learner import Learner
-from fastai.torch_core import get_model
 from fastcore.basics import patch
 
 from ..data.augment import make_views
 from ..data.views import crop_resize, random_boxes
 from ..ground import visualize
+from ..ground.core import unwrapped
 from ..ground.visualize import pca_rgb
 from ..theory.attention import attention_weights, unit_vectors
 from ..theory.matching import cell_distances
@@ -67,7 +67,7 @@ def dense_picture(photos, encoders:dict, beta:float, recipe, query=(0.5,0.5)):
 @patch
 def show_modes(self:Learner, n=3, query=(0.5,0.5)):
     "Soft masks, modes and tokens of the student and of the teacher, if there is one, on the first `n` photographs"
-    m, size, (photos, _) = get_model(self.model), self.dls.recipe.crops[0].size, _first(self.dls, n)
+    m, size, (photos, _) = unwrapped(self.model), self.dls.recipe.crops[0].size, _first(self.dls, n)
     photos = torch.nn.functional.interpolate(photos, size=(size, size), mode='bicubic', antialias=True)
     encoders = {k: side['encoder'] for k,side in m.sides.items()}
     return dense_picture(photos, encoders, m.mask_beta, self.dls.recipe, query)

@@ -121,7 +121,7 @@ def start(self:DenseScore):
 # %% ../../nbs/77_training.score.ipynb #e4743165
 @patch
 def score_network(self:DenseScore, encoder, label='model', **kwargs)->list:
-    "All scores of a network, as this callback gives them; `kwargs` change the settings of `network_scores`"
+    "All scores of a network, as this callback gives them; `kwargs` change the settings of `NetworkScorer.score`"
     self.scorer.open(self.dls)
     head = prototype_head(self.method) if encoder is self.method.backbone else None
     return self.scorer.score(encoder, label, **(dict(head=head) | kwargs))
@@ -298,7 +298,7 @@ def dense_report(self:Learner,
     data, own = cb.scorer.open(self.dls), {}
     known = [s for s in cb.scores if s.model=='before training']
     if labelled is not None:
-        own = dict(labelled=checked_labels(labelled, data['size']), linear=linear)
+        own = dict(labelled=checked_labels(labelled, data.photos[2]), linear=linear)
         known = [s for s in known if s.probe in GAUGES]
         if known and cb.start is not None:
             known += [s for s in cb.score_network(cb.start, 'before training', **own) if s.probe not in GAUGES]
