@@ -113,8 +113,7 @@ class ScoreCurve:
         first = self.history[0]
         if first['epoch']==0 and gain(by, self.best, first)<=0: return said
         where = ': its backbone is best.safetensors.' if self.files.folder else '.'
-        highest = f'The highest {by} was that of epoch {self.best["epoch"]}, {100*self.best[by]:.1f} %{where}'
-        return [*said, highest]
+        return [*said, f'The highest {by} was that of epoch {self.best["epoch"]}, {100*self.best[by]:.1f} %{where}']
 
 # %% ../../nbs/73_training.curve.ipynb #ec74dbf0
 def steps_of(rows:list)->list:

@@ -9,10 +9,8 @@ __all__ = ['check_arguments', 'LearnerWithoutLabels', 'DenseLearner']
 import math
 
 import numpy as np
+from fastai.basics import AvgMetric, L, Learner, PrettyString, mk_metric, patch
 from fastai.callback.fp16 import MixedPrecision
-from fastai.learner import AvgMetric, Learner, mk_metric
-from fastcore.basics import PrettyString, patch
-from fastcore.foundation import L
 
 from ..ground.core import InputError, unwrapped
 from .precision import AutocastBF16, precision_of_a_batch, tf32_beside_bf16
@@ -43,8 +41,7 @@ _INSTEAD = dict(
     TensorBoardProjectorCallback='there are no predictions to project: learn.show_modes() shows the tokens as colors',
 )
 
-def _refuse(name, kind=None):
-    raise InputError(f'{name}: {_INSTEAD[kind or name]}')
+def _refuse(name, kind=None): raise InputError(f'{name}: {_INSTEAD[kind or name]}')
 
 def _check_callback(cb):
     "An error for a callback of fastai that cannot work here"
@@ -84,8 +81,7 @@ class LearnerWithoutLabels(Learner):
         if 'model' not in self.__dict__: raise AttributeError('model')   # of a copy that is being made
         return self.__dict__['model']
     @model.setter
-    def model(self, m):
-        "A compiled wrapper would rename the weights in every checkpoint"
+    def model(self, m):       # a compiled wrapper would rename the weights in every checkpoint
         if hasattr(m, '_orig_mod'):
             raise InputError('torch.compile(model) wraps the model, and its weights get other names: '
                              'learn.model.compile(backend="aot_eager") compiles it in place')
@@ -94,9 +90,7 @@ class LearnerWithoutLabels(Learner):
     @property
     def metrics(self): return self._metrics
     @metrics.setter
-    def metrics(self, metrics):
-        "fastai's; there are no targets"
-        self._metrics = L(metrics).map(_metric)
+    def metrics(self, metrics): self._metrics = L(metrics).map(_metric)
 
     def add_cbs(self, cbs):
         "fastai's, all or none"

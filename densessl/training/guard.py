@@ -12,9 +12,8 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.training import GradientAccumulation
+from fastai.basics import Callback, CancelBatchException, CancelFitException, CancelStepException
+from fastai.callback.all import GradientAccumulation, MixedPrecision
 
 from ..ground.core import InputError, unwrapped
 from ..ground.ranks import gather_objects, n_ranks, ranks_where, this_rank
@@ -78,8 +77,7 @@ class FailureReport:
 
     def of_gradient(self, where):
         "The sentence for a gradient"
-        name = first_bad_gradient(self.model)
-        return (f'the gradient is not finite at {where}, first in the parameter {name}, '
+        return (f'the gradient is not finite at {where}, first in the parameter {first_bad_gradient(self.model)}, '
                 f'though the loss is {self.learn.loss.item():.4g}: {self.remedy()}')
 
     def remedy(self):
@@ -104,9 +102,7 @@ class FailureReport:
 class StopIfNotFinite(Callback):
     "Stop before a loss or a gradient that is NaN or infinite reaches the weights, or skip such a step"
     order,run_valid = MixedPrecision.order+.5,False   # after gradients are unscaled, before they are clipped
-    def __init__(self,
-        skip:int=0,  # Bad steps in a row that are skipped; one more stops. 0 stops at the first
-    ):
+    def __init__(self, skip:int=0):  # Bad steps in a row that are skipped; one more stops. 0 stops at the first
         if not isinstance(skip, int) or skip<0:
             raise InputError(f'skip must be a whole number of steps, 0 or more, got {skip}')
         self.skip,self.skipped,self.row,self.kept,self.cast = skip,[],0,[],nullcontext()
@@ -191,13 +187,8 @@ def memory_advice(bs:int, img_size=None, n_local=None, n_acc=None, half=False)->
 # %% ../../nbs/65_training.guard.ipynb #cf1376f7
 class OutOfMemory(Callback):
     "Turn an allocation error into one sentence that says which setting to lower"
-    def before_fit(self):
-        "Watch the loop over batches"
-        self.learn.all_batches = self.all_batches
-
-    def after_fit(self):
-        "Restore fastai's own loop"
-        vars(self.learn).pop('all_batches', None)
+    def before_fit(self): self.learn.all_batches = self.all_batches       # watches the loop over batches
+    def after_fit(self): vars(self.learn).pop('all_batches', None)        # fastai's own loop again
 
     def all_batches(self):
         "fastai's loop over batches; what it has computed is released if memory runs out"

@@ -9,13 +9,8 @@ __all__ = ['methods', 'optimizers', 'Schedules', 'ViewRecorder', 'find_method', 
 # %% ../../nbs/68_training.learner.ipynb #4684c731
 import warnings
 
-from fastai.callback.core import Callback
-from fastai.callback.schedule import ParamScheduler
-from fastai.callback.tracker import TrackerCallback
-from fastai.learner import Learner, Recorder
-from fastai.torch_core import num_distrib
-from fastcore.foundation import L
-from fastcore.meta import delegates
+from fastai.basics import Callback, L, Learner, Recorder, delegates, num_distrib
+from fastai.callback.all import ParamScheduler, TrackerCallback
 
 from ..ground.core import InputError, unwrapped
 from ..data.images import MakeViews
@@ -110,8 +105,7 @@ class ViewRecorder(Recorder):
 
     def plot_loss(self, skip_start=5, with_valid=None, **kwargs):
         "fastai's curve; with a validation loss where there is one"
-        there = 'valid_loss' in self.metric_names and with_valid is not False
-        return super().plot_loss(skip_start, there, **kwargs)
+        return super().plot_loss(skip_start, 'valid_loss' in self.metric_names and with_valid is not False, **kwargs)
 
 # %% ../../nbs/68_training.learner.ipynb #78a00484
 methods = {m.name: m for m in (flsl_method, clove_method, dino_method)}   # Name -> record
@@ -233,33 +227,18 @@ def _with_options(f):
 
 # %% ../../nbs/68_training.learner.ipynb #e02275a2
 @_with_options
-def flsl_learner(
-    dls,                           # DataLoaders of views, from `image_dls` or `scene_dls` with `flsl_recipe(config)`
-    arch='vit_small_patch16_224',  # A timm name, or a `DenseEncoder`
-    config='paper',                # Settings, or the name of a preset
-    **kwargs,                      # Of `learner`
-)->Learner:                        # Call `fit(n)`
-    "A fastai Learner that pretrains with FLSL"
+def flsl_learner(dls, arch='vit_small_patch16_224', config='paper', **kwargs)->Learner:   # Call `fit(n)`
+    "A fastai Learner that pretrains with FLSL, on views made with `flsl_recipe(config)`"
     return learner(dls, arch, flsl_method, config, **kwargs)
 
 # %% ../../nbs/68_training.learner.ipynb #ae75a060
 @_with_options
-def clove_learner(
-    dls,                            # DataLoaders of views, from `image_dls` or `scene_dls` with `clove_recipe(config)`
-    arch='resnet50',                # A timm name, or a `DenseEncoder`
-    config='paper',                 # Settings, or the name of a preset
-    **kwargs,                       # Of `learner`
-)->Learner:                         # Call `fit(n)`
-    "A fastai Learner that pretrains with CLoVE"
+def clove_learner(dls, arch='resnet50', config='paper', **kwargs)->Learner:   # Call `fit(n)`
+    "A fastai Learner that pretrains with CLoVE, on views made with `clove_recipe(config)`"
     return learner(dls, arch, clove_method, config, **kwargs)
 
 # %% ../../nbs/68_training.learner.ipynb #c94d75a5
 @_with_options
-def dino_learner(
-    dls,                           # DataLoaders of views, from `image_dls` or `scene_dls` with `dino_recipe(config)`
-    arch='vit_small_patch16_224',  # A timm name, or a `DenseEncoder`
-    config='paper',                # Settings, or the name of a preset
-    **kwargs,                      # Of `learner`
-)->Learner:                        # Call `fit(n)`
-    "A fastai Learner that pretrains with DINO, the baseline"
+def dino_learner(dls, arch='vit_small_patch16_224', config='paper', **kwargs)->Learner:   # Call `fit(n)`
+    "A fastai Learner that pretrains with DINO, the baseline; on views made with `dino_recipe(config)`"
     return learner(dls, arch, dino_method, config, **kwargs)

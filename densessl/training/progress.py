@@ -12,13 +12,8 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import psutil, torch
-from fastai.callback.core import Callback
+from fastai.basics import IN_NOTEBOOK, Callback, Learner, noop, num_distrib, patch, rank_distrib
 from fastai.callback.progress import ProgressCallback
-from fastai.imports import noop
-from fastai.learner import Learner
-from fastai.torch_core import num_distrib, rank_distrib
-from fastcore.basics import patch
-from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import format_time
 
 # %% ../../nbs/66_training.progress.ipynb #2606bc60
@@ -160,9 +155,7 @@ class Progress(ProgressCallback):
         if self.epoch_ended is not None: self.epoch_ends.append(self.mark - self.epoch_ended)
         self.batch, self.n_batches = 0, len(self.dls.train)
 
-    def before_batch(self):
-        "The batch is there"
-        self.arrived = time.perf_counter()
+    def before_batch(self): self.arrived = time.perf_counter()       # the batch is there
 
     def after_batch(self):
         "Draw the bar, if it is time"
@@ -181,9 +174,7 @@ class Progress(ProgressCallback):
         if self.warm: self.times.add(self.arrived - self.mark, now - self.mark)
         self.mark, self.warm = now, True
 
-    def after_train(self):
-        "The end of the epoch begins"
-        self.epoch_ended = time.perf_counter()
+    def after_train(self): self.epoch_ended = time.perf_counter()    # the end of the epoch begins
 
     def rates(self, epochs_done:int)->dict:
         "Texts on the pace and the time that is left; without a measurement only on memory"

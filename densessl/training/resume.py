@@ -11,8 +11,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from fastai.callback.core import Callback, CancelFitException
-from fastai.learner import Learner
+from fastai.basics import Callback, CancelFitException, Learner
 
 from ..ground.core import InputError
 from ..ground.ranks import from_first_rank, gather_objects, n_ranks, ranks_where, this_rank
@@ -20,19 +19,13 @@ from ..data.order import inner_loader, random_states, rest_of_epoch, set_random_
 from .monitor import in_fit
 from .runfile import RunFolder, newest_checkpoint, read_checkpoint
 from .runstate import (check_same_run, gather_state, generators_of_this_rank, json_settings,
-                                        place_in_words, restore_state, run_header, run_settings, set_clock,
-                                        show_skipped)
+    place_in_words, restore_state, run_header, run_settings, set_clock, show_skipped)
 
 # %% ../../nbs/71_training.resume.ipynb #19ee8822
 class RunStopped(SystemExit):
     "The run was told to stop by a signal, and its state is saved; `code` is 128 plus the signal"
 
 # %% ../../nbs/71_training.resume.ipynb #6c816099
-def _inside_fit(frame):
-    "Is a fit running in this frame?"
-    while frame is not None and frame.f_code is not Learner._do_fit.__code__: frame = frame.f_back
-    return frame is not None
-
 class StopSignals:
     "Notes the signals that end a process; the run obeys them at the end of a step"
     def __init__(self): self.heard, self.handlers, self.held = None, {}, False
@@ -48,7 +41,8 @@ class StopSignals:
     def hear(self, signum, frame):
         "Remember the first signal, obey the second"
         if os.getpid()!=self.pid: return               # a worker that is about to start
-        if self.heard is not None or not _inside_fit(frame):
+        while frame is not None and frame.f_code is not Learner._do_fit.__code__: frame = frame.f_back
+        if self.heard is not None or frame is None:    # outside of a fit
             self.close()
             signal.raise_signal(signum)
             return
@@ -90,9 +84,8 @@ def _shielded(wif, parent):
 def shield_workers(loaders, on:bool=True):
     "Workers that start from now on leave signals to this process, and end with it; not `on`: as they were before"
     for dl in loaders:
-        shielded = getattr(dl.wif, 'func', None) is _shielded
         if on: dl.wif = partial(_shielded, dl.wif, os.getpid())
-        elif shielded: dl.wif = dl.wif.args[0]
+        elif getattr(dl.wif, 'func', None) is _shielded: dl.wif = dl.wif.args[0]
 
 # %% ../../nbs/71_training.resume.ipynb #862fda0e
 class _RestOfEpoch:
@@ -254,8 +247,8 @@ class SaveRun(Callback):
         agreed, self.granted = self.granted, None
         if not agreed:
             agreed = self.wishes(self.train_iter)
-            device = next(self.learn.model.parameters()).device  # the loss is a zero on the CPU before the first batch
-            if n_ranks()>1: agreed = ranks_where(agreed, device)
+            # not the device of the loss, which is a zero on the CPU before the first batch
+            if n_ranks()>1: agreed = ranks_where(agreed, next(self.learn.model.parameters()).device)
         due, stop = agreed
         if due or stop or must:
             self.last = self.train_iter, time.monotonic()

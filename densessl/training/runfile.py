@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np, torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from .. import __version__
 from ..ground.core import InputError
@@ -23,8 +22,8 @@ from ..ground.files import whole_file
 def as_plain(o, name='state'):
     "Nested values in plain Python and tensors, which `weights_only=True` reads; a `TypeError` says where in `name`"
     if o is None or type(o) in (bool, int, float, str, bytes): return o
-    if isinstance(o, Tensor):
-        o = o.detach().as_subclass(Tensor)
+    if isinstance(o, torch.Tensor):
+        o = o.detach().as_subclass(torch.Tensor)
         is_view = o.untyped_storage().nbytes()>o.numel()*o.element_size()
         return o.clone() if is_view else o     # of a view, torch would write the whole storage
     if isinstance(o, np.generic): return as_plain(o.item(), name)
@@ -106,8 +105,7 @@ def writable_folder(path)->Path:
     "The path of a folder that can be written to, or made; an `InputError` says why it cannot"
     path = Path(path).expanduser()
     there = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
-    if not there.is_dir():
-        raise InputError(f'{str(there)!r} is a file: choose a folder that can be made')
+    if not there.is_dir(): raise InputError(f'{str(there)!r} is a file: choose a folder that can be made')
     if not os.access(there, os.W_OK|os.X_OK):
         raise InputError(f'{str(there)!r} cannot be written to (no permission, or a file system that is read-only): '
                          f'choose another folder than {str(path)!r}')
@@ -215,11 +213,9 @@ class RunFolder(ExitStack):
             if must:
                 raise InputError(f'no checkpoint can be written to {str(self.path)!r} ({e.strerror}): '
                                  'choose another folder') from e
-            last = run_checkpoints(self.path)[0].name
             warnings.warn(f'the checkpoint of step {header["step"]} could not be written ({e.strerror}); '
-                          f'{last} is whole, and training continues. '
+                          f'{run_checkpoints(self.path)[0].name} is whole, and training continues. '
                           'Make room: a checkpoint is kept until the next one is complete')
             return None
         for p in run_checkpoints(self.path)[self.keep:]: p.unlink(missing_ok=True)
         return path
-

@@ -13,9 +13,7 @@ from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 
 import numpy as np, torch
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.progress import CSVLogger
-from fastai.callback.training import GradientAccumulation
+from fastai.callback.all import CSVLogger, GradientAccumulation, MixedPrecision
 from torch import Tensor, nn
 
 from .. import __version__
@@ -93,19 +91,17 @@ def check_data(folder, ds):
                          'name the folder that holds them, or begin another run')
 
 # %% ../../nbs/70_training.runstate.ipynb #644e5285
-def _stateful(learn):
-    "Callbacks with a state of their own; not by `hasattr`, as fastai's look every name up in the model too"
-    return {cb.name: cb for cb in learn.cbs if hasattr(type(cb), 'state_dict')}
+# Callbacks with a state of their own; `hasattr(cb, ...)` would look the name up in the model too
+def _stateful(learn): return {cb.name: cb for cb in learn.cbs if hasattr(type(cb), 'state_dict')}
 
 def _numbers(o): return {k: v for k,v in vars(o).items() if isinstance(v, (bool, int, float, Tensor))}
 
 def recorder_state(r)->dict:
     "Table and curves of fastai's `Recorder`"
     losses = torch.stack([*r.losses]) if r.losses else torch.zeros(0)
-    return dict(
-        lrs=torch.tensor(r.lrs, dtype=torch.float64), losses=losses, iters=r.iters, values=[list(v) for v in r.values],
-        smooth=_numbers(r.smooth_loss), metrics=[_numbers(m) for m in r.metrics],
-        seconds=time.time()-getattr(r, 'start_epoch', time.time()))
+    return dict(lrs=torch.tensor(r.lrs, dtype=torch.float64), losses=losses, iters=r.iters,
+                values=[list(v) for v in r.values], smooth=_numbers(r.smooth_loss),
+                metrics=[_numbers(m) for m in r.metrics], seconds=time.time()-getattr(r, 'start_epoch', time.time()))
 
 # %% ../../nbs/70_training.runstate.ipynb #ca0dabc7
 def restore_recorder(r, s:dict):
@@ -122,14 +118,13 @@ def restore_recorder(r, s:dict):
 def gather_state(learn)->dict:
     "All that the next step reads after a batch or between epochs, but for random states and the place in the data"
     m, scaler, loss = unwrapped(learn.model), getattr(learn, 'scaler', None), learn.loss_func
-    return dict(
-        model=m.state_dict(), opt=learn.opt.state_dict(),
-        loss_func=loss.state_dict() if isinstance(loss, nn.Module) else {},
-        grads={k: p.grad for k,p in m.named_parameters() if p.grad is not None},
-        scaler=scaler.state_dict() if scaler else {},
-        callbacks={k: cb.state_dict() for k,cb in _stateful(learn).items()},
-        accumulated=[cb.count for cb in _accumulations(learn)],
-        recorder=recorder_state(learn.recorder), step=learn.train_iter, pct=float(learn.pct_train))
+    return dict(model=m.state_dict(), opt=learn.opt.state_dict(),
+                loss_func=loss.state_dict() if isinstance(loss, nn.Module) else {},
+                grads={k: p.grad for k,p in m.named_parameters() if p.grad is not None},
+                scaler=scaler.state_dict() if scaler else {},
+                callbacks={k: cb.state_dict() for k,cb in _stateful(learn).items()},
+                accumulated=[cb.count for cb in _accumulations(learn)],
+                recorder=recorder_state(learn.recorder), step=learn.train_iter, pct=float(learn.pct_train))
 
 # %% ../../nbs/70_training.runstate.ipynb #a19c2964
 def restore_state(state:dict, learn):
@@ -171,18 +166,16 @@ def _optimizer_differences(old, opt, names):
 def check_state(state:dict, learn):
     "An error that names what a state of `gather_state` lacks, has besides or has in another shape"
     m = unwrapped(learn.model)
-    names = {id(p): k for k,p in m.named_parameters()}
     said = [*_model_differences(state['model'], m.state_dict())]
-    said = said or [*_optimizer_differences(state['opt'], learn.opt, names)]
+    said = said or [*_optimizer_differences(state['opt'], learn.opt, {id(p): k for k,p in m.named_parameters()})]
     if said: raise InputError(f'the checkpoint does not fit this {type(m).__name__}: {"; ".join(said)}')
 
 # %% ../../nbs/70_training.runstate.ipynb #f4bdadca
 def run_header(learn, settings:dict, epoch:int, batch:int)->dict:
     "What a checkpoint says of itself: `epoch` epochs and `batch` batches of the next one are done"
-    return dict(
-        version=__version__, method=settings['method'], epoch=epoch, epochs=learn.n_epoch, batch=batch,
-        batches=len(learn.dls.train), step=learn.train_iter, processes=n_ranks(),
-        loader={}, settings=settings, versions=numerics())
+    return dict(version=__version__, method=settings['method'], epoch=epoch, epochs=learn.n_epoch, batch=batch,
+                batches=len(learn.dls.train), step=learn.train_iter, processes=n_ranks(), loader={},
+                settings=settings, versions=numerics())
 
 # %% ../../nbs/70_training.runstate.ipynb #2e6af5f3
 def place_in_words(header:dict)->str:
@@ -233,6 +226,5 @@ def show_skipped(learn, epochs:int, seconds:float, rows:list):
 # %% ../../nbs/70_training.runstate.ipynb #15abf24c
 def set_clock(cb, run:float, epoch:float=None):
     "Let the bars of `cb` count from so many seconds ago, that of the epoch only if its seconds are given"
-    main = getattr(vars(cb).get('mbar'), 'main_bar', None)
-    for bar,seconds in ((main, run), (vars(cb).get('pbar'), epoch)):
+    for bar,seconds in ((getattr(vars(cb).get('mbar'), 'main_bar', None), run), (vars(cb).get('pbar'), epoch)):
         if seconds is not None and hasattr(bar, 'start_t'): bar.start_t = time.time()-seconds

@@ -9,10 +9,8 @@ __all__ = ['DenseScore']
 import copy, warnings
 from dataclasses import asdict, replace
 
-from fastai.callback.core import Callback
+from fastai.basics import Callback, Learner, patch
 from fastai.callback.tracker import TrackerCallback
-from fastai.learner import Learner
-from fastcore.basics import patch
 
 from ..ground.core import InputError, unwrapped
 from ..ground.ranks import from_first_rank
@@ -24,9 +22,9 @@ from ..evaluation.verdict import Verdict, has_batch_norm, random_start, training
 from .curve import ScoreCurve, curves_plot, training_trouble
 from .monitor import in_fit
 
-# %% ../../nbs/77_training.score.ipynb #fa12e1fb
-class _Counted(Callback):
-    "Epochs and steps over all fits, and the losses of the first steps and of this epoch"
+# %% ../../nbs/77_training.score.ipynb #5c0f1e9a
+class _Scoring(ScoreCurve, Callback):
+    "What `DenseScore` counts (epochs, steps, losses of the first steps and of this epoch) and how it scores"
     def after_loss(self):
         "Remember the loss; a canceled batch has none"
         if not self.training: return
@@ -38,11 +36,80 @@ class _Counted(Callback):
         "Count the step"
         if self.training: self.done = self.base[0]+self.epoch, self.base[1]+self.train_iter
 
-    def after_train(self):
-        "Note that an epoch was trained, not skipped"
-        self.trained = True
+    def after_train(self): self.trained = True     # an epoch was trained, not skipped
 
-class DenseScore(ScoreCurve, _Counted):
+    def _names(self): return self.scorer.names(prototype_head(self.method) is not None)
+
+    def _default_best(self): return self.best_by or ('nearest neighbor' if self.scorer.labelled else 'correspondence')
+
+    def _gathers(self):
+        "Does the backbone have batch norm, whose statistics can be gathered without training?"
+        return isinstance(self.method.backbone, DenseEncoder) and has_batch_norm(self.method.backbone)
+
+    def _open(self):
+        "Open photographs and labels; the name of the score that chooses the best"
+        self.scorer.open(self.dls)
+        by, there = self._default_best(), self._names()
+        if by not in there:
+            raise InputError(f'best_by is {by!r}, which this run does not score: use one of {", ".join(there)}')
+        return by
+
+    def _score_start(self):
+        if self.history: return      # by a fit that was broken off before its first step
+        backbone = self.method.backbone
+        published = getattr(backbone, 'published', False) if self.published is None else self.published
+        trained_before = getattr(getattr(self.learn, 'collapse_monitor', None), 'history', [])
+        if published: self.start_name = 'published weights'
+        elif trained_before: self.start_name = 'the start of this fit'
+        fresh = self.start_name=='random start' and self._gathers()
+        start = self.scorer.gathered(backbone) if fresh else copy.deepcopy(backbone)
+        self._start = start.cpu().eval().requires_grad_(False)
+        self.files.export('start', self._start, getattr(self.dls, 'recipe', None))
+        self._score()
+        self._print_line()
+
+    def _print_line(self):
+        if self.line: print(self.line, flush=True)
+        self.line = ''
+
+    def _score(self):
+        "Score the backbone, or the frozen start before training, whose statistics are gathered; keep the best"
+        (epoch, step), backbone = self.done, self.method.backbone
+        label = f'epoch {epoch}' if epoch else 'before training'
+        net = backbone if epoch else copy.deepcopy(self._start).to(next(backbone.parameters()).device)
+        new = self.score_network(net, label, head=prototype_head(self.method))
+        better = self.add(epoch, step, label, new)
+        if better:
+            self.files.export('best', backbone, getattr(self.dls, 'recipe', None))
+            self.write_best()
+        if not self.verbose: return
+        when = f'epoch {epoch} of {self.base[0]+self.n_epoch}, scores' if epoch else label
+        self.line = f'{when}: ' + ', '.join(f'{s.probe} {100*s.value:.1f}' for s in new) + ' %'
+        if better: self.line += f'; best {self.best_by}'
+
+    def _trouble(self):
+        return training_trouble(getattr(self.learn, 'collapse_monitor', None), self.first_losses, self.epoch_losses)
+
+    def _score_others(self):
+        "Scores of the other starts: other seeds; or of published weights with gathered statistics"
+        backbone, gathers = self.method.backbone, self._gathers()
+        if self.others or not isinstance(backbone, DenseEncoder): return
+        self.scorer.open(self.dls)
+        if self.start_name=='random start': nets = [random_start(backbone, 7001+i) for i in range(self.n_starts-1)]
+        else: nets = [self.start] if gathers and self.start is not None else []
+        for net in nets:
+            net = self.scorer.gathered(net) if gathers else net
+            self.others += self.score_network(net.to(self.dls.device), self.start_name, ordering=True)
+
+    def _say(self):
+        "The verdict as a warning if something is wrong, else as a line"
+        if len(self.history)<2: return
+        words = self.conclude()
+        if self.conclusion.answer=='harmed' or any(self._trouble().values()): warnings.warn(words)
+        elif self.verbose: print(words, flush=True)
+
+# %% ../../nbs/77_training.score.ipynb #fa12e1fb
+class DenseScore(_Scoring):
     "Scores the backbone of the model before training, every few epochs and at the end, and keeps the best"
     order,run_valid = 66,False   # after the monitors, before checkpoints; validation is no training
     own_line = True              # scores are printed below the line of the epoch
@@ -126,80 +193,7 @@ def score_network(self:DenseScore, encoder, label='model', **kwargs)->list:
     head = prototype_head(self.method) if encoder is self.method.backbone else None
     return self.scorer.score(encoder, label, **(dict(head=head) | kwargs))
 
-@patch
-def _names(self:DenseScore): return self.scorer.names(prototype_head(self.method) is not None)
-
-@patch
-def _default_best(self:DenseScore):
-    return self.best_by or ('nearest neighbor' if self.scorer.labelled else 'correspondence')
-
-@patch
-def _gathers(self:DenseScore):
-    "Does the backbone have batch norm, whose statistics can be gathered without training?"
-    return isinstance(self.method.backbone, DenseEncoder) and has_batch_norm(self.method.backbone)
-
-@patch
-def _open(self:DenseScore):
-    "Open photographs and labels; the name of the score that chooses the best"
-    self.scorer.open(self.dls)
-    by, there = self._default_best(), self._names()
-    if by not in there:
-        raise InputError(f'best_by is {by!r}, which this run does not score: use one of {", ".join(there)}')
-    return by
-
-@patch
-def _score_start(self:DenseScore):
-    if self.history: return      # by a fit that was broken off before its first step
-    backbone = self.method.backbone
-    published = getattr(backbone, 'published', False) if self.published is None else self.published
-    trained_before = getattr(getattr(self.learn, 'collapse_monitor', None), 'history', [])
-    if published: self.start_name = 'published weights'
-    elif trained_before: self.start_name = 'the start of this fit'
-    fresh = self.start_name=='random start' and self._gathers()
-    start = self.scorer.gathered(backbone) if fresh else copy.deepcopy(backbone)
-    self._start = start.cpu().eval().requires_grad_(False)
-    self.files.export('start', self._start, getattr(self.dls, 'recipe', None))
-    self._score()
-    self._print_line()
-
-@patch
-def _print_line(self:DenseScore):
-    if self.line: print(self.line, flush=True)
-    self.line = ''
-
-@patch
-def _score(self:DenseScore):
-    "Score the backbone, or the frozen start before training, whose statistics are gathered; keep the best"
-    (epoch, step), backbone = self.done, self.method.backbone
-    label = f'epoch {epoch}' if epoch else 'before training'
-    net = backbone if epoch else copy.deepcopy(self._start).to(next(backbone.parameters()).device)
-    new = self.score_network(net, label, head=prototype_head(self.method))
-    better = self.add(epoch, step, label, new)
-    if better:
-        self.files.export('best', backbone, getattr(self.dls, 'recipe', None))
-        self.write_best()
-    if not self.verbose: return
-    when = f'epoch {epoch} of {self.base[0]+self.n_epoch}, scores' if epoch else label
-    self.line = f'{when}: ' + ', '.join(f'{s.probe} {100*s.value:.1f}' for s in new) + ' %'
-    if better: self.line += f'; best {self.best_by}'
-
 # %% ../../nbs/77_training.score.ipynb #40b0be4b
-@patch
-def _trouble(self:DenseScore):
-    return training_trouble(getattr(self.learn, 'collapse_monitor', None), self.first_losses, self.epoch_losses)
-
-@patch
-def _score_others(self:DenseScore):
-    "Scores of the other starts: other seeds; or of published weights with gathered statistics"
-    backbone, gathers = self.method.backbone, self._gathers()
-    if self.others or not isinstance(backbone, DenseEncoder): return
-    self.scorer.open(self.dls)
-    if self.start_name=='random start': nets = [random_start(backbone, 7001+i) for i in range(self.n_starts-1)]
-    else: nets = [self.start] if gathers and self.start is not None else []
-    for net in nets:
-        net = self.scorer.gathered(net) if gathers else net
-        self.others += self.score_network(net.to(self.dls.device), self.start_name, ordering=True)
-
 @patch
 def start_scores(self:DenseScore)->list:
     "Scores of all starts under one name, that of this run first"
@@ -231,14 +225,6 @@ def conclude(self:DenseScore, label=None, others=())->str:
     words = ' '.join([v.said, *remarks])
     if self.best: self.write_best(words)
     return words
-
-@patch
-def _say(self:DenseScore):
-    "The verdict as a warning if something is wrong, else as a line"
-    if len(self.history)<2: return
-    words = self.conclude()
-    if self.conclusion.answer=='harmed' or any(self._trouble().values()): warnings.warn(words)
-    elif self.verbose: print(words, flush=True)
 
 # %% ../../nbs/77_training.score.ipynb #72b18204
 @patch
