@@ -121,20 +121,20 @@ def _numbered(n): return {l: l for l in range(n)}
 # %% ../../nbs/31_data.classes.ipynb #bffb1778
 def _listed_classes(found, listed, none):
     "Labels of a list; gray values that are as many as the list is long stand for it in order"
-    own = listed.names
+    own, file = listed.names, listed.file.name
     extra = found - {*own}
     if extra and len(found)==len(own) and _least_gap(found)>=10:
         table, names = class_table(dict(zip(sorted(found), map(own.get, sorted(own)))))
-        return table, names, f'the values {_listing(found)} stand for them in order'
+        return table, names, f'{file}; the values {_listing(found)} stand for them in order'
     if extra and found=={l+1 for l in own} and 0 in own:
-        return *class_table({l+1: o for l,o in own.items()}), 'whose first class has the label 1'
+        return *class_table({l+1: o for l,o in own.items()}), f'{file}; whose first class has the label 1'
     void = set() if none or len(own)==1 else {255}
     if lost := extra - void:
         advice = '' if len(extra)>1 else ' (the background is its first line, if 0 is that)'
-        raise InputError(f'masks hold the labels {_listing(lost)}, which are no class of {listed.file.name} (labels '
+        raise InputError(f'masks hold the labels {_listing(lost)}, which are no class of {file} (labels '
                          f'{_listing(own)}): add them there{advice}, or {option(f"ignore_index={min(lost)}")}')
     table, names = class_table(own)
-    return {255: None} | table, names, ''
+    return {255: None} | table, names, file
 
 def _free_classes(found, ignored):
     "Labels that no list explains"
@@ -195,16 +195,8 @@ def several(x)->tuple:
     return () if x is None else (x,) if isinstance(x, (int, str)) else tuple(x)
 
 # %% ../../nbs/31_data.classes.ipynb #c9924544
-def _plain_values(labels):
-    "Label -> the label it counts as: black and white among colors are colors, gray colors among numbers are numbers"
-    if not any(l>=COLOR for l in labels): return {l: l for l in labels}
-    if all(map(_is_gray, labels)): return {l: _as_masks_write(l, False) for l in labels}
-    if mixed := {l for l in labels if l<COLOR} - {0, 255}:
-        raise InputError(f'some masks hold colors and some numbers ({_listing(mixed)}): save all in one way')
-    return {l: _as_masks_write(l, True) for l in labels}
-
 def _as_masks_write(label, colored):
-    "A label that the user gives: 0 and #000000 mean the same"
+    "0 and #000000 mean the same: black and white among colors are colors, gray colors among numbers are numbers"
     if colored and 0<=label<256: return COLOR+label*0x10101
     return (label-COLOR)//0x10101 if not colored and label>=COLOR and _is_gray(label) else label
 
@@ -217,11 +209,12 @@ def _numbered_classes(found, n_classes):
                      f'n_classes, or {option(f"ignore_index={min(lost)}")}')
 
 def mask_classes(counts:dict, lists=(), n_classes:int|None=None, ignore_index=None)->tuple:
-    """Decide what labels mean, given how many pixels of all masks have each: label -> class or None, names or None, and
-    how it was decided, in words; `ignore_index` is one or several numbers or '#rrggbb', or 'none'"""
+    "By the number of pixels of each label: label -> class or None, names or None, and in words how that was decided"
     none = ignore_index in ((), [], 'none')
-    value = _plain_values(counts)
-    colored = max(value.values())>=COLOR
+    colored = not all(map(_is_gray, counts))
+    if colored and (mixed := {l for l in counts if l<COLOR} - {0, 255}):
+        raise InputError(f'some masks hold colors and some numbers ({_listing(mixed)}): save all in one way')
+    value = {l: _as_masks_write(l, colored) for l in counts}
     given = [int(color_label(_numbers(l))) if isinstance(l, str) else l for l in several(ignore_index) if not none]
     ignored = {_as_masks_write(l, colored) for l in given}
     found = {*value.values()} - ignored
@@ -230,9 +223,7 @@ def mask_classes(counts:dict, lists=(), n_classes:int|None=None, ignore_index=No
         raise InputError(f'masks hold the label {low}, below 0: {option(f"ignore_index={low}")} to leave it out')
     if colored: table, names, how = _color_classes(found, lists)
     elif n_classes is not None: table, names, how = _numbered_classes(found, n_classes)
-    elif lists:
-        table, names, how = _listed_classes(found, lists[0], none)
-        how = '; '.join(filter(None, (lists[0].file.name, how)))
+    elif lists: table, names, how = _listed_classes(found, lists[0], none)
     elif none and (max(found)>255 or _least_gap(found)>=10):
         table, names, how = *_in_order(found), f'the values {_listing(found)} in order'
     elif none: table, names, how = _numbered(max(found)+1), None, f'the labels 0 to {max(found)}'

@@ -162,16 +162,13 @@ class _Walk:
                 shown = [o for o in shown if o not in _RUN_PICTURES]
             if shown: self.names[Path(d).relative_to(folder).parts] = shown
             if len(images)<len(names): self.other.update(filter(None, map(unread_suffix, names)))
-            self.other['nosuffix'] += self.without_suffix(d, [o for o in names if '.' not in o])
+            n = 0
+            for i,o in enumerate(o for o in names if '.' not in o):
+                if i==20 and not n: break  # none of the first is an image: no more are opened
+                with suppress(OSError), open_regular(os.path.join(d, o)) as f:
+                    n += bool(_IMAGE_STARTS.match(f.read(12)))
+            self.other['nosuffix'] += n
         self.private, self.other = +self.private, +self.other
-    def without_suffix(self, folder, names):
-        "Number of images among files without a suffix; if none of the first 20 is one, no more are opened"
-        n = 0
-        for i,o in enumerate(names):
-            if i==20 and not n: break
-            with suppress(OSError), open_regular(os.path.join(folder, o)) as f:
-                n += bool(_IMAGE_STARTS.match(f.read(12)))
-        return n
 
 # %% ../../nbs/08_data.folders.ipynb #4b3dbd2d
 def _such(files): return f'such as {printable("/".join(min(files)))!r}'
@@ -180,9 +177,8 @@ def _remarks(walk, out, kept):
     "What of a folder is not trained on, and why"
     says = []
     if walk.shut:
-        first = walk.shut[0]
-        says.append(f'{len(walk.shut)} folders cannot be opened and are left out, '
-                    f'the first is {str(first.filename)!r}: {first.strerror}')
+        says.append(f'{len(walk.shut)} folders cannot be opened and are left out, the first is '
+                    f'{str(walk.shut[0].filename)!r}: {walk.shut[0].strerror}')
     if walk.private:
         names = [o for o,_ in walk.private.most_common()]
         more = f' and {len(names)-4} more' if names[4:] else ''
@@ -198,10 +194,8 @@ def _remarks(walk, out, kept):
     return '; '.join(says)
 
 # %% ../../nbs/08_data.folders.ipynb #37da8ed6
-def find_images(
-    folder,  # Folder, searched with all the folders in it; `~` is your home
-)->list:     # Sorted `Path`s
-    "The photographs of a folder, recognized by their suffix; what is left out is reported in one warning"
+def find_images(folder)->list:
+    "Sorted paths of the photographs below a folder, known by their suffix; one warning reports what is left out"
     folder = Path(os.path.expanduser(folder))
     if not folder.exists(): raise InputError(f'{str(folder)!r} does not exist: give a folder of images')
     if not folder.is_dir(): raise InputError(f'{str(folder)!r} is not a folder: give the folder that holds the images')
@@ -224,22 +218,17 @@ def has_photographs(folder)->bool:
     return bool(_Walk(folder).names)
 
 # %% ../../nbs/08_data.folders.ipynb #6b6f61c1
-def _has_pages(im):
-    "Whether another picture as large follows in a file; a camera's previews and gain maps do not count"
-    size = im.size
-    if im.format not in ('TIFF','GIF','PNG','WEBP','AVIF'): return False
-    try: im.seek(1)
-    except EOFError: return False
-    return im.size==size
-
 def survey_images(files:list, closer:int=32)->list:
     "Sentences on what is odd about images (name, path or open file); the pixels of the first `closer` are checked too"
     long, pages, says = [], [], []
     for name,file in files:
         with (suppress(Exception), no_pixel_limit(), no_pillow_warnings(), open_regular(file) as f,
               Image.open(f, formats=tuple(FORMATS)) as im):
-            if max(im.size)>LONGEST*min(im.size): long.append(name)
-            if _has_pages(im): pages.append(name)
+            size = im.size
+            if max(size)>LONGEST*min(size): long.append(name)
+            if im.format not in ('TIFF','GIF','PNG','WEBP','AVIF'): continue    # previews and gain maps of a camera
+            im.seek(1)                     # an error if there is no other picture
+            if im.size==size: pages.append(name)
     if long:
         says.append(f'{len(long)} of {len(files)} photographs looked at are panoramas, longer than {LONGEST} : 1, such '
                     f'as {printable(min(long))!r}: each epoch shows another window of {LONGEST} : 1 of them')

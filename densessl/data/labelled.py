@@ -53,22 +53,18 @@ def labelled_options(text:str|dict|None)->dict:
     return out
 
 # %% ../../nbs/38_data.labelled.ipynb #af12bf42
-def _cut(splits, root):
-    "Data in one part: every fourth photograph is scored"
-    (name, pairs), = splits.items()
-    if len(pairs)<4:
-        raise InputError(f'{root}: {len(pairs)} photographs with masks in {name} are too few: add some, to 4 or more')
-    name = '' if name=='all' else f'{name} '
-    return {f'{name}3 of 4': tuple(p for i,p in enumerate(pairs) if i%4!=3), f'{name}every 4th': pairs[3::4]}
-
 def _choose(splits, wanted, root):
     "Files of the two splits under their names"
-    if len(splits)==1 and wanted is None: return _cut(splits, root)
+    if len(splits)==1 and wanted is None:                    # every fourth photograph is scored
+        (k, v), = splits.items()
+        if len(v)<4:
+            raise InputError(f'{root}: {len(v)} photographs with masks in {k} are too few: add some, to 4 or more')
+        name = '' if k=='all' else f'{k} '
+        return {f'{name}3 of 4': tuple(p for i,p in enumerate(v) if i%4!=3), f'{name}every 4th': v[3::4]}
     def is_named(s, word): return s.startswith(word) or wanted is None and part_of(s)==word
     out = {}
     for words in [('train',), ('val', 'test')] if wanted is None else [(s,) for s in wanted]:
-        names = (s for w in words for s in (w, *sorted(splits)) if s in splits and is_named(s, w))
-        name = next(names, None)
+        name = next((s for w in words for s in (w, *sorted(splits)) if s in splits and is_named(s, w)), None)
         if name is None:
             raise InputError(f'{root} has no split {" or ".join(words)}: it has {", ".join(splits)}; '
                              f'{option("splits=TRAIN:TEST")}')
@@ -125,8 +121,7 @@ def _count_labels(pairs, read):
 def _refuse_objects(each):
     "An error if masks count objects, or if some are 0 and 1 and others 0 and 255"
     tops, kinds = {top for top,_,_ in each}, {few for _,_,few in each}
-    gapless = all(n==top+1 for top,n,_ in each)
-    if gapless and len(tops)>2 and max(tops)>7:
+    if len(tops)>2 and max(tops)>7 and all(n==top+1 for top,n,_ in each):
         raise InputError(f'each mask holds all numbers from 1 to its own last one, {min(tops)} to {max(tops)}, as if '
                          f'they counted objects: {option("threshold=1")} to tell objects from the rest, or '
                          f'{option(f"n_classes={max(tops)+1}")} if they are classes')
@@ -212,8 +207,8 @@ def labelled_data(
     if not used: raise InputError(f'{root}: every class is left out by ignore_index={ignore_index}')
     parts = {k: tuple(spread(v, limit or len(v))) for k,v in parts.items()}
     seen, turned = mask_orientation([p for v in parts.values() for p in v])
-    read_as = '; '.join(filter(None, [f'read as {layout}: {len(used)} classes ({how})', _counted(parts), turned,
-                                      *found.notes]))
+    says = f'read as {layout}: {len(used)} classes ({how})', _counted(parts), turned, *found.notes
+    read_as = '; '.join(filter(None, says))
     if say and not int(os.environ.get('RANK') or 0): say(read_as)
     data = tuple(SegmentationFiles(pairs, height_width(size), table, 1+max(used), f'{root.resolve().name}-{k}',
                                    classes or names, height_width(mask_size), read, orientation or seen, read_as)

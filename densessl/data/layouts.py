@@ -68,13 +68,6 @@ def seems_mask(file, colors=False)->bool:
     look = None if Path(file).suffix.lower() in ('.jpg', '.jpeg', '.gif') else pixel_summary(file)
     return look is not None and 1<look[2]<=40 and (colors or look[1] not in ('RGB', 'RGBA'))
 
-def _masks_among(root):
-    "How many of at most 24 images seem to be masks, and one of them"
-    files = photos_of(root)
-    some, twice = spread(files, 24), Counter(p.stem for p in files)    # two of one name: a photograph and its mask?
-    masks = [p for p in some if seems_mask(p, twice[p.stem]>1)]
-    return len(masks), len(some), masks[0] if masks else None
-
 # %% ../../nbs/36_data.layouts.ipynb #4693a43b
 LAYOUTS = {
     'ade20k':         ('images/{training,validation} and annotations/{training,validation}, with objectInfo150.txt or '
@@ -92,8 +85,7 @@ LAYOUTS = {
 
 # %% ../../nbs/36_data.layouts.ipynb #28d93281
 def find_layout(path, layout:str|None=None, **kwargs)->tuple:
-    """The layout of a folder (the first that fits, or `layout`), the folder where it begins, and `Found`; a folder that
-    holds one folder alone is entered; `kwargs` are `images`, `labels` and `parts` of `plain_folder`"""
+    "The first layout that fits (or `layout`), the folder where it begins, and `Found`; `kwargs` go to `plain_folder`"
     root = Path(path).expanduser()
     if not root.is_dir(): raise InputError(f'{path} is not a folder')
     if layout is not None and layout not in LAYOUTS:
@@ -117,9 +109,11 @@ def find_layout(path, layout:str|None=None, **kwargs)->tuple:
     if other := other_labels(root): raise InputError(f'{path} holds {other}')
     if (root/'Annotations').is_dir() and (root/'JPEGImages').is_dir():
         raise InputError(f'{message} Videos (JPEGImages/480p/NAME, Annotations/480p/NAME) are scored by davis_score.')
-    n, of, first = _masks_among(root)
-    if n>max(1, of//5):
-        raise InputError(f'{n} of {of} images look like masks, as {first.relative_to(root)}, but their photographs '
-                         f'are not found: put them into images and masks under the same names, or '
+    files = photos_of(root)
+    some, twice = spread(files, 24), Counter(p.stem for p in files)    # two of one name: a photograph and its mask?
+    masks = [p for p in some if seems_mask(p, twice[p.stem]>1)]
+    if len(masks)>max(1, len(some)//5):
+        raise InputError(f'{len(masks)} of {len(some)} images look like masks, as {masks[0].relative_to(root)}, but '
+                         f'their photographs are not found: put them into images and masks under the same names, or '
                          f'{option("images=FOLDER,labels=FOLDER")}')
     raise Unlabelled(message)

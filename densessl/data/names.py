@@ -36,10 +36,8 @@ def by_stem(files, key=lambda p: p.stem)->dict:
     "Files by name, or by what `key` makes of a path; two of one name are an error"
     out = {}
     for p in files:
-        if (k := key(p)) in out:
-            message = f'{out[k]} and {p.name} have the same name: which belongs to the mask? Rename or remove one'
-            raise InputError(message)
-        out[k] = p
+        if (q := out.setdefault(key(p), p)) is not p:
+            raise InputError(f'{q} and {p.name} have the same name: which belongs to the mask? Rename or remove one')
     return out
 
 # %% ../../nbs/33_data.names.ipynb #5a1cf521
@@ -119,15 +117,12 @@ def place_of(folders, part_folders:dict, role_of=folder_role)->Place:
     "What the names of the folders above a file say; `part_folders` are those of `folders_of_parts`"
     role, part, rest = '', '', []
     for name in folders:
-        words, kind = words_of(name), role_of(name)
-        new = name in part_folders and not part
-        if new: part = part_folders[name]
-        if kind and role in ('', 'other'): role = kind
-        elif not new:
-            rest.append(name)
-            continue
-        left = [w for w in words if w not in PHOTO_WORDS|MASK_WORDS|FILLING and w!=part]
-        if left and name!=part: rest.append('_'.join(left))
+        names_part, kind = name in part_folders and not part, role in ('', 'other') and role_of(name)
+        if names_part: part = part_folders[name]
+        if kind: role = kind
+        left = [w for w in words_of(name) if w not in PHOTO_WORDS|MASK_WORDS|FILLING and w!=part]
+        if not kind and not names_part: rest.append(name)
+        elif left and name!=part: rest.append('_'.join(left))
     return Place(role, part, tuple(rest))
 
 # %% ../../nbs/33_data.names.ipynb #304c0ae6
