@@ -21,7 +21,8 @@ from ..methods.export import backbone_labels, open_backbone
 from .davis import davis_sequences, split_file
 from .gauges import correspondence_score, label_free_gauges
 from .probes import dense_scores
-from .scores import MIOU, mean_and_deviation, scores_plot, write_scores
+from .run_report import percent
+from .scores import MIOU, scores_plot, write_scores
 from .verdict import GAUGE_NAMES, gather_statistics, has_batch_norm, random_start, training_verdict
 from .video import davis_score
 
@@ -86,13 +87,8 @@ def _unlabelled(path, size, limit, say=print):
     return torch.stack([x for x,_ in kept]), torch.tensor([hw for _,hw in kept])
 
 # %% ../../nbs/57_evaluation.report.ipynb #e5700006
-def open_scoring_data(
-    folder,           # Labelled photographs, DAVIS, or photographs alone
-    size:int=224,     # Side to which photographs are resized; videos keep their size
-    limit:int=None,   # At most so many photographs of each part
-    labelled_as='',   # Options of `labelled_data`, as 'layout=folder,ignore_index=0'
-)->ScoringData:
-    "What a folder holds to score networks on; prints how it was read"
+def open_scoring_data(folder, size:int=224, limit:int=None, labelled_as='')->ScoringData:
+    "Labelled photographs, DAVIS, or photographs alone, with the arguments of `evaluate`; prints how they were read"
     options = labelled_options(labelled_as)
     name = Path(folder).resolve().name
     if is_davis(folder) and not options:
@@ -127,12 +123,8 @@ def views_to_gather(folder, data, size, n=128, labelled_as='', **norm)->tuple:
 # %% ../../nbs/57_evaluation.report.ipynb #76ade0ca
 def _start_line(label, scores):
     "The scores of one model in words: mean and deviation of each probe"
-    cells = []
-    for probe in dict.fromkeys(s.probe for s in scores):
-        values = [100*s.value for s in scores if s.probe==probe]
-        mean, deviation = mean_and_deviation(values)
-        cells.append(f'{probe} {mean:.1f}' + f' ± {deviation:.1f}'*(len(values)>1))
-    return ' | '.join([label, *cells])
+    probes = dict.fromkeys(s.probe for s in scores)
+    return ' | '.join([label, *(f'{p} {percent([s.value for s in scores if s.probe==p])}' for p in probes)])
 
 def _with_folders(names, labels):
     "Files that every run has, named by their folder too: one results file takes the scores of many runs"

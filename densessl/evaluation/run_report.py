@@ -41,14 +41,16 @@ def _score_table(scores):
     return _table(['%', *(f'{p} {arrow(p)}' for p in probes)], rows)
 
 # %% ../../nbs/58_evaluation.run_report.ipynb #bc501ace
-def _panels(n):
-    "A figure of `n` panels, at most four in a row"
-    cols = min(n, 4)
-    rows = math.ceil(n/cols)
+def _panels(titles, xlabel):
+    "A figure of a panel for each title, at most four in a row"
+    cols = min(len(titles), 4)
+    rows = math.ceil(len(titles)/cols)
     fig, axs = plt.subplots(rows, cols, figsize=(2.6*cols, 2.2*rows), squeeze=False, layout='constrained')
     plt.close(fig)
-    for ax in axs.flat[n:]: ax.axis('off')
-    for ax in axs.flat:
+    for ax in axs.flat[len(titles):]: ax.axis('off')
+    for ax,title in zip(axs.flat, titles):
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel(xlabel, fontsize=8)
         ax.ticklabel_format(useOffset=False)
         ax.tick_params(labelsize=7)
         ax.spines[['top', 'right']].set_visible(False)
@@ -60,7 +62,7 @@ def score_curves(scores):
     for s in scores:
         epoch = 0 if s.model=='before training' else int(s.model.removeprefix('epoch '))
         of.setdefault(s.probe, {}).setdefault(epoch, []).append(100*s.value)
-    fig, axs = _panels(len(of))
+    fig, axs = _panels([f'{p} {arrow(p)}, %' for p in of], 'epoch')
     for ax,(probe,by_epoch) in zip(axs, of.items()):
         at, y = zip(*((e, sum(v)/len(v)) for e,v in sorted(by_epoch.items())))
         best = y.index(max(y) if arrow(probe)=='↑' else min(y))
@@ -69,8 +71,7 @@ def score_curves(scores):
         ax.axhline(y[0], ls=':', lw=1, c='.5')
         middle = (max(y)+min(y))/2
         if max(y)-min(y)<2: ax.set_ylim(middle-1, middle+1)   # two points at least: less is noise
-        ax.set_title(f'{probe} {arrow(probe)}, %', fontsize=9)
-        ax.set_xlabel('epoch', fontsize=8)
+
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return fig
 
@@ -78,12 +79,11 @@ def score_curves(scores):
 def monitor_curves(rows):
     "The loss and each number of the monitor over the steps, from the rows of history.csv"
     names = [k for k in rows[0] if k not in ('step', 'epoch', 'progress', 'K')]
-    fig, axs = _panels(len(names))
+    fig, axs = _panels(names, 'step')
     for ax,name in zip(axs, names):
         steps, values = ([float(r[k]) for r in rows] for k in ('step', name))
         ax.plot(steps, values, lw=1, c='k' if name=='loss' else '#0072B2')
-        ax.set_title(name, fontsize=9)
-        ax.set_xlabel('step', fontsize=8)
+
     return fig
 
 # %% ../../nbs/58_evaluation.run_report.ipynb #0d516fc6
