@@ -33,6 +33,10 @@ def option(kind, help:str, **kwargs):
     "Annotation, for fastcore 1 and 2, of an argument that needs more than a type: `kwargs` go to `add_argument`"
     return script.Param(help, kind, **kwargs) if hasattr(script, 'Param') else Annotated[kind, help, kwargs]
 
+def _accept_both_spellings(func):
+    for name,arg in docments(func, full=True, returns=False).items():
+        if '_' in name: func.__annotations__[name] = option(arg.anno, arg.docment, action=_BothSpellings)
+
 # %% ../../nbs/04_ground.commands.ipynb #c75be097
 class _Help(argparse.RawDescriptionHelpFormatter):
     "Options in Python's spelling, with the kind of their value"
@@ -101,9 +105,8 @@ def quiet_libraries():
 def command(usage:str, example:str):
     "Decorator: without arguments the function reads those of the shell, and its errors end in one sentence"
     def decorated(func):
-        name, options = func.__name__, docments(func, full=True, returns=False)
-        for k,o in options.items():
-            if '_' in k: func.__annotations__[k] = option(o.anno, o.docment, action=_BothSpellings)
+        _accept_both_spellings(func)
+        name, options = func.__name__, list(docments(func, returns=False))
         def say(message):
             learner = sys.modules.get('densessl.training.learner')   # its methods' settings, once it is imported
             known = learner.methods.values() if learner else ()
