@@ -57,14 +57,6 @@ def _how_to_load(encoder, path):
             f'or without densessl{nearly}',
             f'  timm.create_model({encoder.arch!r}, checkpoint_path={str(path)!r}{kwargs})']
 
-def _draw_pictures(run):
-    "What the network sees before and after, and the curves"
-    model, recipe, out = run.learn.model, run.learn.dls.recipe, run.out
-    shown = {name: net for name,net in dict(before=run.score.start, after=model.backbone).items() if net is not None}
-    dense_picture(run.photos, shown, model.mask_beta, recipe).savefig(out/'picture.png', dpi=144)
-    similarity_picture(run.photos, shown, recipe).savefig(out/'similarity.png', dpi=144)
-    run.score.plot().savefig(out/'curves.png')
-
 def report(run)->list:
     "Write backbone, pictures and verdict at the end of a run; the scores of starts, baseline and trained backbone"
     job, learn, score, out = run.job, run.learn, run.score, run.out
@@ -75,7 +67,10 @@ def report(run)->list:
     scores = [*score.start_scores(), *run.others, *(replace(s, model=last) for s in after)]
     write_scores(scores, out/'scores.json')
     write_scores(score.scores, out/'scores_by_epoch.json')     # again: it may be lost, or the disk was full
-    _draw_pictures(run)
+    shown = {name: net for name,net in dict(before=score.start, after=trained).items() if net is not None}
+    dense_picture(run.photos, shown, learn.model.mask_beta, learn.dls.recipe).savefig(out/'picture.png', dpi=144)
+    similarity_picture(run.photos, shown, learn.dls.recipe).savefig(out/'similarity.png', dpi=144)
+    score.plot().savefig(out/'curves.png')
     words = score.conclude(last, run.others)
     table = scores_table(scores, protocol=False)
     run.say(f'\ntrained for {in_words(run.seconds)}; the frozen baselines and the trained backbone:',
@@ -133,21 +128,17 @@ def train(run):
     run.seconds = time.time()-save.began       # those before a resume too
 
 # %% ../nbs/81_cli.ipynb #8fb1d596
-def _record(run, arguments):
-    "What settings.json says: the run, and the arguments that give it again"
+def _begin(run, arguments):
+    "Write settings.json, the run and the arguments that give it again; remove what an overwritten run left of these"
+    shutil.rmtree(run.out/'checkpoints', ignore_errors=True)
+    for name in ('scores.json', 'report.html', 'start.safetensors'): (run.out/name).unlink(missing_ok=True)
     job, names = run.job, ('method', 'preset', 'arch', 'model_kwargs', 'bs', 'epochs', 'score_every', 'bf16', 'compile')
     decided = {k: getattr(job, k) for k in names}
     kept = {k: v for k,v in arguments.items() if k not in ('device', 'shell')}   # a run may be resumed on another
-    return decided | dict(
+    write_json(run.out/'settings.json', decided | dict(
         version=__version__, folder=job.folder and str(job.folder), model_kwargs=job.kwargs, seed=job.seed,
         images=job.images, init=job.init, device=str(run.learn.dls.device), config=asdict(run.learn.model.config),
-        arguments=kept | decided)
-
-def _begin(run, arguments):
-    "Write the settings; of a run that is overwritten, remove what would be taken for this one"
-    shutil.rmtree(run.out/'checkpoints', ignore_errors=True)
-    for name in ('scores.json', 'report.html', 'start.safetensors'): (run.out/name).unlink(missing_ok=True)
-    write_json(run.out/'settings.json', _record(run, arguments))
+        arguments=kept | decided))
 
 def _check_folder(job):
     "An error, before anything is opened, if the run cannot write to its folder"
@@ -164,14 +155,6 @@ def _steps_done(job):
         with suppress(DamagedCheckpoint): return read_header(path)['step']
     return 0
 
-def _announce(run):
-    "Say what will be done and what it will take"
-    job, done = run.job, _steps_done(run.job)
-    run.say(*opening(run))
-    if not run.first or done>=job.steps*job.epochs: return
-    run.say(expected(run, done))
-    if job.folder and not done: run.say(*on_a_card(run))
-
 def _run(arguments):
     "The four stages"
     if arguments['resume']: check_places(arguments['out'], arguments)
@@ -181,7 +164,11 @@ def _run(arguments):
     if job.resume:
         check_data(Path(job.out)/'checkpoints', run.learn.dls.train.dataset)
         note_places(job.out, arguments)
-    _announce(run)
+    run.say(*opening(run))
+    done = _steps_done(job)
+    if run.first and done<job.steps*job.epochs:
+        run.say(expected(run, done))
+        if job.folder and not done: run.say(*on_a_card(run))
     existing = job.resume or not run.first
     run.out = Path(job.out) if existing else run_folder(job.out, job.method, job.overwrite)
     with one_process(run.out) if run.first else nullcontext(), _stoppable(run):

@@ -161,8 +161,7 @@ def open_run(job:Job)->Run:
     if job.bf16 is None: job.bf16 = has_bf16(dls.device)
     learn = learner(dls, job.arch, m, job.config, model_kwargs=job.kwargs, bf16=job.bf16,
                     compile=job.compile, init=job.init or None)
-    baseline = open_backbone(job.baseline, job.config.img_size) if job.baseline else None
-    return Run(job, learn, labelled, photos, baseline)
+    return Run(job, learn, labelled, photos, job.baseline and open_backbone(job.baseline, job.config.img_size))
 
 # %% ../nbs/80_job.ipynb #6b2d1a4f
 def counted(n:int, what:str)->str:
@@ -220,9 +219,8 @@ def card_to_ask(device:torch.device):
 # %% ../nbs/80_job.ipynb #3d57155a
 def on_a_card(run:Run)->list:
     "A line that says what the run would take on a known card; none for a network that cannot be counted"
-    job, card = run.job, card_to_ask(run.learn.dls.device)
+    job, card, config = run.job, card_to_ask(run.learn.dls.device), run.learn.model.config
     if card is None: return []
-    config = run.learn.model.config
     try: c = cost(job.method, job.arch, batch=job.bs, card=card, config=config, model_kwargs=job.kwargs)
     except Exception: return []        # a run does not fail for an estimate
     left = in_words(3600*hours(c.images_per_second, job.images, job.epochs))

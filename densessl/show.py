@@ -107,8 +107,7 @@ def show_backbone(backbone, images, other=None, picture=None, patch='0.5,0.5', l
     if str(other)==str(backbone):
         raise InputError(f'--other is the backbone itself, {other!r}: name another one, or leave it out')
     opened = [open_backbone(backbone, size)]
-    side = size or opened[0][0].img_size
-    side = side if isinstance(side, int) else side[0]
+    side = size or (own if isinstance(own := opened[0][0].img_size, int) else own[0])
     if other: opened.append(open_backbone(other, side))
     labels = backbone_labels([str(n) for n in (backbone, other) if n])
     encoders = {l: e for l,(e,_) in zip(labels, opened)}

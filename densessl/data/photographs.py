@@ -102,10 +102,6 @@ def _bytes(a):
     elif lo>=0 and (whole or hi>=64) and _white(hi): lo, hi = _black_and_white(lo, hi)   # none for floats from 1 to 64
     return Image.fromarray(_stretched(a, lo, hi))
 
-def _check_planes(im):
-    "An error for a TIFF of 16 bits whose colors are stored one after the other: Pillow takes them for bytes"
-    if im.mode in ('RGB','RGBA') and im.tag_v2.get(284)==2 and max(im.tag_v2.get(258, (8,)))>8:
-        raise OSError('a TIFF of 16 bits in separate planes, which Pillow misreads: save its bands interleaved')
 
 def _without_band(im):
     "A TIFF without its transparency, if most pixels are neither clear nor opaque: it is another band, as near infrared"
@@ -220,8 +216,10 @@ def _decode(file, size, file_bytes):
         full, tiff, turn = im.size, im.format=='TIFF', None
         drafted = size is not None and im.draft(None, (size,size))
         _refuse_bomb(im, full, file_bytes)
-        if tiff: _check_planes(im)
-        low = [_swapped(o) for o in im.tile] if im.mode in ('RGB','RGBA') and im.format in ('PNG','TIFF') else [None]
+        rgb = im.mode in ('RGB','RGBA')
+        if tiff and rgb and im.tag_v2.get(284)==2 and max(im.tag_v2.get(258, (8,)))>8:    # Pillow takes them for bytes
+            raise OSError('a TIFF of 16 bits in separate planes, which Pillow misreads: save its bands interleaved')
+        low = [_swapped(o) for o in im.tile] if rgb and im.format in ('PNG','TIFF') else [None]
         with no_native_stderr() if tiff else nullcontext():
             im.load()
             h, w = (full if drafted else im.size)[::-1]
@@ -252,12 +250,8 @@ def window_position(epoch, item)->float:
     return .5 if epoch is None else random.Random(f'{epoch} {item!a}').random()
 
 # %% ../../nbs/07_data.photographs.ipynb #8b849159
-def load_canvas(
-    path,         # Image file, or an open binary file
-    size:int,     # Side of the canvas
-    at:float=.5,  # Where along a panorama its window lies, from 0 to 1
-)->tuple:         # Canvas, uint8 (3, size, size), and (height, width) of what it shows: a photograph or a window
-    "Read a photograph as a viewer would show it and resize it to a square"
+def load_canvas(path, size:int, at:float=.5)->tuple:
+    "A photograph, of a panorama the window `at` 0 to 1, as a square uint8 (3,size,size), and its (height, width)"
     x, hw = read_photo(path, size)
     if max(hw)>LONGEST*min(hw):
         w, h = (min(o, LONGEST*min(x.size)) for o in x.size)

@@ -185,10 +185,8 @@ def write_shards(
     "Photographs of a folder as shards"
     files, out = find_images(folder), Path(os.path.expanduser(out))
     if workers is None: workers = max(0, defaults.cpus-1)
-    check_whole('size', size, 1)
-    check_whole('quality', quality, 1, 95)
-    check_whole('per_shard', per_shard, 1)
-    check_whole('the number of workers', workers)
+    for name,*o in (('size', size, 1), ('quality', quality, 1, 95), ('per_shard', per_shard, 1),
+                    ('the number of workers', workers)): check_whole(name, *o)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f'{str(out)!r} exists already and is not an empty folder: choose another place for the shards')
     random.Random(seed).shuffle(files)

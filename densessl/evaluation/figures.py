@@ -47,12 +47,8 @@ def _checked(encoder, images):
 
 # %% ../../nbs/56_evaluation.figures.ipynb #e5600002
 @torch.no_grad()
-def layer_tokens(
-    encoder:DenseEncoder,  # A ViT or a CNN
-    images:Tensor,         # Normalized images, (B,3,h,w)
-    layers=None,           # Indices, from 0, -1 is the last; default all
-)->list:                   # A `Layer` for each
-    "Features of each layer for each patch, in evaluation mode and without gradient"
+def layer_tokens(encoder:DenseEncoder, images:Tensor, layers=None)->list:
+    "A `Layer` for each index in `layers`, default all, of normalized images (B,3,h,w), without gradient"
     images, net = _checked(encoder, images), encoder.net
     if not hasattr(net, 'forward_intermediates'):
         raise InputError(f'{encoder.arch} does not give the features of its layers: choose a network that has '
@@ -64,9 +60,7 @@ def layer_tokens(
 
 # %% ../../nbs/56_evaluation.figures.ipynb #f40d51c8
 @fp32
-def aggregated_similarity(
-    tokens:Tensor,  # (..., N, D), any norm
-)->Tensor:          # (..., N), in [-1, 1]; the mean over N is the squared norm of the mean unit token; gradient flows
+def aggregated_similarity(tokens:Tensor)->Tensor:   # (..., N, D) of any norm -> (..., N) in [-1, 1]; gradient flows
     "Aggregated similarity score: the mean cosine similarity of each token with all (FLSL poster, our definition)"
     z = unit_vectors(tokens)
     return torch.einsum('...nd,...d->...n', z, z.mean(-2))
@@ -115,12 +109,8 @@ def show_aggregated_similarity(
 
 # %% ../../nbs/56_evaluation.figures.ipynb #04c28edd
 @torch.no_grad()
-def attention_maps(
-    encoder:DenseEncoder,  # A ViT
-    images:Tensor,         # Normalized images, (B,3,h,w)
-    layer:int=-1,          # Block, from 0; -1 is the last
-)->Tensor:                 # (B, heads, N, N), float32, rows sum to 1; class and register tokens come first
-    "The attention weights that a block uses, of each head, in evaluation mode and without gradient"
+def attention_maps(encoder:DenseEncoder, images:Tensor, layer:int=-1)->Tensor:
+    "Attention weights (B,heads,N,N) of a ViT's block, float32, class and register tokens first; normalized images"
     images, attns = _checked(encoder, images), [getattr(b, 'attn', None) for b in getattr(encoder.net, 'blocks', [])]
     refused = InputError(f'{encoder.arch} has no attention between all patches: attention maps need a ViT')
     if not all(hasattr(a, 'attn_drop') and hasattr(a, 'fused_attn') for a in attns or [None]): raise refused
@@ -175,12 +165,8 @@ def show_probing(
     return fig
 
 # %% ../../nbs/56_evaluation.figures.ipynb #ee9edeb1
-def mode_segments(
-    tokens:Tensor,    # (..., N, D), any norm
-    beta:float,       # Inverse temperature, > 0; larger gives more segments
-    radius:float=.1,  # Modes closer than this are one
-)->tuple:             # Segment of each token (..., N), from 0 in order of appearance; number of segments (...)
-    "Number the tokens by the mode that they climb to"
+def mode_segments(tokens:Tensor, beta:float, radius:float=.1)->tuple:   # modes closer than `radius` are one
+    "Number of the mode, from 0 as they appear, that each of the tokens (...,N,D) climbs to: (...,N); modes (...)"
     z = unit_vectors(tokens.detach())
     return merge_modes(iterate_modes(z, z, beta), radius)
 

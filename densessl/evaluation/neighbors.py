@@ -31,12 +31,8 @@ class Agreement(NamedTuple):
 
 # %% ../../nbs/82_evaluation.neighbors.ipynb #e5900010
 @fp32
-def neighbor_agreement(
-    tokens:Tensor,        # (N, D), any norm
-    labels:Tensor,        # Class of each token, (N,)
-    groups:Tensor=None,   # Photograph of each token, (N,): the neighbor is in another; default each token its own
-)->Agreement:
-    "Share of tokens whose most similar token, in another group, has their class; an exact search"
+def neighbor_agreement(tokens:Tensor, labels:Tensor, groups:Tensor=None)->Agreement:   # (N,D), (N,), (N,)
+    "Share of tokens whose most similar one, in another group (default each its own), has their label; an exact search"
     N = len(tokens)
     groups = torch.arange(N) if groups is None else groups
     if tokens.ndim!=2 or labels.shape!=(N,) or groups.shape!=(N,):

@@ -10,15 +10,13 @@ __all__ = ['Probe', 'count_pixels', 'class_map_ious', 'score_probes', 'neighbor_
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..ground.core import InputError
 from ..data.labelled import SegmentationFiles
 from .features import MAX_PATCHES, feature_batches, patch_bank
-from .scores import (Score, describe_features, image_counts, make_protocol, mean_iou,
-                                        resampled_mean_iou)
+from .scores import Score, describe_features, image_counts, make_protocol, mean_iou, resampled_mean_iou
 
 # %% ../../nbs/53_evaluation.probes.ipynb #e5300007
 class Probe(NamedTuple):
@@ -124,8 +122,7 @@ def fit_linear(x:Tensor, y:Tensor, weight:Tensor, steps:int=300, lr:float=1e-2, 
                mean=0., std=1.)->nn.Linear:
     "Linear layer of least cross-entropy from rows (P,D), standardized by `mean` and `std`, to class shares (P,C)"
     layer = nn.Linear(x.shape[1], y.shape[1], device=x.device)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for p in layer.parameters(): nn.init.zeros_(p)
     opt = torch.optim.AdamW(layer.parameters(), lr=lr, weight_decay=1e-2)
     g = torch.Generator().manual_seed(seed)
     whole = len(x)<=batch
@@ -172,13 +169,8 @@ def _nearest_center(x, centers):
     return torch.cat([(p@centers.T-centers.square().sum(1)/2).argmax(1) for p in x.split(2**13)])
 
 # %% ../../nbs/53_evaluation.probes.ipynb #506cdc31
-def cluster_probe(
-    clusters:int,    # Their number
-    matching:str,    # Of `name_clusters`: 'hungarian' is called clustering, 'majority' overclustering
-    on:str='train',  # 'test' clusters and names the test patches, as Leopart does: flattering with many clusters
-    seed:int=0,      # Of k-means
-)->Probe:
-    "Label every patch by its nearest cluster, the best of three starts of scikit-learn's k-means in batches"
+def cluster_probe(clusters:int, matching:str, on:str='train', seed:int=0)->Probe:   # on='test' as Leopart: flattering
+    "Label every patch by its nearest cluster, named as `name_clusters` does: the best of three starts of k-means"
     if on not in ('train', 'test'): raise InputError(f"on must be 'train' or 'test', got {on!r}")
     if clusters<1: raise InputError(f'clusters must be at least 1, got {clusters}')
     def fit(bank):

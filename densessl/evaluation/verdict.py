@@ -61,8 +61,7 @@ def resampled_sums(parts:Tensor, draws:int=200, seed:int=0)->Tensor:
     "Sums over as many images, drawn with replacement, of what each contributes (n,...): float64 (draws,...)"
     n = len(parts)
     drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
-    times = torch.zeros(draws, n, dtype=torch.float64)
-    times.scatter_add_(1, drawn, torch.ones(draws, n, dtype=torch.float64))
+    times = torch.stack([d.bincount(minlength=n) for d in drawn]).double()
     return (times@parts.double().cpu().reshape(n, -1)).view(draws, *parts.shape[1:])
 
 # %% ../../nbs/50_evaluation.verdict.ipynb #da1369e2

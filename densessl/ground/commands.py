@@ -40,8 +40,7 @@ def _accept_both_spellings(func):
 # %% ../../nbs/04_ground.commands.ipynb #c75be097
 class _Help(argparse.RawDescriptionHelpFormatter):
     "Options in Python's spelling, with the kind of their value"
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=26, width=min(100, shutil.get_terminal_size((80, 24)).columns))
+
     def _format_action_invocation(self, action):
         if not action.option_strings: return action.dest.upper()
         names = action.option_strings[:1] if isinstance(action, _BothSpellings) else action.option_strings
@@ -68,7 +67,9 @@ def _exit_with_mistake(parser, message):
 def command_parser(func, usage:str, example:str)->argparse.ArgumentParser:
     "fastcore's parser of a function, with our help and errors; `usage` and `example` follow the command's name"
     parser = script.anno_parser(func, prog=func.__name__)
-    parser.usage, parser.formatter_class, parser.allow_abbrev = f'{func.__name__} {usage}', _Help, False
+    parser.usage, parser.allow_abbrev = f'{func.__name__} {usage}', False
+    width = min(100, shutil.get_terminal_size((80, 24)).columns)
+    parser.formatter_class = functools.partial(_Help, max_help_position=26, width=width)
     parser.epilog = f'example:\n  {func.__name__} {example}'
     parser.error = functools.partial(_exit_with_mistake, parser)
     return parser
@@ -101,17 +102,16 @@ def quiet_libraries():
         yield
 
 # %% ../../nbs/04_ground.commands.ipynb #6fca2b26
-def _settings_names():
-    "Names of the settings of every method, once they are imported"
-    learner = sys.modules.get('densessl.training.learner')
-    return {n for m in learner.methods.values() for n in m.presets['paper'].__dataclass_fields__} if learner else ()
-
 def command(usage:str, example:str):
     "Decorator: without arguments the function reads those of the shell, and its errors end in one sentence"
     def decorated(func):
         _accept_both_spellings(func)
         name, options = func.__name__, list(docments(func, returns=False))
-        def say(message): return as_typed(str(message), options, _settings_names())
+        def say(message):
+            learner = sys.modules.get('densessl.training.learner')   # its methods' settings, once it is imported
+            known = learner.methods.values() if learner else ()
+            settings = {n for m in known for n in m.presets['paper'].__dataclass_fields__}
+            return as_typed(str(message), options, settings)
         @functools.wraps(func)
         def run(*args, **kwargs):
             if not (args or kwargs): kwargs = vars(command_parser(func, usage, example).parse_args())
@@ -187,8 +187,7 @@ def densessl_pretrain(
     overwrite:bool=False,   # Write into a folder that holds files
 ):
     "Pretrain a backbone, and say whether it helped"
-    args = dict(locals())
-    import_module('densessl.cli').pretrain(**args, shell=True)
+    import_module('densessl.cli').pretrain(**locals(), shell=True)
 
 # %% ../../nbs/04_ground.commands.ipynb #129b11d3
 @command('BACKBONE DATA [options]', 'backbone.safetensors labelled/ --others resnet50')
@@ -227,12 +226,10 @@ def densessl_show(
     overwrite:bool=False,  # Replace that file
 ):
     "Pictures of what a backbone, or two, see in photographs"
-    args = dict(locals())
     check_whole('size', size, 1)
     check_output(out)
-    path, notes = import_module('densessl.show').show_backbone(**args)
-    for note in notes: print(note)
-    print(f'written to {path}')
+    path, notes = import_module('densessl.show').show_backbone(**locals())
+    print(*notes, f'written to {path}', sep='\n')
 
 # %% ../../nbs/04_ground.commands.ipynb #5ad92608
 @command('FOLDER OUT [options]', 'photos/ shards/ --size 512')
