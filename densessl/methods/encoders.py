@@ -6,9 +6,7 @@
 __all__ = ['LOADING_ARGUMENTS', 'WEIGHT_SUFFIXES', 'DenseEncoder', 'dense_encoder', 'empty_weights', 'check_exportable']
 
 # %% ../../nbs/40_methods.encoders.ipynb #0cd5ee59
-import difflib, inspect, json, math, re
-from functools import partial
-from pathlib import Path
+import difflib, functools, inspect, json, math, pathlib, re
 
 import timm, torch
 from torch import nn, Tensor
@@ -35,8 +33,8 @@ def _meta_run(net, size, in_chans):
         def __init__(self): super().__init__(); self.net = net
         def forward(self, x): return self.net.forward_features(x)
     was, names = net.training, [k for k,p in net.named_parameters() if p.requires_grad]
-    recurrent = any(isinstance(m, nn.RNNBase) for m in net.modules())
-    device = 'cpu' if recurrent else 'meta'   # on meta recurrent layers take minutes
+    # on meta recurrent layers take minutes
+    device = 'cpu' if any(isinstance(m, nn.RNNBase) for m in net.modules()) else 'meta'
     state = {k: torch.empty_like(v, device=device) for k,v in [*net.named_parameters(), *net.named_buffers()]}
     for k in names: state[k].requires_grad_()
     x, weights = torch.empty(1, in_chans, *size, device=device), {f'net.{k}': v for k,v in state.items()}
@@ -97,10 +95,9 @@ class DenseEncoder(nn.Module):
         want = {'tokens': (1, rows*columns+self.n_prefix, self.embed_dim), 'maps': (1, self.embed_dim, rows, columns),
                 'NHWC': (1, rows, columns, self.embed_dim)}[self.layout]
         try:
-            shape = _meta_run(self.net, (h, w), 3)[0]
+            if (shape := _meta_run(self.net, (h, w), 3)[0])==want: return
             why = f'features of shape {shape}'
-        except Exception as e: shape, why = None, _one_line(e)
-        if shape==want: return
+        except Exception as e: why = _one_line(e)
         if self.model_kwargs.get('in_chans', 3)!=3:
             raise InputError(f'{self.arch} was built with in_chans={self.model_kwargs["in_chans"]}, '
                              'but views have 3 colors: leave in_chans out of model_kwargs')
@@ -123,9 +120,9 @@ class DenseEncoder(nn.Module):
     def forward(self, x): return self.tokens(x)
 
 # %% ../../nbs/40_methods.encoders.ipynb #3551e8ed
-LOADING_ARGUMENTS = (   # arguments of timm that are no part of a network
-    'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_strict', 'checkpoint_path',
-    'checkpoint_strict', 'cache_dir', 'cfg', 'scriptable', 'exportable', 'no_jit')
+# arguments of timm that are no part of a network
+LOADING_ARGUMENTS = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_strict', 'checkpoint_path',
+                     'checkpoint_strict', 'cache_dir', 'cfg', 'scriptable', 'exportable', 'no_jit')
 WEIGHT_SUFFIXES = ('.safetensors', '.pth', '.pt', '.ckpt', '.bin')    # of files that hold weights
 _HEADLESS = ('class_token', 'reg_tokens', 'fc_norm', 'global_pool')   # arguments that are set for a plain ViT
 _OFFLINE = 'check the name and the connection, or download its weights elsewhere and give the file'
@@ -137,7 +134,7 @@ def _check_name(arch):
                          'wrap it, as DenseEncoder(net, name, model_kwargs, img_size)')
     if not isinstance(arch, str) or not arch:
         raise InputError(f'arch is one name of timm, as "resnet50", got {arch!r}: a file of weights goes into init')
-    if Path(arch).suffix in WEIGHT_SUFFIXES:
+    if pathlib.Path(arch).suffix in WEIGHT_SUFFIXES:
         raise InputError(f'arch is a name of timm, and {arch!r} is a file: start from its weights with init={arch}')
 
 def _unknown(arch):
@@ -171,9 +168,8 @@ def _resolve(arch, kwargs):
     try: cfg = timm.get_pretrained_cfg(arch)
     except RuntimeError as e:
         name, _, tag = arch.partition('.')
-        tags = [t.partition('.')[2] for t in timm.list_pretrained(f'{name}.*')]
-        known = ' or '.join(tags[:4]) or 'the name alone'
-        raise InputError(f'timm has no weights {tag!r} of {name}: use {known}') from e
+        tags = [t.partition('.')[2] for t in timm.list_pretrained(f'{name}.*')][:4]
+        raise InputError(f'timm has no weights {tag!r} of {name}: use {" or ".join(tags) or "the name alone"}') from e
     return arch, kwargs, cfg.input_size if cfg else (3, 224, 224)
 
 def _create(arch, kwargs):
@@ -195,8 +191,7 @@ def _load_pretrained(net, source, kwargs):
     if 'class_token' in kwargs: kwargs = {k: v for k,v in kwargs.items() if k not in _HEADLESS}
     try: donor = timm.create_model(source, pretrained=True, **kwargs)
     except Exception as e:
-        raise InputError(f'the pretrained weights of {source} cannot be loaded ({type(e).__name__}): '
-                         f'{_OFFLINE}') from e
+        raise InputError(f'the pretrained weights of {source} cannot be loaded ({type(e).__name__}): {_OFFLINE}') from e
     state, own = donor.state_dict(), net.state_dict()
     if 'fc_norm.weight' in state and 'fc_norm.weight' not in own:
         state |= {k.replace('fc_norm', 'norm'): v for k,v in state.items() if k.startswith('fc_norm.')}
@@ -256,7 +251,7 @@ def dense_encoder(
         if (positions or ('learned' if pretrained else 'sincos'))=='sincos':
             table = pos_scale*sincos_positions(net.embed_dim, net.patch_embed.grid_size)
             net.pos_embed = nn.Parameter(table[None].to(net.pos_embed), requires_grad=False)
-        if pos_offset: net.pos_offset, net._pos_embed = pos_offset, partial(_offset_pos_embed, net)
+        if pos_offset: net.pos_offset, net._pos_embed = pos_offset, functools.partial(_offset_pos_embed, net)
     for m in net.modules():
         if type(m) is timm.layers.Mlp and not any(True for _ in m.act.parameters()): m.__class__ = _LeanMlp
     encoder = DenseEncoder(net, arch, {k: v for k,v in kwargs.items() if k not in LOADING_ARGUMENTS}, img_size)
