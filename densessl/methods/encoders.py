@@ -19,10 +19,6 @@ def _sides(size): return (size, size) if isinstance(size, int) else tuple(size)
 
 def _named(h, w, name): return f'{name}={h}' if name else f'an image of {h}x{w}'
 
-def _multiplies(net):
-    "Are there depthwise convolutions with more outputs than inputs? They crash torch's backward (CPU, channels last)"
-    return any(isinstance(m, nn.Conv2d) and 1<m.groups==m.in_channels<m.out_channels for m in net.modules())
-
 def _one_line(e):
     "The first line of another library's error, or the name of its type"
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
@@ -71,7 +67,9 @@ class DenseEncoder(nn.Module):
             refuse(f'neither tokens nor feature maps (its features have shape {shape})')
         first = shape[1]==self.embed_dim and getattr(net, 'output_fmt', 'NCHW')!='NHWC'
         self.layout = 'tokens' if len(shape)==3 else 'maps' if first else 'NHWC'
-        if self.layout=='maps' and not _multiplies(net): net.to(memory_format=torch.channels_last)
+        # depthwise convolutions with more outputs than inputs crash torch's backward (CPU, channels last)
+        multiplies = any(isinstance(m, nn.Conv2d) and 1<m.groups==m.in_channels<m.out_channels for m in net.modules())
+        if self.layout=='maps' and not multiplies: net.to(memory_format=torch.channels_last)
         if self.layout=='tokens' and hasattr(net, 'patch_embed'): net.patch_embed.register_forward_hook(_in_rows)
         n = dict(tokens=shape[1]-self.n_prefix, maps=math.prod(shape[-2:]), NHWC=math.prod(shape[1:3]))[self.layout]
         if self.layout=='tokens' and n<2: refuse(f'a single feature for an image of {h}x{w}, not one for each patch')
@@ -127,16 +125,6 @@ WEIGHT_SUFFIXES = ('.safetensors', '.pth', '.pt', '.ckpt', '.bin')    # of files
 _HEADLESS = ('class_token', 'reg_tokens', 'fc_norm', 'global_pool')   # arguments that are set for a plain ViT
 _OFFLINE = 'check the name and the connection, or download its weights elsewhere and give the file'
 
-def _check_name(arch):
-    "An error for anything that is not one name"
-    if isinstance(arch, nn.Module):
-        raise InputError(f'arch is a name of timm or a DenseEncoder, got a {type(arch).__name__}: '
-                         'wrap it, as DenseEncoder(net, name, model_kwargs, img_size)')
-    if not isinstance(arch, str) or not arch:
-        raise InputError(f'arch is one name of timm, as "resnet50", got {arch!r}: a file of weights goes into init')
-    if pathlib.Path(arch).suffix in WEIGHT_SUFFIXES:
-        raise InputError(f'arch is a name of timm, and {arch!r} is a file: start from its weights with init={arch}')
-
 def _unknown(arch):
     "The error for a name that timm does not know"
     if re.fullmatch(r'[\w.-]+/[\w.-]+', arch):
@@ -149,7 +137,13 @@ def _unknown(arch):
 
 def _resolve(arch, kwargs):
     "timm's name, arguments and settings of the weights that a name means: of timm, of the Hub or of a folder"
-    _check_name(arch)
+    if isinstance(arch, nn.Module):
+        raise InputError(f'arch is a name of timm or a DenseEncoder, got a {type(arch).__name__}: '
+                         'wrap it, as DenseEncoder(net, name, model_kwargs, img_size)')
+    if not isinstance(arch, str) or not arch:
+        raise InputError(f'arch is one name of timm, as "resnet50", got {arch!r}: a file of weights goes into init')
+    if pathlib.Path(arch).suffix in WEIGHT_SUFFIXES:
+        raise InputError(f'arch is a name of timm, and {arch!r} is a file: start from its weights with init={arch}')
     source, _, place = arch.partition(':')
     if source in ('hf-hub', 'hf_hub', 'local-dir'):
         hub = timm.models._hub
@@ -214,8 +208,7 @@ class _LeanMlp(timm.layers.Mlp):
 _NO_ARGUMENTS = dict(   # of timm, and why a dense encoder has none
     features_only='a dense encoder is one map of features, that of the last stage',
     out_indices='a dense encoder is one map of features, that of the last stage',
-    patch_drop_rate='a dense encoder gives a feature for every patch',
-    checkpoint_path='use init=FILE')
+    patch_drop_rate='a dense encoder gives a feature for every patch', checkpoint_path='use init=FILE')
 
 def dense_encoder(
     arch:str,                  # Any timm name, as `vit_small_patch16_224` or `resnet50`; or `hf-hub:owner/name`

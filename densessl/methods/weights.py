@@ -45,28 +45,6 @@ def _read(path):
         raise InputError(f'{str(path)!r} is not a safetensors file, {why} ({e}): '
                          'give a file that export_backbone wrote, or copy it again') from None
 
-def _header(path, meta):
-    "arch, model_kwargs and img_size, checked"
-    if 'densessl' not in meta:
-        raise InputError(f'{str(path)!r} was not written by densessl: open it with open_backbone, '
-                         'which reads the checkpoints of others')
-    try: arch, kwargs, size = map(json.loads(meta['densessl']).get, ('arch', 'model_kwargs', 'img_size'))
-    except (ValueError, AttributeError): arch = kwargs = size = None
-    sides = size if isinstance(size, list) and len(size)==2 else [size]
-    no_size = any(type(o) is not int or o<=0 for o in sides)
-    loads = isinstance(kwargs, dict) and [k for k in kwargs if k in LOADING_ARGUMENTS]
-    wrong = {f'arch must be a name, it is {arch!r}': not isinstance(arch, str),
-             f'model_kwargs must be a dict, it is {kwargs!r}': not isinstance(kwargs, dict),
-             f'img_size must be one or two sizes in pixels, it is {size!r}': no_size,
-             f'its model_kwargs would load other files ({_first(loads or ())})': loads}
-    if why := next((what for what,is_so in wrong.items() if is_so), ''):
-        raise InputError(f'the header of {str(path)!r} is damaged or not ours, {why}: '
-                         'write the file again with export_backbone')
-    if ':' in arch or not timm.is_model(arch):
-        raise InputError(f'{str(path)!r} holds a {arch!r}, which timm {timm.__version__} does not know: '
-                         'install the version of timm that wrote it')
-    return arch, kwargs, size
-
 def _misfit(want, state):
     "How the tensors of a file differ from those of a network, in words; empty if they fit"
     kinds = {'missing': [k for k in want if k not in state],
@@ -97,7 +75,24 @@ def load_backbone(
     path = Path(path).expanduser()
     if not path.is_file(): raise InputError(f'there is no file {str(path)!r}: give the path of an exported backbone')
     meta, state = _read(path)
-    arch, kwargs, size = _header(path, meta)
+    if 'densessl' not in meta:
+        raise InputError(f'{str(path)!r} was not written by densessl: open it with open_backbone, '
+                         'which reads the checkpoints of others')
+    try: arch, kwargs, size = map(json.loads(meta['densessl']).get, ('arch', 'model_kwargs', 'img_size'))
+    except (ValueError, AttributeError): arch = kwargs = size = None
+    sides = size if isinstance(size, list) and len(size)==2 else [size]
+    no_size = any(type(o) is not int or o<=0 for o in sides)
+    loads = isinstance(kwargs, dict) and [k for k in kwargs if k in LOADING_ARGUMENTS]
+    wrong = {f'arch must be a name, it is {arch!r}': not isinstance(arch, str),
+             f'model_kwargs must be a dict, it is {kwargs!r}': not isinstance(kwargs, dict),
+             f'img_size must be one or two sizes in pixels, it is {size!r}': no_size,
+             f'its model_kwargs would load other files ({_first(loads or ())})': loads}
+    if why := next((what for what,is_so in wrong.items() if is_so), ''):
+        raise InputError(f'the header of {str(path)!r} is damaged or not ours, {why}: '
+                         'write the file again with export_backbone')
+    if ':' in arch or not timm.is_model(arch):
+        raise InputError(f'{str(path)!r} holds a {arch!r}, which timm {timm.__version__} does not know: '
+                         'install the version of timm that wrote it')
     try: net = timm.create_model(arch, **kwargs)
     except (Exception, MemoryError) as e:
         raise InputError(f'timm {timm.__version__} cannot build the {arch} that {str(path)!r} describes '
@@ -116,13 +111,15 @@ class _Unread(dict):
     def __setstate__(self, state):
         if isinstance(state, dict): self.update(state)
 
+_PARTS = ('_modules', '_parameters', '_buffers')
+
 def _tensors(values, at=''):
     "All tensors of nested dicts and modules, by their joined names; those of optimizers are left out"
     out = {}
     for k,v in values.items():
         if k in ('optimizer', 'optimizer_states', 'optim', 'opt', 'amp', 'scaler') or not isinstance(k, str): continue
         if isinstance(v, torch.Tensor): out[at+k] = v
-        elif isinstance(v, dict): out |= _tensors(v, at if k in ('_modules', '_parameters', '_buffers') else f'{at}{k}.')
+        elif isinstance(v, dict): out |= _tensors(v, at if k in _PARTS else f'{at}{k}.')
     return out
 
 def read_checkpoint(path)->dict:
