@@ -66,8 +66,7 @@ clove_presets = dict(
     official = CLoVEConfig(margin=100., reduction='mean', augment=Augment(solarize_p=0., blur_at=0)),
     scenes = CLoVEConfig(img_size=64, local_size=32, n_local=4, global_scale=(0.3,1.), hidden_dim=256, out_dim=64,
                          num_heads=4, optimizer='adamw', lr=16e-3, warmup=.1, wd=1e-4, momentum=(0.98,1.),
-                         augment=scene_colors, solarize_p=(0.,0.,0.)),
-)
+                         augment=scene_colors, solarize_p=(0.,0.,0.)))
 
 # %% ../../nbs/47_methods.clove.ipynb #03dd0577
 def clove_recipe(config:CLoVEConfig=CLoVEConfig())->Recipe:
@@ -147,15 +146,13 @@ def diagnose_matches(m:dict)->list:
         said.append(f"The local embeddings vary along {m['rank']:.1f} directions: they have collapsed. "
                     'Lower the learning rate or raise lam.')
     elif m['contrast']<.05 and m['progress']>1/3:
-        said.append(f"The contrast between matched and other cells is {m['contrast']:.2f}: "
-                    'a match is no more similar than any other cell. '
-                    'Train longer, raise the learning rate or try another margin.')
+        said.append(f"The contrast between matched and other cells is {m['contrast']:.2f}: a match is no more "
+                    'similar than any other cell. Train longer, raise the learning rate or try another margin.')
     if m['matched']<.05:
         said.append(f"Only {100*m['matched']:.1f} % of the cells have a match: "
                     'raise threshold, global_scale or local_scale.')
     if m['active']==0:
-        said.append('No hinge acts: every pair satisfies the margin, and nothing is left to learn. '
-                    'Raise margin.')
+        said.append('No hinge acts: every pair satisfies the margin, and nothing is left to learn. Raise margin.')
     return said
 
 # %% ../../nbs/47_methods.clove.ipynb #c0e4b260

@@ -76,8 +76,7 @@ def center_update(
     return momentum*center + (1-momentum)*mean_over_ranks(teacher_logits.flatten(0, -2).mean(0))
 
 # %% ../../nbs/48_methods.dino.ipynb #36a6f608
-def view_information(
-    terms:DINOTerms,  # Of a batch
+def view_information(terms:DINOTerms, # Of a batch
 )->Tensor:            # Nats, at most ln of the number of photographs; 0 or less for any collapse; no gradient
     "What a view tells the student about its photograph: entropy of each view's mean target less the loss"
     return (terms.view_perplexity.log()-terms.loss).detach()
@@ -108,8 +107,7 @@ dino_presets = dict(
     scenes = DINOConfig(img_size=64, local_size=32, n_local=4, local_scale=(0.1,0.4), n_prototypes=1024, hidden_dim=192,
                         bottleneck_dim=64, norm_last_layer=True, momentum=(0.98,1.), lr=24e-3, warmup=.1,
                         augment=scene_colors, solarize_p=(0.,0.,0.), drop_path_rate=0., pos_scale=0.25,
-                        freeze_epochs=0, temp_t=(0.04,0.04), wd=(0.04,0.04)),
-)
+                        freeze_epochs=0, temp_t=(0.04,0.04), wd=(0.04,0.04)))
 
 # %% ../../nbs/48_methods.dino.ipynb #946bcf0b
 def dino_recipe(config:DINOConfig=DINOConfig())->Recipe:
@@ -143,19 +141,15 @@ class DINO(StudentTeacher):
         views = torch.cat([z.mean(1) for z in tokens])
         return side.head(views).unflatten(0, (-1, kinds[0].shape[1])), tokens
 
-    def move_center(self, teacher_logits):
-        "The center before this step; in training mode it then follows the scores of the teacher"
-        center = self.center.clone()
-        if self.training: self.center.copy_(center_update(center, teacher_logits, self.config.center_momentum))
-        return center
-
     def forward(self, views)->DINOOutput:
         kinds = [torch.cat([views[k].images for k in ('global1', 'global2')])]    # (V, B, 3, s, s) of each size
         with torch.no_grad(): teacher_logits, _ = self.score(self.teacher, kinds)
         if 'local' in views: kinds.append(views['local'].images)
         student_logits, tokens = self.score(self.student, kinds)
         first = tokens[0][:kinds[0].shape[1]].detach()
-        return DINOOutput(student_logits, teacher_logits, self.move_center(teacher_logits), first)
+        center = self.center.clone()    # in training mode the center then follows the scores of the teacher
+        if self.training: self.center.copy_(center_update(center, teacher_logits, self.config.center_momentum))
+        return DINOOutput(student_logits, teacher_logits, center, first)
 
     def prototype_head(self):
         "(Function from tokens (n, N, D) to centered logits (n, K), temperature), by the teacher's head"

@@ -6,9 +6,7 @@
 __all__ = ['LOADING_ARGUMENTS', 'WEIGHT_SUFFIXES', 'DenseEncoder', 'dense_encoder', 'empty_weights', 'check_exportable']
 
 # %% ../../nbs/40_methods.encoders.ipynb #0cd5ee59
-import difflib, inspect, json, math, re
-from functools import partial
-from pathlib import Path
+import difflib, functools, inspect, json, math, pathlib, re
 
 import timm, torch
 from torch import nn, Tensor
@@ -21,10 +19,6 @@ def _sides(size): return (size, size) if isinstance(size, int) else tuple(size)
 
 def _named(h, w, name): return f'{name}={h}' if name else f'an image of {h}x{w}'
 
-def _multiplies(net):
-    "Are there depthwise convolutions with more outputs than inputs? They crash torch's backward (CPU, channels last)"
-    return any(isinstance(m, nn.Conv2d) and 1<m.groups==m.in_channels<m.out_channels for m in net.modules())
-
 def _one_line(e):
     "The first line of another library's error, or the name of its type"
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
@@ -35,8 +29,8 @@ def _meta_run(net, size, in_chans):
         def __init__(self): super().__init__(); self.net = net
         def forward(self, x): return self.net.forward_features(x)
     was, names = net.training, [k for k,p in net.named_parameters() if p.requires_grad]
-    recurrent = any(isinstance(m, nn.RNNBase) for m in net.modules())
-    device = 'cpu' if recurrent else 'meta'   # on meta recurrent layers take minutes
+    # on meta recurrent layers take minutes
+    device = 'cpu' if any(isinstance(m, nn.RNNBase) for m in net.modules()) else 'meta'
     state = {k: torch.empty_like(v, device=device) for k,v in [*net.named_parameters(), *net.named_buffers()]}
     for k in names: state[k].requires_grad_()
     x, weights = torch.empty(1, in_chans, *size, device=device), {f'net.{k}': v for k,v in state.items()}
@@ -73,7 +67,9 @@ class DenseEncoder(nn.Module):
             refuse(f'neither tokens nor feature maps (its features have shape {shape})')
         first = shape[1]==self.embed_dim and getattr(net, 'output_fmt', 'NCHW')!='NHWC'
         self.layout = 'tokens' if len(shape)==3 else 'maps' if first else 'NHWC'
-        if self.layout=='maps' and not _multiplies(net): net.to(memory_format=torch.channels_last)
+        # depthwise convolutions with more outputs than inputs crash torch's backward (CPU, channels last)
+        multiplies = any(isinstance(m, nn.Conv2d) and 1<m.groups==m.in_channels<m.out_channels for m in net.modules())
+        if self.layout=='maps' and not multiplies: net.to(memory_format=torch.channels_last)
         if self.layout=='tokens' and hasattr(net, 'patch_embed'): net.patch_embed.register_forward_hook(_in_rows)
         n = dict(tokens=shape[1]-self.n_prefix, maps=math.prod(shape[-2:]), NHWC=math.prod(shape[1:3]))[self.layout]
         if self.layout=='tokens' and n<2: refuse(f'a single feature for an image of {h}x{w}, not one for each patch')
@@ -97,10 +93,9 @@ class DenseEncoder(nn.Module):
         want = {'tokens': (1, rows*columns+self.n_prefix, self.embed_dim), 'maps': (1, self.embed_dim, rows, columns),
                 'NHWC': (1, rows, columns, self.embed_dim)}[self.layout]
         try:
-            shape = _meta_run(self.net, (h, w), 3)[0]
+            if (shape := _meta_run(self.net, (h, w), 3)[0])==want: return
             why = f'features of shape {shape}'
-        except Exception as e: shape, why = None, _one_line(e)
-        if shape==want: return
+        except Exception as e: why = _one_line(e)
         if self.model_kwargs.get('in_chans', 3)!=3:
             raise InputError(f'{self.arch} was built with in_chans={self.model_kwargs["in_chans"]}, '
                              'but views have 3 colors: leave in_chans out of model_kwargs')
@@ -123,22 +118,12 @@ class DenseEncoder(nn.Module):
     def forward(self, x): return self.tokens(x)
 
 # %% ../../nbs/40_methods.encoders.ipynb #3551e8ed
-LOADING_ARGUMENTS = (   # arguments of timm that are no part of a network
-    'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_strict', 'checkpoint_path',
-    'checkpoint_strict', 'cache_dir', 'cfg', 'scriptable', 'exportable', 'no_jit')
+# arguments of timm that are no part of a network
+LOADING_ARGUMENTS = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_strict', 'checkpoint_path',
+                     'checkpoint_strict', 'cache_dir', 'cfg', 'scriptable', 'exportable', 'no_jit')
 WEIGHT_SUFFIXES = ('.safetensors', '.pth', '.pt', '.ckpt', '.bin')    # of files that hold weights
 _HEADLESS = ('class_token', 'reg_tokens', 'fc_norm', 'global_pool')   # arguments that are set for a plain ViT
 _OFFLINE = 'check the name and the connection, or download its weights elsewhere and give the file'
-
-def _check_name(arch):
-    "An error for anything that is not one name"
-    if isinstance(arch, nn.Module):
-        raise InputError(f'arch is a name of timm or a DenseEncoder, got a {type(arch).__name__}: '
-                         'wrap it, as DenseEncoder(net, name, model_kwargs, img_size)')
-    if not isinstance(arch, str) or not arch:
-        raise InputError(f'arch is one name of timm, as "resnet50", got {arch!r}: a file of weights goes into init')
-    if Path(arch).suffix in WEIGHT_SUFFIXES:
-        raise InputError(f'arch is a name of timm, and {arch!r} is a file: start from its weights with init={arch}')
 
 def _unknown(arch):
     "The error for a name that timm does not know"
@@ -152,7 +137,13 @@ def _unknown(arch):
 
 def _resolve(arch, kwargs):
     "timm's name, arguments and settings of the weights that a name means: of timm, of the Hub or of a folder"
-    _check_name(arch)
+    if isinstance(arch, nn.Module):
+        raise InputError(f'arch is a name of timm or a DenseEncoder, got a {type(arch).__name__}: '
+                         'wrap it, as DenseEncoder(net, name, model_kwargs, img_size)')
+    if not isinstance(arch, str) or not arch:
+        raise InputError(f'arch is one name of timm, as "resnet50", got {arch!r}: a file of weights goes into init')
+    if pathlib.Path(arch).suffix in WEIGHT_SUFFIXES:
+        raise InputError(f'arch is a name of timm, and {arch!r} is a file: start from its weights with init={arch}')
     source, _, place = arch.partition(':')
     if source in ('hf-hub', 'hf_hub', 'local-dir'):
         hub = timm.models._hub
@@ -171,9 +162,8 @@ def _resolve(arch, kwargs):
     try: cfg = timm.get_pretrained_cfg(arch)
     except RuntimeError as e:
         name, _, tag = arch.partition('.')
-        tags = [t.partition('.')[2] for t in timm.list_pretrained(f'{name}.*')]
-        known = ' or '.join(tags[:4]) or 'the name alone'
-        raise InputError(f'timm has no weights {tag!r} of {name}: use {known}') from e
+        tags = [t.partition('.')[2] for t in timm.list_pretrained(f'{name}.*')][:4]
+        raise InputError(f'timm has no weights {tag!r} of {name}: use {" or ".join(tags) or "the name alone"}') from e
     return arch, kwargs, cfg.input_size if cfg else (3, 224, 224)
 
 def _create(arch, kwargs):
@@ -195,8 +185,7 @@ def _load_pretrained(net, source, kwargs):
     if 'class_token' in kwargs: kwargs = {k: v for k,v in kwargs.items() if k not in _HEADLESS}
     try: donor = timm.create_model(source, pretrained=True, **kwargs)
     except Exception as e:
-        raise InputError(f'the pretrained weights of {source} cannot be loaded ({type(e).__name__}): '
-                         f'{_OFFLINE}') from e
+        raise InputError(f'the pretrained weights of {source} cannot be loaded ({type(e).__name__}): {_OFFLINE}') from e
     state, own = donor.state_dict(), net.state_dict()
     if 'fc_norm.weight' in state and 'fc_norm.weight' not in own:
         state |= {k.replace('fc_norm', 'norm'): v for k,v in state.items() if k.startswith('fc_norm.')}
@@ -219,8 +208,7 @@ class _LeanMlp(timm.layers.Mlp):
 _NO_ARGUMENTS = dict(   # of timm, and why a dense encoder has none
     features_only='a dense encoder is one map of features, that of the last stage',
     out_indices='a dense encoder is one map of features, that of the last stage',
-    patch_drop_rate='a dense encoder gives a feature for every patch',
-    checkpoint_path='use init=FILE')
+    patch_drop_rate='a dense encoder gives a feature for every patch', checkpoint_path='use init=FILE')
 
 def dense_encoder(
     arch:str,                  # Any timm name, as `vit_small_patch16_224` or `resnet50`; or `hf-hub:owner/name`
@@ -256,7 +244,7 @@ def dense_encoder(
         if (positions or ('learned' if pretrained else 'sincos'))=='sincos':
             table = pos_scale*sincos_positions(net.embed_dim, net.patch_embed.grid_size)
             net.pos_embed = nn.Parameter(table[None].to(net.pos_embed), requires_grad=False)
-        if pos_offset: net.pos_offset, net._pos_embed = pos_offset, partial(_offset_pos_embed, net)
+        if pos_offset: net.pos_offset, net._pos_embed = pos_offset, functools.partial(_offset_pos_embed, net)
     for m in net.modules():
         if type(m) is timm.layers.Mlp and not any(True for _ in m.act.parameters()): m.__class__ = _LeanMlp
     encoder = DenseEncoder(net, arch, {k: v for k,v in kwargs.items() if k not in LOADING_ARGUMENTS}, img_size)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
-from torch import nn
 
 from .. import __version__
 from ..ground.core import InputError, unwrapped
@@ -20,12 +19,6 @@ from .encoders import DenseEncoder, check_exportable, empty_weights
 from .weights import load_backbone, open_backbone
 
 # %% ../../nbs/44_methods.export.ipynb #72ff2637
-def _cpu_copy(encoder):
-    "A copy of the encoder on the CPU; the device needs no memory for it"
-    memo = {id(p): nn.Parameter(p.detach().cpu().clone(), requires_grad=p.requires_grad) for p in encoder.parameters()}
-    memo |= {id(b): b.detach().cpu().clone() for b in encoder.buffers()}
-    return copy.deepcopy(encoder, memo).eval()
-
 def plain_arguments(encoder:DenseEncoder)->dict:
     "The arguments with which `timm.create_model(arch, checkpoint_path=file, **arguments)` loads an exported file"
     if encoder.model_kwargs.get('class_token') is not False: return encoder.model_kwargs
@@ -39,14 +32,13 @@ def _for_plain_name(encoder, state):
     want = empty_weights(encoder.arch, **plain_arguments(encoder))
     added = {k: torch.zeros(v.shape) for k,v in want.items() if k not in state}
     n = want['pos_embed'].shape[1]-state['pos_embed'].shape[1] if 'pos_embed' in state else 0
-    if n: added['pos_embed'] = nn.functional.pad(state['pos_embed'], (0, 0, n, 0))
+    if n: added['pos_embed'] = torch.nn.functional.pad(state['pos_embed'], (0, 0, n, 0))
     return {k: v.contiguous() for k,v in (state | added).items()}
 
 # %% ../../nbs/44_methods.export.ipynb #c136f945
 _NOTE = ('Exactly the features that were trained: densessl.all.load_backbone(file), or net = timm.create_model(arch, '
-         '**model_kwargs); own = net.state_dict(); '
-         "net.load_state_dict({k: v[:,-own[k].shape[1]:] if k=='pos_embed' else v for k,v in "
-         "safetensors.torch.load_file(file).items() if k in own}). "
+         "**model_kwargs); own = net.state_dict(); net.load_state_dict({k: v[:,-own[k].shape[1]:] if k=='pos_embed' "
+         'else v for k,v in safetensors.torch.load_file(file).items() if k in own}). '
          'The plain name of a ViT adds a class token of zeros, and features differ slightly.')
 
 def _compare(encoder, state, part):
@@ -56,8 +48,11 @@ def _compare(encoder, state, part):
         raise RuntimeError(f'the file does not hold the weights of the network ({differ[0]}): nothing was written')
     h, w = (encoder.img_size,)*2 if isinstance(encoder.img_size, int) else encoder.img_size
     x = torch.randn(2, encoder.model_kwargs.get('in_chans', 3), h, w, generator=torch.Generator().manual_seed(0))
+    # with its tensors copied first, the encoder needs no memory of its device for a copy on the CPU
+    memo = {id(t): t.detach().cpu().clone() for t in (*encoder.parameters(), *encoder.buffers())}
+    for p in encoder.parameters(): memo[id(p)] = torch.nn.Parameter(memo[id(p)], requires_grad=p.requires_grad)
     with torch.no_grad(), torch.autocast('cpu', enabled=False):
-        ours, theirs = (e.float().tokens(x) for e in (_cpu_copy(encoder), load_backbone(part)))
+        ours, theirs = (e.float().tokens(x) for e in (copy.deepcopy(encoder, memo).eval(), load_backbone(part)))
     difference, most = (ours-theirs).abs().max().item(), ours.abs().max().item()
     if not difference<=1e-4*most:
         raise RuntimeError(f'the exported backbone gives features that differ by {difference} (of at most {most}): '

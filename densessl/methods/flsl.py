@@ -62,10 +62,8 @@ flsl_presets = dict(
     official = FLSLConfig(normalize=False, beta_sa=0.1/384**.5, beta_ca=0.2/384**.5, flip=0.,
                           augment=Augment(blur_at=0), random_query=False, pos_offset=0.1),
     scenes = FLSLConfig(img_size=64, local_size=32, local_scale=(0.1,0.4), beta_sa=10., beta_ca=20., hidden_dim=192,
-                        bottleneck_dim=64, momentum=(0.98,1.), lr=24e-3,
-                        augment=scene_colors, drop_path_rate=0., pos_scale=0.25, freeze_epochs=0, temp_t=(0.04,0.04),
-                        wd=(0.04,0.04)),
-)
+                        bottleneck_dim=64, momentum=(0.98,1.), lr=24e-3, augment=scene_colors, drop_path_rate=0.,
+                        pos_scale=0.25, freeze_epochs=0, temp_t=(0.04,0.04), wd=(0.04,0.04)))
 
 # %% ../../nbs/46_methods.flsl.ipynb #593c80e4
 def flsl_recipe(config:FLSLConfig=FLSLConfig())->Recipe:
@@ -118,11 +116,6 @@ class FLSLOutput(NamedTuple):
         return _matmul(self.u_pos, self.mu_pos.mT)
 
 # %% ../../nbs/46_methods.flsl.ipynb #c63a5051
-def _query_positions(h, w, window, n, random, device):
-    "Positions of the queries of `n` views, (n, Q), ascending; drawn on `device`, without waiting for it"
-    mask = query_mask(h, w, window, n=n, random=random, device=device)
-    return torch.where(mask, torch.arange(h*w, device=device), h*w).sort(1).values[:,:(h//window)*(w//window)]
-
 class FLSL(StudentTeacher):
     "Student with `encoder` and head, teacher as its copy; views in, tokens, modes and their embeddings out (FLSL)"
     def __init__(self, encoder:DenseEncoder, config:FLSLConfig=FLSLConfig()):
@@ -144,7 +137,10 @@ class FLSL(StudentTeacher):
         "Queries of student views (V, B, 3, s, s) and their modes, each (B, V*Q, D)"
         c, views = self.config, images.shape[:2]
         Z = self.encode(self.student, images.flatten(0, 1))
-        i = _query_positions(*self.student.encoder.grid(*images.shape[-2:]), window, len(Z), c.random_query, Z.device)
+        h, w = self.student.encoder.grid(*images.shape[-2:])
+        mask = query_mask(h, w, window, n=len(Z), random=c.random_query, device=Z.device)
+        at = torch.where(mask, torch.arange(h*w, device=Z.device), h*w)    # a device need not be waited for
+        i = at.sort(1).values[:,:(h//window)*(w//window)]
         z = Z.gather(1, i[...,None].expand(-1, -1, Z.shape[-1]))
         mode = mean_shift(z, Z, c.beta_sa)
         return [t.unflatten(0, views).transpose(0, 1).flatten(1, 2) for t in (z, mode)]
@@ -179,8 +175,7 @@ class FLSLLoss(nn.Module):
     def __init__(self, config:FLSLConfig=FLSLConfig()):
         super().__init__()
         self.upsilon, self.eta, self.gamma = config.upsilon, config.eta, config.gamma
-        self.temp_s, self.temp_t = config.temp_s, config.temp_t[0]
-        self.parts = None
+        self.temp_s, self.temp_t, self.parts = config.temp_s, config.temp_t[0], None
 
     def forward(self, out:FLSLOutput, *targets)->Tensor:
         intra = mode_loss(out.z, out.mode)

@@ -6,11 +6,8 @@
 __all__ = ['load_backbone', 'read_checkpoint', 'open_backbone', 'init_backbone', 'network_of']
 
 # %% ../../nbs/41_methods.weights.ipynb #dd780f0b
-import functools, json, math, re, sys, zipfile
-from contextlib import redirect_stdout
-from io import StringIO
+import contextlib, functools, io, json, math, pickle, re, sys, zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 
 import timm, torch
 from safetensors import SafetensorError, safe_open
@@ -28,8 +25,8 @@ def _first(names, n=4):
 def _is_pickle(path):
     "Was the file written by `torch.save` or pickle?"
     with open(path, 'rb') as f: head = f.read(512)
-    if head[8:9]==b'{': return False    # safetensors: eight bytes for the length, of any value, then JSON
-    return head[:4]==b'PK\x03\x04' or head[:1]==b'\x80' or head[257:262]==b'ustar'
+    # safetensors: eight bytes for the length, of any value, then JSON
+    return head[8:9]!=b'{' and (head[:4]==b'PK\x03\x04' or head[:1]==b'\x80' or head[257:262]==b'ustar')
 
 def _read(path):
     "Header and tensors of a safetensors file"
@@ -47,31 +44,6 @@ def _read(path):
         else: why = 'it has another format'
         raise InputError(f'{str(path)!r} is not a safetensors file, {why} ({e}): '
                          'give a file that export_backbone wrote, or copy it again') from None
-
-def _header(path, meta):
-    "arch, model_kwargs and img_size, checked"
-    if 'densessl' not in meta:
-        raise InputError(f'{str(path)!r} was not written by densessl: open it with open_backbone, '
-                         'which reads the checkpoints of others')
-    try: found = json.loads(meta['densessl'])
-    except ValueError: found = None
-    found = found if isinstance(found, dict) else {}
-    arch, kwargs, size = map(found.get, ('arch', 'model_kwargs', 'img_size'))
-    sides = size if isinstance(size, list) and len(size)==2 else [size]
-    why = ''
-    if not isinstance(arch, str): why = f'arch must be a name, it is {arch!r}'
-    elif not isinstance(kwargs, dict): why = f'model_kwargs must be a dict, it is {kwargs!r}'
-    elif not all(type(o) is int and o>0 for o in sides):
-        why = f'img_size must be one or two sizes in pixels, it is {size!r}'
-    elif loads := [k for k in kwargs if k in LOADING_ARGUMENTS]:
-        why = f'its model_kwargs would load other files ({_first(loads)})'
-    if why:
-        raise InputError(f'the header of {str(path)!r} is damaged or not ours, {why}: '
-                         'write the file again with export_backbone')
-    if ':' in arch or not timm.is_model(arch):
-        raise InputError(f'{str(path)!r} holds a {arch!r}, which timm {timm.__version__} does not know: '
-                         'install the version of timm that wrote it')
-    return arch, kwargs, size
 
 def _misfit(want, state):
     "How the tensors of a file differ from those of a network, in words; empty if they fit"
@@ -91,8 +63,7 @@ def _without_tokens(want, state):
 
 def _copy(net, state, source):
     "Copy weights that fit into a network"
-    bad = [k for k,v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if bad:
+    if bad := [k for k,v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
         raise InputError(f'the weights of {source} are NaN or infinite in {_first(bad)}: take an earlier checkpoint')
     net.load_state_dict(state)
 
@@ -104,7 +75,24 @@ def load_backbone(
     path = Path(path).expanduser()
     if not path.is_file(): raise InputError(f'there is no file {str(path)!r}: give the path of an exported backbone')
     meta, state = _read(path)
-    arch, kwargs, size = _header(path, meta)
+    if 'densessl' not in meta:
+        raise InputError(f'{str(path)!r} was not written by densessl: open it with open_backbone, '
+                         'which reads the checkpoints of others')
+    try: arch, kwargs, size = map(json.loads(meta['densessl']).get, ('arch', 'model_kwargs', 'img_size'))
+    except (ValueError, AttributeError): arch = kwargs = size = None
+    sides = size if isinstance(size, list) and len(size)==2 else [size]
+    no_size = any(type(o) is not int or o<=0 for o in sides)
+    loads = isinstance(kwargs, dict) and [k for k in kwargs if k in LOADING_ARGUMENTS]
+    wrong = {f'arch must be a name, it is {arch!r}': not isinstance(arch, str),
+             f'model_kwargs must be a dict, it is {kwargs!r}': not isinstance(kwargs, dict),
+             f'img_size must be one or two sizes in pixels, it is {size!r}': no_size,
+             f'its model_kwargs would load other files ({_first(loads or ())})': loads}
+    if why := next((what for what,is_so in wrong.items() if is_so), ''):
+        raise InputError(f'the header of {str(path)!r} is damaged or not ours, {why}: '
+                         'write the file again with export_backbone')
+    if ':' in arch or not timm.is_model(arch):
+        raise InputError(f'{str(path)!r} holds a {arch!r}, which timm {timm.__version__} does not know: '
+                         'install the version of timm that wrote it')
     try: net = timm.create_model(arch, **kwargs)
     except (Exception, MemoryError) as e:
         raise InputError(f'timm {timm.__version__} cannot build the {arch} that {str(path)!r} describes '
@@ -123,14 +111,13 @@ class _Unread(dict):
     def __setstate__(self, state):
         if isinstance(state, dict): self.update(state)
 
-_TRAINING = ('optimizer', 'optimizer_states', 'optim', 'opt', 'amp', 'scaler')
 _PARTS = ('_modules', '_parameters', '_buffers')
 
 def _tensors(values, at=''):
     "All tensors of nested dicts and modules, by their joined names; those of optimizers are left out"
     out = {}
     for k,v in values.items():
-        if not isinstance(k, str) or k in _TRAINING: continue
+        if k in ('optimizer', 'optimizer_states', 'optim', 'opt', 'amp', 'scaler') or not isinstance(k, str): continue
         if isinstance(v, torch.Tensor): out[at+k] = v
         elif isinstance(v, dict): out |= _tensors(v, at if k in _PARTS else f'{at}{k}.')
     return out
@@ -144,13 +131,12 @@ def read_checkpoint(path)->dict:
         with torch.serialization.safe_globals([(_Unread, name) for name in unknown]):
             held = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        if named := re.findall(r'GLOBAL ([\w.]+)', str(e)) or isinstance(e, UnpicklingError) and unknown:
+        if named := re.findall(r'GLOBAL ([\w.]+)', str(e)) or isinstance(e, pickle.UnpicklingError) and unknown:
             raise InputError(f'{str(path)!r} cannot be read without running code from it ({_first(named)}): '
                              'where you trust it, save the state_dict of its network with torch.save') from None
         raise InputError(f'{str(path)!r} is no checkpoint that torch reads, it is cut off, damaged or of another kind '
                          f'({type(e).__name__}): copy it again, or save the state_dict of its network') from None
-    state = _tensors(held) if isinstance(held, dict) else {}
-    if state: return state
+    if isinstance(held, dict) and (state := _tensors(held)): return state
     raise InputError(f'{str(path)!r} holds no named tensors ({type(held).__name__}): '
                      'save the state_dict of the network')
 
@@ -177,17 +163,13 @@ _NAMES = (   # of ViTs (torchvision, mmseg, transformers, DINOv2 in training) an
 
 def _renamed(state):
     "Weights under timm's names"
-    out = {}
-    for k,v in state.items():
-        for old,new in _NAMES: k = re.sub(old, new, k)
-        out[k] = v
+    out = {functools.reduce(lambda name, rule: re.sub(*rule, name), _NAMES, k): v for k,v in state.items()}
     for k in [k for k in out if k.endswith(('.attn.query.weight', '.attn.query.bias'))]:
         three = [k.replace('query', n) for n in ('query', 'key', 'value')]
         if all(o in out for o in three): out[k.replace('query', 'qkv')] = torch.cat([out.pop(o) for o in three])
     return out
 
 # %% ../../nbs/41_methods.weights.ipynb #7706753f
-_HEADS = {'head', 'fc', 'classifier', 'head_dist', 'pooler', 'heads'}
 _TEACHERS = ('teacher', 'ema', 'base_encoder', 'encoder_q', 'online')
 _COPIES = ('student', 'momentum', 'encoder_k', 'target')
 _ADVICE = 'give arch and model_kwargs of the weights, or arch=None to take them from the weights'
@@ -198,9 +180,7 @@ def _places(state, want):
     places = [k[:-len(anchor)] for k in state if k==anchor or k.endswith('.'+anchor)]
     found = {p: sum(p+k in state for k in want) for p in places}
     def is_whole(p): return not any(p.startswith(q) and found[q]>found[p] for q in found)   # no block of another place
-    def rank(p):
-        if any(o in p for o in _COPIES): return 2
-        return 0 if any(o in p for o in _TEACHERS) else 1
+    def rank(p): return 2*any(o in p for o in _COPIES) or int(not any(o in p for o in _TEACHERS))
     return sorted(filter(is_whole, places), key=lambda p: (rank(p), len(p), p))
 
 def _grid_side(state):
@@ -216,14 +196,14 @@ def _under(state, place): return {k[len(place):]: v for k,v in state.items() if 
 
 def _body(state, want):
     "Weights that stand inside a network, without heads and decoders; a file may lack the counters of its batch norms"
-    roots = {k.partition('.')[0] for k in want if '.' in k} - _HEADS
+    heads = {'head', 'fc', 'classifier', 'head_dist', 'pooler', 'heads'}
+    roots = {k.partition('.')[0] for k in want if '.' in k} - heads
     counters = {k: v for k,v in want.items() if k.endswith('num_batches_tracked')}
     return counters | {k: v for k,v in state.items() if k in want or k.partition('.')[0] in roots}
 
-def _fitted(state, encoder):
+def _fitted(state, net, want):
     "Weights as the network needs them, and what was left out; positions are resampled to its grid"
-    net, side = encoder.net, _grid_side(state)
-    want = net.state_dict()
+    side = _grid_side(state)
     if 'fc_norm.weight' in state and 'fc_norm.weight' not in want and 'norm.weight' not in state:
         state = {re.sub('^fc_norm', 'norm', k): v for k,v in state.items()}
     body = _body(state, want)
@@ -238,7 +218,7 @@ def _by_timm(state, encoder):
     rewrite = getattr(sys.modules[type(encoder.net).__module__], 'checkpoint_filter_fn', None)
     if rewrite is None or encoder.model_kwargs.get('class_token') is False: return {}   # of a plain ViT: `_NAMES`
     try:
-        with redirect_stdout(StringIO()): return rewrite(dict(state), encoder.net)
+        with contextlib.redirect_stdout(io.StringIO()): return rewrite(dict(state), encoder.net)
     except Exception: return {}
 
 def _keep_fixed(encoder):
@@ -252,19 +232,18 @@ def _keep_fixed(encoder):
 
 def _fill(encoder, state, source, whole=False):
     "Copy weights into an encoder; says in words what was read. `whole`: nothing may be left out"
-    want, why = encoder.net.state_dict(), ''
+    want, misfits = encoder.net.state_dict(), []
     for named in (state, _renamed(state), _by_timm(state, encoder)):
         places = _places(named, want)
         for place in places:
             held = _under(named, place)
-            fitted, left = _fitted(held, encoder)
-            misfit = _misfit(want, fitted) or (f'not of this network: {_first(left)}' if whole and left else '')
-            why = why or misfit
-            if misfit: continue
+            fitted, left = _fitted(held, encoder.net, want)
+            misfits.append(_misfit(want, fitted) or (f'not of this network: {_first(left)}' if whole and left else ''))
+            if misfits[-1]: continue
             _copy(encoder.net, fitted, source)
             _keep_fixed(encoder)
             return _what_was_read(encoder, source, held, left, place, [p for p in places if p!=place])
-    why = why or 'none of its tensors has a name of this network'
+    why = misfits[0] if misfits else 'none of its tensors has a name of this network'
     raise InputError(f'the weights of {source} do not fit {encoder.arch} with {encoder.model_kwargs}; {why}; {_ADVICE}')
 
 def _what_was_read(encoder, source, held, left, place, others):
@@ -281,16 +260,14 @@ def _what_was_read(encoder, source, held, left, place, others):
 # %% ../../nbs/41_methods.weights.ipynb #56fb466c
 _VITS = {(64, 6): 'test_vit', (192, 12): 'vit_tiny_patch16_224', (384, 12): 'vit_small_patch16_224',   # width and depth
          (768, 12): 'vit_base_patch16_224', (1024, 24): 'vit_large_patch16_224', (1280, 32): 'vit_huge_patch14_224'}
-_CNNS = ('test_resnet', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'wide_resnet50_2',
-         'resnext50_32x4d', 'convnext_tiny', 'convnext_small', 'convnext_base', 'efficientnet_b0',
-         'mobilenetv3_large_100', 'swin_tiny_patch4_window7_224')
+_CNNS = ('test_resnet resnet18 resnet34 resnet50 resnet101 resnet152 wide_resnet50_2 resnext50_32x4d convnext_tiny '
+         'convnext_small convnext_base efficientnet_b0 mobilenetv3_large_100 swin_tiny_patch4_window7_224').split()
 _PATCHES = 'patch_embed.proj.weight'
 
 def _vits(state):
     "Weights of the ViTs in a checkpoint, under timm's names"
-    for named in (state, _renamed(state)):
-        for k in named:
-            if k.endswith(_PATCHES): yield _under(named, k.removesuffix(_PATCHES))
+    return [_under(named, k.removesuffix(_PATCHES))
+            for named in (state, _renamed(state)) for k in named if k.endswith(_PATCHES)]
 
 def _guess_vit(held, is_moco):
     "timm name and arguments of a ViT, or None"
@@ -307,16 +284,13 @@ def _guess_vit(held, is_moco):
 
 _shapes = functools.cache(empty_weights)
 
-def _guess_cnn(state):
-    "timm names of the usual networks that have these tensors"
-    def is_in(want): return any(not _misfit(want, _body(_under(state, p), want)) for p in _places(state, want))
-    return [arch for arch in _CNNS if is_in(_shapes(arch, num_classes=0))]
-
 def _guess(state, path):
     "timm name and arguments of the network in a checkpoint"
     is_moco = any('base_encoder' in k for k in state)     # MoCo v3
     if vit := next(filter(None, (_guess_vit(held, is_moco) for held in _vits(state))), None): return vit
-    found = _guess_cnn(state) or _guess_cnn(_renamed(state))
+    def is_in(named, want): return any(not _misfit(want, _body(_under(named, p), want)) for p in _places(named, want))
+    for named in (state, _renamed(state)):
+        if found := [arch for arch in _CNNS if is_in(named, _shapes(arch, num_classes=0))]: break
     if len(found)==1: return found[0], {}
     why = f'it may be {" or ".join(found)}' if found else f'it holds {_first(state, 3)}'
     raise InputError(f'which network {str(path)!r} holds cannot be told from its tensors, {why}: '
@@ -324,11 +298,6 @@ def _guess(state, path):
 
 # %% ../../nbs/41_methods.weights.ipynb #53fc284a
 _IMAGENET = dict(mean=(0.485,0.456,0.406), std=(0.229,0.224,0.225))
-
-def _of_timm(folder):
-    "Does the folder hold a network as timm writes them for the Hugging Face Hub?"
-    try: return 'architecture' in json.loads((folder/'config.json').read_text())
-    except (OSError, ValueError): return False
 
 def _file_of(name):
     "The file that a name means, or None for a name of timm; the network named after an @; a note on the choice"
@@ -343,7 +312,10 @@ def _file_of(name):
     if path.is_dir():
         names = 'backbone.safetensors', 'model.safetensors', 'pytorch_model.bin'
         inside = next((path/n for n in names if (path/n).is_file()), None)
-        also = f', or local-dir:{name}, which timm reads' if _of_timm(path) else ''
+        also = ''
+        with contextlib.suppress(OSError, ValueError):    # of a network as timm writes them for the Hugging Face Hub
+            if 'architecture' in json.loads((path/'config.json').read_text()):
+                also = f', or local-dir:{name}, which timm reads'
         if inside and not also: return inside, arch, f'note: {str(path)!r} is a folder; its {inside.name} is read'
         raise InputError(f'{name!r} is a folder, not a backbone: give a file in it{also}')
     is_file = path.suffix in (*WEIGHT_SUFFIXES, '.tar')
@@ -353,9 +325,9 @@ def _file_of(name):
         raise InputError(f'there is no file {str(path)!r}: give the path of a backbone, or a timm name{hub}')
     return None, None, ''
 
-def _is_ours(path):
-    "Did `export_backbone` write the file?"
-    return not _is_pickle(path) and 'densessl' in _read(path)[0]
+def _card(path):
+    "The header that `export_backbone` wrote into the file, JSON; None: another wrote it"
+    return None if _is_pickle(path) else _read(path)[0].get('densessl')
 
 def open_backbone(
     name,           # A file of ours; a checkpoint of others, as FILE or FILE@ARCH; a timm name; `hf-hub:owner/name`
@@ -371,11 +343,10 @@ def open_backbone(
         encoder = dense_encoder(str(name), img_size=size, pretrained=True, **model_kwargs).eval()
         return encoder, {k: tuple(encoder.net.pretrained_cfg[k]) for k in ('mean', 'std')}
     arch = arch or named
-    if _is_ours(path):
+    if (card := _card(path)) is not None:
         if arch or model_kwargs:
             raise InputError(f'{str(path)!r} says itself which network it holds: leave the architecture out')
-        with safe_open(path, 'pt') as f: card = json.loads(f.metadata()['densessl'])
-        return load_backbone(path), {k: tuple(card.get(k) or _IMAGENET[k]) for k in ('mean', 'std')}
+        return load_backbone(path), {k: tuple(json.loads(card).get(k) or _IMAGENET[k]) for k in ('mean', 'std')}
     state = read_checkpoint(path)
     if arch is None:
         arch, guessed = _guess(state, path)
@@ -394,16 +365,13 @@ def init_backbone(
     init,                  # What `open_backbone` takes
 )->dict:                   # mean and std of the input for which the weights were trained
     "Copy the weights of a backbone into an encoder"
-    init = str(init)
-    path = _file_of(init)[0]
-    if path is not None and not _is_ours(path):
+    path = _file_of(str(init))[0]
+    if path is not None and _card(path) is None:
         print(_fill(encoder, read_checkpoint(path), str(path)), flush=True)
         return dict(_IMAGENET)
-    adapts, size = {}, None
-    if path is None:     # timm fits its weights to these
-        adapts = {k: v for k,v in encoder.model_kwargs.items() if k in ('in_chans', 'patch_size', 'output_stride')}
-        size = encoder.img_size
-    source, norm = open_backbone(init, size, **adapts)
+    # timm fits its weights to these
+    adapts = {k: v for k,v in encoder.model_kwargs.items() if k in ('in_chans', 'patch_size', 'output_stride')}
+    source, norm = open_backbone(init, encoder.img_size, **adapts) if path is None else open_backbone(init)
     heads = [[m.num_heads for m in net.modules() if hasattr(m, 'num_heads')] for net in (source.net, encoder.net)]
     if any(theirs!=ours for theirs,ours in zip(*heads)):
         raise InputError(f'the numbers of attention heads differ between {init} ({source.arch}) and {encoder.arch} '
@@ -415,6 +383,5 @@ def init_backbone(
 def network_of(init)->tuple:
     "timm name and arguments for `dense_encoder` of the network whose weights `open_backbone` would read"
     source, _ = open_backbone(init, verbose=False)
-    own = ('num_classes', 'class_token', 'reg_tokens', 'fc_norm', 'global_pool', 'dynamic_img_size', 'strict_img_size',
-           'img_size')
+    own = 'num_classes class_token reg_tokens fc_norm global_pool dynamic_img_size strict_img_size img_size'.split()
     return source.arch, {k: v for k,v in source.model_kwargs.items() if k not in own}
