@@ -17,7 +17,7 @@ from densessl.evaluation.features import MAX_PATCHES, patch_bank
 from densessl.evaluation.probes import class_map_ious, neighbor_labels, neighbor_probe
 from densessl.data.labelled import labelled_data
 from densessl.evaluation.davis import davis_sequences, video_scores
-from densessl.evaluation.video import propagate_labels, propagate_video
+from densessl.evaluation.video import propagate_video
 
 QUERIES, DIM, CLASSES, GRID = 2048, 384, 150, 196
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'

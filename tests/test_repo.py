@@ -97,6 +97,12 @@ def test_packages_hold_every_module():
     have = {p.parent.relative_to(ROOT).as_posix().replace('/', '.') for p in PKG.rglob('*.py')}
     assert set(find_packages(str(ROOT), include=['densessl', 'densessl.*'])) == have
 
+@pytest.mark.parametrize('p', sorted([*(ROOT/'benchmarks').glob('*.py'), *(ROOT/'experiments').glob('*.py')]), ids=rel)
+def test_scripts_import_what_there_is(p):
+    found = [n for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.ImportFrom) and n.module.split('.')[0] == 'densessl']
+    lost = [f'{n.module}.{a.name}' for n in found for a in n.names if not hasattr(importlib.import_module(n.module), a.name)]
+    assert not lost
+
 def test_every_module_has_a_page():
     stray = [rel(p) for p in PKG.rglob('*.py') if p.name not in ('__init__.py', '_modidx.py')
              and '.'.join(p.relative_to(PKG).with_suffix('').parts) not in modules()]
