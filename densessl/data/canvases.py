@@ -99,4 +99,5 @@ class BadFiles(list):
     def report(self, limit:int=100)->str:
         "A line for each file, at most `limit`, with the reason; every name can be printed"
         lines = [f'  {printable(k)}: {v}' for k,v in self.reasons.items()]
-        return '\n'.join(lines[:limit] + [f'  and {len(lines)-limit} more']*(len(lines)>limit))
+        more = [f'  and {len(lines)-limit} more'] if len(lines)>limit else []
+        return '\n'.join(lines[:limit]+more)

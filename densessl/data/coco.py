@@ -80,8 +80,8 @@ class Instances(NamedTuple):
 # %% ../../nbs/32_data.coco.ipynb #1b3dc0e2
 def read_instances(mask:Instances)->np.ndarray:
     "Category ids, int32 (h,w), of instances drawn into one mask, large ones first, so that small ones stay on top"
-    out = np.full(mask.hw, BACKGROUND, np.int32)
     try:
+        out = np.full(mask.hw, BACKGROUND, np.int32)
         for a in sorted(mask.annotations, key=lambda a: -a.get('area', 0)):
             s = a.get('segmentation') or ()
             for part in [s] if isinstance(s, dict) else s:

@@ -65,7 +65,7 @@ def _replaced(o, **attrs):
     vars(o).update(attrs)
     try: yield
     finally:
-        for k in attrs: del vars(o)[k]
+        for k in attrs: vars(o).pop(k, None)
         vars(o).update(old)
 
 # %% ../../nbs/12_data.order.ipynb #7afec5a9

@@ -109,8 +109,9 @@ def _around(photos, masks):
             if s not in stem: continue
             before, _, after = stem.partition(s)
             if not (before[-1:].isalnum() or after[:1].isalnum()): counts[before, after] += 1
-    (best, n), (_, m) = [*counts.most_common(2), (None, 0), (None, 0)][:2]
-    return best if n>=max(2, 2*m) else None
+    best, n = max(counts.items(), key=lambda o: o[1], default=(None, 0))
+    others = [m for o,m in counts.items() if o!=best]
+    return best if n>=max(2, 2*max(others, default=0)) else None
 
 def _pair_somehow(root, photos, masks):
     "Pairs by name: in folders of the same names, in any folders, in any case, with a constant string around it"

@@ -150,7 +150,7 @@ def coco(root:Path, kind:str, **kw)->Found|None:
     splits, _ = drop_unmasked({k: [o for o in v if o[0].is_file()] for k,v in splits.items()}, {})
     if lost and not splits: raise InputError(f'{lost[0]} is not there, and no other listed photograph is')
     said = f'{len(lost)} listed photographs that are not there are left out ({some_names(p.name for p in lost)})'
-    ids, notes = sorted(names), [said]*bool(lost)
+    ids, notes = sorted(names), [said] if lost else []
     if kind=='panoptic':
         table = {BACKGROUND: None} | {c: i for i,c in enumerate(ids)}
         return Found(splits, table, tuple(names[c] for c in ids), read_panoptic, notes=tuple(notes))

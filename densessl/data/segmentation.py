@@ -221,7 +221,8 @@ def segmentation_folder(
     X, M = torch.stack(X), torch.stack(M)
     if remap is not None:
         n_classes = n_classes or max(remap.values())+1
-        table = {int(k): v for k,v in remap.items()} | dict.fromkeys({ignore_index}-{None})
+        table = {int(k): v for k,v in remap.items()}
+        if ignore_index is not None: table[ignore_index] = None
         def problem(lost): return f'remap has no class for the labels {lost[:8]}: add them or make them ignore_index'
         M = _translate(M, table, n_classes, problem)
         if ignore_index is not None: ignore_index = _void_label(n_classes)

@@ -252,14 +252,14 @@ class ShardImages(CanvasDataset):
 def shard_dls(
     urls,              # Folder of shards, index, pattern or list: see `shard_list`
     recipe:Recipe,     # Views to make
-    bs:int=64,         # Photographs in a batch, on each rank
+    bs:int=64, *,      # Photographs in a batch, on each rank
     seed:int=0,        # Fixes the order; the views follow torch's generator (`torch.manual_seed`)
     shuffle:int=1024,  # Photographs that are shuffled together, of shards in random order; 0: no shuffling
     holes:bool=False,  # Accept a list of shards with missing numbers
     **kwargs,          # Arguments of `image_dls`; the last images are those for a validation loss
 )->DataLoaders:        # Batches (views, hw); `bad_files` lists what could not be read so far
     "Batches of views of the photographs in tar files"
-    check_whole('shuffle', shuffle)
+    check_whole('shuffle', -1 if shuffle is None else shuffle)
     shards = shard_list(urls, holes)
     n = sum(o.n for o in shards)
     def split(k, size):

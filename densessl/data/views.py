@@ -121,7 +121,8 @@ class Augment:
         for f in ('blur_p','blur_sigma','solarize_p'): object.__setattr__(self, f, _tuple(getattr(self, f)))
         for f in ('brightness','contrast','saturation','hue','jitter_p','gray_p','blur_p','solarize_p'):
             v, top = getattr(self, f), .5 if f=='hue' else 1
-            if any(not 0<=p<=top for p in (v if isinstance(v, tuple) else (v,))):
+            several = isinstance(v, tuple) and f in ('blur_p', 'solarize_p')
+            if any(not 0<=p<=top for p in (v if several else (v,))):
                 raise InputError(f'{f} must lie in [0, {top}], got {v}')
         _range('blur_sigma', self.blur_sigma, 0, math.inf, 'above 0')
         if len({len(v) for v in (self.blur_p, self.solarize_p) if isinstance(v, tuple)})>1:
@@ -143,9 +144,11 @@ class CropSpec:
     def __post_init__(self):
         for f in ('scale','ratio'): object.__setattr__(self, f, _tuple(getattr(self, f)))
         if isinstance(self.augment, dict): object.__setattr__(self, 'augment', Augment(**self.augment))
-        check_ranges(self, size='[1, inf)', count='[1, inf)', flip='[0, 1]')
-        _range('scale', self.scale, 0, 1, 'in (0, 1]')
-        _range('ratio', self.ratio, 0, math.inf, 'above 0')
+        try:
+            check_ranges(self, size='[1, inf)', count='[1, inf)', flip='[0, 1]')
+            _range('scale', self.scale, 0, 1, 'in (0, 1]')
+            _range('ratio', self.ratio, 0, math.inf, 'above 0')
+        except InputError as e: raise InputError(f'crop {self.name!r}: {e}') from None
 
 # %% ../../nbs/10_data.views.ipynb #3fe73ee1
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def normalized_inputs(encoders, photos, mean=(.485,.456,.406), std=(.229,.224,.2
     if isinstance(encoders, DenseEncoder): encoders = dict(backbone=encoders)
     if not isinstance(encoders, dict) or not encoders:
         raise InputError('encoders must be a DenseEncoder, or name some: dict(random=encoder1, trained=encoder2)')
+    photos = torch.as_tensor(photos)
     if photos.dtype!=torch.uint8 or photos.ndim!=4 or photos.shape[1]!=3 or not len(photos):
         raise InputError(f'photographs must be a tensor uint8 (B,3,h,w), got {photos.dtype} {tuple(photos.shape)}')
     for name,e in encoders.items():

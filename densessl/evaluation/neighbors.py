@@ -177,7 +177,8 @@ def show_correspondence(
     **norm,              # `mean` and `std` of the input, of all encoders or name -> their own; default ImageNet's
 ):                       # Figure; the numbers count all patches that both views show
     "Patches of one view joined with the most similar patch of another view: blue where that is right, red where not"
-    if photo.ndim!=3 or photo.shape[-1]!=photo.shape[-2]:
+    if photo.ndim!=3: raise InputError(f'the photograph must be uint8 (3,S,S), got {tuple(photo.shape)}')
+    if photo.shape[-1]!=photo.shape[-2]:
         raise InputError(f'the photograph must be resized to a square, got {tuple(photo.shape[-2:])}')
     g, S = torch.Generator().manual_seed(seed), photo.shape[-1]
     b1, b2 = random_boxes(torch.ones(2, 2), scale, (3/4,4/3), g).split(1)

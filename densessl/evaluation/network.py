@@ -6,7 +6,6 @@
 __all__ = ['PROBES', 'kept_photographs', 'prototype_head', 'checked_labels', 'training_views', 'NetworkScorer']
 
 # %% ../../nbs/59_evaluation.network.ipynb #1e6ccda9
-import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from ..data.order import same_random_state
 from .gauges import GAUGES
 from .report import ScoringData, normalized_batches, score_network
 from .scores import MIOU
-from .verdict import gather_statistics
+from .verdict import gather_statistics, random_start
 
 # %% ../../nbs/59_evaluation.network.ipynb #b44848fb
 def _count(ds): return len(ds) if hasattr(ds, '__getitem__') and hasattr(ds, '__len__') else 0
@@ -37,6 +36,7 @@ def kept_photographs(dls, n=64)->tuple:
     "At most `n` photographs to score on: canvases uint8 (n,3,S,S), heights and widths (n,2), what they are in words"
     apart = len(dls.loaders)>1 and _count(dls.valid.dataset)>=2
     items = _spread((dls.valid if apart else dls.train).dataset, n)
+    if n<2: raise InputError(f'n_photos must be at least 2, got {n}: the gauges compare photographs')
     if len(items)<2:
         raise InputError(f'the gauges need at least 2 photographs, but there are {len(items)} that can be taken by '
                          'number: pass photos=(canvases, heights and widths)')
@@ -112,7 +112,7 @@ class NetworkScorer:
         return self.data
 
     def score(self, encoder, label='model', head=None, ordering=False, labelled=None, linear=None, **norm)->list:
-        "All scores of a network, after `open`; `head` is from `prototype_head`, the others replace the scorer's own"
+        "All scores of a network, after `open`; `head` is from `prototype_head`, `norm` has `mean` and `std`"
         gauges = ({} if head is None else dict(head=head[0], temp=head[1])) | (self.gauges or {})
         settings = dict(labelled=self.probe or {}, photos=gauges)
         data = replace(self.data, labelled=labelled or self.labelled, settings=settings)
@@ -127,7 +127,9 @@ class NetworkScorer:
     def gathered(self, encoder):
         "A copy of a network as it is before training, but with batch-norm statistics of training views"
         if self.views is None: self.views = training_views(self.dls) or self._plain_views()
-        with same_random_state(): return gather_statistics(copy.deepcopy(encoder), self.views)
+        twin = random_start(encoder)       # plain layers: no exchange between processes, no stochastic depth
+        twin.load_state_dict(encoder.state_dict())
+        with same_random_state(): return gather_statistics(twin, self.views)
 
     def _plain_views(self):
         "The photographs to score on, where those trained on cannot be taken by number"

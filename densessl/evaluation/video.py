@@ -180,6 +180,7 @@ def davis_score(
     **kwargs,              # `progress`, and arguments of `feature_batches`
 )->list:                   # Scores J&F, J and F; their `per_class` are the objects, `classes` their names
     "Carry the first masks of DAVIS through its videos and score them; holds one video at a time"
+    _check_settings(radius, k, temp, n_last)
     listed = isinstance(root, (list,tuple))
     videos = list(root) if listed else davis_sequences(root, split, year, resolution, names)
     if not videos: raise InputError('there is no video to score')

@@ -115,5 +115,5 @@ def compiled(f, dynamic:bool=False):
 def unwrapped(model):
     "The model inside DistributedDataParallel, DataParallel and torch.compile"
     for wrapper in ('module', '_orig_mod'):
-        if hasattr(model, wrapper): return unwrapped(getattr(model, wrapper))
+        if getattr(model, wrapper, None) is not None: return unwrapped(getattr(model, wrapper))
     return model

@@ -41,7 +41,7 @@ def kind_of_name(text:str)->str:
 _AFTER_WORDS = frozenset('ids id color colour colored coloured map maps train raw ground rgb'.split())
 
 def split_kind(stem:str)->tuple:
-    "The kind that the first or the last words of a file's name say, and the rest of the name; without the suffix"
+    "The kind that the first or the last words of a file's name (without suffix) say, and the rest of the name"
     parts = re.split(r'[_\-. ]+', stem)
     kinds = [kind_of_name(o) for o in parts]
     i = next((i for i,k in enumerate(kinds) if k), None)

@@ -38,8 +38,8 @@ class _MeanOverRanks(torch.autograd.Function):
 
 # %% ../../nbs/02_ground.ranks.ipynb #cb787f60
 def mean_over_ranks(x:Tensor, exchange_gradient:bool=False)->Tensor:
-    """Mean over all processes, `x` itself if there is only one; gradients of parameters must be averaged, as DDP does
-    `exchange_gradient` if what is computed from the mean differs between processes"""
+    """Mean over all processes, `x` itself if there is only one; gradients of parameters must be averaged, as DDP does.
+    Set `exchange_gradient` if what is computed from the mean differs between processes"""
     return _MeanOverRanks.apply(x, exchange_gradient) if n_ranks()>1 else x
 
 # %% ../../nbs/02_ground.ranks.ipynb #32b93cc9

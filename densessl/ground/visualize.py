@@ -142,7 +142,9 @@ def show_matches(image1:Tensor, image2:Tensor, matches:Tensor, grid1, grid2, que
         raise InputError(f'matches must be ({n1},{n2}) for maps of {grid1[0]} x {grid1[1]} and '
                          f'{grid2[0]} x {grid2[1]} cells, got {tuple(matches.shape)}')
     matches = matches.detach().cpu().bool()
-    drawn = matches if queries is None else matches & torch.isin(torch.arange(n1), torch.as_tensor(queries))[:,None]
+    asked = torch.full((n1,1), queries is None)
+    if queries is not None: asked[queries] = True
+    drawn = matches & asked
     x1, x2 = _pixels(image1), _pixels(image2)
     a1, a2 = (x.shape[1]/x.shape[0] for x in (x1, x2))
     left = a1 + .15
@@ -191,7 +193,7 @@ def show_soft_masks(image:Tensor, weights:Tensor, grid, query_xy=None, titles=No
     fig, axes = _grid(len(weights), cols, size, dpi, axes)
     for i,(ax,a) in enumerate(zip(axes, weights.detach().float().cpu())):
         overlay_mask(image, a.view(h,w), name, alpha=.85, axes=ax)
-        if query_xy is not None: mark_patch(ax, image, query_xy[i])
+        if query_xy is not None: mark_patch(ax, image, torch.as_tensor(query_xy[i]).tolist())
         if titles is not None: ax.set_title(titles[i], fontsize=8)
     return fig
 

@@ -85,7 +85,7 @@ def multicrop_recipe(config:MultiCropConfig)->Recipe:
 scene_colors = Augment(brightness=0.5, contrast=0.4, saturation=0.4, hue=0.05, gray_p=0.1, solarize_p=0.)
 
 # %% ../../nbs/45_methods.method.ipynb #9d3b57ce
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PrototypeConfig:
     "Settings of a head with prototypes and of its training with AdamW (DINO)"
     n_prototypes:int=None         # K; None lets the method choose

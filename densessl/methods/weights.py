@@ -233,7 +233,7 @@ def _keep_fixed(encoder):
 def _fill(encoder, state, source, whole=False):
     "Copy weights into an encoder; says in words what was read. `whole`: nothing may be left out"
     want, misfits = encoder.net.state_dict(), []
-    for named in (state, _renamed(state), _by_timm(state, encoder)):
+    for named in (state,) if whole else (state, _renamed(state), _by_timm(state, encoder)):
         places = _places(named, want)
         for place in places:
             held = _under(named, place)

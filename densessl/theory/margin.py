@@ -117,7 +117,7 @@ class CloveParts(NamedTuple):
 def clove_objective(
     groups:list,           # (context, local, matches) for each size of student view, as `margin_ranking_loss` takes
                            # them: (P, B, N, D), (P, B, M, D), bool (P, B, N, M)
-    lam:float=2., margin:float=1.5, k:int=10, reduction:str='pair', as_vector:bool=None, # As there
+    lam:float=2., margin:float=1.5, k:int=10, reduction:str='pair', as_vector:bool=None, # As in `margin_ranking_loss`
 )->tuple:                  # Scalar to descend, and what to watch (`CloveParts`, detached)
     "Mean of the margin ranking loss over all pairs of views and all images (CLoVE, multi-crop)"
     groups = [g for g in groups if g[2].numel()]

@@ -112,7 +112,7 @@ class LearnerWithoutLabels(Learner):
 # %% ../../nbs/62_training.dense_learner.ipynb #435ff72c
 class DenseLearner(LearnerWithoutLabels):
     "fastai's `Learner` for pretraining: precision, weight decay, freezing and a summary for two networks"
-    frozen = ()     # parameters that `freeze` has frozen
+    resting = ()     # parameters that `freeze` has frozen
     def fit(self, n_epoch, lr=None, wd=None, cbs=None, reset_opt=False, start_epoch=0):
         "fastai's; a `wd` is held for the whole fit, in place of its schedule"
         if not isinstance(n_epoch, (int, np.integer)) or n_epoch<0:
@@ -141,9 +141,9 @@ class DenseLearner(LearnerWithoutLabels):
 
     def create_opt(self):
         "fastai's, with the frozen parameters, which may be trained later"
-        for p in self.frozen: p.requires_grad_(True)
+        for p in self.resting: p.requires_grad_(True)
         super().create_opt()
-        for p in self.frozen: p.requires_grad_(False)
+        for p in self.resting: p.requires_grad_(False)
 
     def freeze_to(self, n):
         "-1 (`freeze`): the student's heads alone train; 0 (`unfreeze`): its encoder too"
@@ -156,7 +156,7 @@ class DenseLearner(LearnerWithoutLabels):
         for p in encoder:
             p.requires_grad_(n==0)
             p.grad = None
-        self.frozen = [] if n==0 else encoder
+        self.resting = [] if n==0 else encoder
         self.opt.clear_state()
 
     def to_bf16(self):

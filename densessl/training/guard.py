@@ -102,6 +102,7 @@ class FailureReport:
 class StopIfNotFinite(Callback):
     "Stop before a loss or a gradient that is NaN or infinite reaches the weights, or skip such a step"
     order,run_valid = MixedPrecision.order+.5,False   # after gradients are unscaled, before they are clipped
+    device_type, one_look = 'cpu', False              # `before_fit` knows better
     def __init__(self, skip:int=0):  # Bad steps in a row that are skipped; one more stops. 0 stops at the first
         if not isinstance(skip, int) or skip<0:
             raise InputError(f'skip must be a whole number of steps, 0 or more, got {skip}')

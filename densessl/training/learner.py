@@ -74,7 +74,7 @@ class Schedules(Callback):
 
     def load_state_dict(self, state):
         "Continue the history; the weight decay must be the one the run was begun with"
-        if state['wd']!=self.fixed_wd:
+        if state.get('wd')!=self.fixed_wd:
             raise InputError(f'the run was begun with wd={state["wd"]}, now wd={self.fixed_wd} (None: '
                              'the schedule): give `fit` the same wd to resume')
         self.history = unpack_rows(state['history'])

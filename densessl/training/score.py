@@ -239,7 +239,7 @@ def state_dict(self:DenseScore):
 def load_state_dict(self:DenseScore, state):
     "Continue from `state_dict`, inside a fit"
     pairs = {k: tuple(state[k]) for k in ('base', 'done')}
-    losses = {k: list(state[k]) for k in ('first_losses', 'epoch_losses')}
+    losses = {k: list(state.get(k, [])) for k in ('first_losses', 'epoch_losses')}
     vars(self).update(state | pairs | losses | dict(scores=[Score(**s) for s in state['scores']]))
 
 # %% ../../nbs/77_training.score.ipynb #c5e04e66

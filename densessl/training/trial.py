@@ -51,7 +51,7 @@ def _whole_step(model, loss_func, opt, canvas, hw, learn, bf16):
     return memory
 
 def try_step(learn, bf16:bool=False, pace:float=1.)->tuple:
-    "Seconds of a step, of whose `pace` a run keeps a share as `KEPT`, and memory in use, in words; tried on a copy"
+    "Seconds of a step of a run, which keeps the share `pace` of the trial's pace, and memory in use, in words"
     dl, device = learn.dls.train, learn.dls.device
     with same_random_state():
         model, loss_func = (deepcopy(o).to(device).train() for o in (learn.model, learn.loss_func))
