@@ -13,6 +13,7 @@ from PIL import Image
 from densessl.training.resume import SaveRun
 from densessl.evaluation.network import prototype_head
 from densessl.evaluation.report import ScoringData, score_network
+import fastai.distributed
 from densessl.training.score import DenseScore
 from densessl.methods.clove import clove_presets
 from densessl.ground.core import InputError
