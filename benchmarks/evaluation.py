@@ -13,11 +13,11 @@ import torch, torch.nn.functional as F
 
 from common import machine, peak, rss
 from densessl.methods.encoders import dense_encoder
-from densessl.evaluation.features import patch_bank
+from densessl.evaluation.features import MAX_PATCHES, patch_bank
 from densessl.evaluation.probes import class_map_ious, neighbor_labels, neighbor_probe
 from densessl.data.labelled import labelled_data
 from densessl.evaluation.davis import davis_sequences, video_scores
-from densessl.evaluation.video import propagate_labels, propagate_video
+from densessl.evaluation.video import propagate_video
 
 QUERIES, DIM, CLASSES, GRID = 2048, 384, 150, 196
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -59,7 +59,7 @@ def score(folder, arch, size, splits, memory):
     train, test = labelled_data(folder, size, splits)
     read = now()
     encoder = timed_encoder(arch)
-    bank = patch_bank(encoder, train, memory, progress=False)
+    bank = patch_bank(encoder, train, memory or MAX_PATCHES, progress=False)
     filled, inside = now(), encoder.feature_map.seconds
     names = Clock(neighbor_probe(memory=memory).fit(bank))
     (value, *_), = class_map_ious(encoder, test, dict(nn=names), progress=False)[0].values()

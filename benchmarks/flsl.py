@@ -10,7 +10,7 @@ import argparse, statistics, time
 import torch, torch.nn.functional as F
 
 from common import machine, median_times, peak, rss
-from densessl.theory.pooling import query_index, query_mask
+from densessl.theory.pooling import query_mask
 from densessl.data.augment import make_views
 from densessl.methods.encoders import dense_encoder
 from densessl.methods.flsl import FLSL, FLSLConfig, FLSLLoss, flsl_recipe

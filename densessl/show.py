@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from .ground.commands import densessl_show
 from .ground.core import InputError
+from .data.folders import find_images
+from .data.photographs import load_canvas
 from .methods.export import backbone_labels, open_backbone
 from .evaluation.figures import patch_index, show_aggregated_similarity, show_pca, show_probing, show_segments
 from .evaluation.neighbors import show_correspondence, show_retrieval, tsne_layers
@@ -26,7 +27,7 @@ CAPTIONS = dict(   # kind of picture -> what it shows
             'it spreads.',
     segments='The soft mask of the marked patch, and the patches that share a mode of the density, in one color each.',
     tsne='t-SNE of the patches of the first three photographs, colored by the segments of the last layer. The numbers '
-         'say how often the most similar patch is of the same segment, and how often one drawn blindly would be.',
+         'say how often the most similar patch is of the same segment, and how often a random one would be.',
     pca='The three directions in which the features vary most, over all photographs, as red, green and blue.',
     correspondence='Patches of one view and the most similar patch of another: blue where it shows the same place, red '
                    'where not. The numbers count the patches that both views show.',
@@ -34,43 +35,34 @@ CAPTIONS = dict(   # kind of picture -> what it shows
               'similarity.')
 
 # %% ../nbs/83_show.ipynb #d5f09b34
+_MOST = 12                                             # photographs of a folder
+_OF_EACH = ('probing', 'segments', 'correspondence')   # kinds that draw each photograph by itself
+
 def _photo_names(paths):
     "Photographs by the shortest ends of their paths that are all different"
-    stems = [p.stem for p in paths]
-    if len(set(stems))==len(stems): return stems
-    return next((n for k in (1, 2, 3) if len(set(n := ['/'.join(p.parts[-k:]) for p in paths]))==len(n)),
-                [str(p) for p in paths])
-
-_MOST = 12                                                       # photographs of a folder
-
-def _some_of(folder, notes):
-    "Photographs of a folder, evenly spread if there are many"
-    from densessl.data.folders import find_images
-    files = find_images(folder)
-    if len(files)<=_MOST: return files
-    notes.append(f'{_MOST} of the {len(files)} photographs in {str(folder)!r} are shown, evenly spread: name files to '
-                 f'choose others')
-    return [files[i*len(files)//_MOST] for i in range(_MOST)]
+    ends = [['/'.join(p.parts[-k:]) for p in paths] for k in (1, 2, 3)]
+    return next(n for n in ([p.stem for p in paths], *ends, [*map(str, paths)]) if len(set(n))==len(n))
 
 def _read_photos(paths, size):
     "Photographs as squares, their names, and notes: how many of a folder, and which cannot be read"
-    from densessl.data.photographs import load_canvas
     paths = [Path(p).expanduser() for p in paths]
     if missing := [str(p) for p in paths if not p.exists()]:
         raise InputError(f'an image cannot be read: there is no file {missing[0]!r}')
-    notes = []
-    files = list(dict.fromkeys(q for p in paths for q in (_some_of(p, notes) if p.is_dir() else [p])))
+    notes, files, photos = [], [], {}
+    for p in paths:
+        found = find_images(p) if p.is_dir() else [p]
+        n = min(len(found), _MOST)
+        files += [found[i*len(found)//n] for i in range(n)]
+        if len(found)>n:
+            notes.append(f'{n} of the {len(found)} photographs in {str(p)!r} are shown, evenly spread: name files to '
+                         f'choose others')
     if not files: raise InputError('no image was given: name image files or folders of them')
-    photos, kept = [], []
-    for p in files:
-        try: photos.append(load_canvas(p, size)[0])
+    for p in dict.fromkeys(files):
+        try: photos[p] = load_canvas(p, size)[0]
         except Exception as e:
             notes.append(f'left out, an image cannot be read: {p} ({str(e).replace(str(p), p.name)})')
-        else: kept.append(p)
     if not photos: raise InputError('; '.join(notes))
-    return torch.stack(photos), _photo_names(kept), notes
-
-_OF_EACH = ('probing', 'segments', 'correspondence')              # kinds that draw each photograph by itself
+    return torch.stack([*photos.values()]), _photo_names(list(photos)), notes
 
 def _draw(kind, encoders, photos, names, xy, layer, norm):
     "Pictures of one kind: name of the photograph, or none, and figure"
@@ -85,20 +77,17 @@ def _draw(kind, encoders, photos, names, xy, layer, norm):
 
 def _page(figures, notes, title):
     "One HTML page with the pictures in it"
-    rows, last = [], None
-    for kind,name,fig in figures:
-        png = io.BytesIO()
-        fig.savefig(png, format='png', dpi=120)
-        if kind!=last: rows.append(f'<h2>{kind}</h2>\n<p>{CAPTIONS[kind]}</p>')
-        data = base64.b64encode(png.getvalue()).decode()
-        rows.append(f'<figure><img alt="{kind} {escape(name)}" src="data:image/png;base64,{data}">'
-                    f'<figcaption>{escape(name)}</figcaption></figure>')
-        last = kind
-    rows += [f'<p>{escape(n)}</p>' for n in notes]
-    head = ['<!doctype html>', '<meta charset="utf-8">', f'<title>{escape(title)}</title>',
+    rows = ['<!doctype html>', '<meta charset="utf-8">', f'<title>{escape(title)}</title>',
             '<style>body {font-family: sans-serif; margin: 2em} img {max-width: 100%}</style>',
             f'<h1>{escape(title)}</h1>']
-    return '\n'.join([*head, *rows]) + '\n'
+    for kind,name,fig in figures:
+        fig.savefig(png := io.BytesIO(), format='png', dpi=120)
+        data = base64.b64encode(png.getvalue()).decode()
+        heading = f'<h2>{kind}</h2>\n<p>{CAPTIONS[kind]}</p>'
+        if heading not in rows: rows.append(heading)
+        rows.append(f'<figure><img alt="{kind} {escape(name)}" src="data:image/png;base64,{data}">'
+                    f'<figcaption>{escape(name)}</figcaption></figure>')
+    return '\n'.join([*rows, *(f'<p>{escape(n)}</p>' for n in notes), ''])
 
 # %% ../nbs/83_show.ipynb #3e7a61d0
 def show_backbone(backbone, images, other=None, picture=None, patch='0.5,0.5', layer=-1, size=None, out='show.html',
@@ -115,22 +104,21 @@ def show_backbone(backbone, images, other=None, picture=None, patch='0.5,0.5', l
     except (ValueError, AttributeError):
         raise InputError(f'--patch must be two numbers x,y in [0,1], as 0.5,0.5, got {patch!r}') from None
     patch_index((x,y), (1,1))
-    wanted = [picture or 'similarity'] if kind=='.png' else [picture] if picture else kinds
-    first, first_norm = open_backbone(backbone, size)
-    side = size or (first.img_size if isinstance(first.img_size, int) else first.img_size[0])
-    both = [str(backbone), str(other)] if other else [str(backbone)]
-    if len(set(both))<len(both):
+    if str(other)==str(backbone):
         raise InputError(f'--other is the backbone itself, {other!r}: name another one, or leave it out')
-    opened = [(first, first_norm), *(open_backbone(n, side) for n in both[1:])]
-    labels = backbone_labels(both)
+    opened = [open_backbone(backbone, size)]
+    side = size or (own if isinstance(own := opened[0][0].img_size, int) else own[0])
+    if other: opened.append(open_backbone(other, side))
+    labels = backbone_labels([str(n) for n in (backbone, other) if n])
     encoders = {l: e for l,(e,_) in zip(labels, opened)}
-    norm = {k: {l: n[k] for l,(_,n) in zip(labels, opened) if k in n} for k in ('mean', 'std')}
+    norm = {k: {l: n[k] for l,(_,n) in zip(labels, opened)} for k in ('mean', 'std')}
     for e in encoders.values(): e.check_size(side, side, '--size')
     photos, names, notes = _read_photos(images, side)
     if kind=='.png' and picture in _OF_EACH and len(photos)>1:
-        message = f'{len(photos)} pictures of {picture} do not fit one PNG file: give one image, or --out show.html'
-        raise InputError(message)
-    figures = []
+        raise InputError(f'{len(photos)} pictures of {picture} do not fit one PNG file: give one image, or --out '
+                         f'show.html')
+    wanted, figures = [picture] if picture else kinds, []
+    if kind=='.png': wanted = wanted[:1]
     for what in wanted:
         try: figures += [(what, *o) for o in _draw(what, encoders, photos, names, (x,y), layer, norm)]
         except InputError as e:

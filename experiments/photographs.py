@@ -18,7 +18,6 @@ from densessl.data.images import image_dls
 from densessl.data.labelled import segmentation_folder
 from densessl.evaluation.gauges import correspondence_score
 from densessl.evaluation.probes import dense_scores
-from densessl.evaluation.scores import scores_table
 from densessl.training.learner import learner as learner_of, methods
 from densessl.training.pictures import dense_picture, similarity_picture
 from densessl.methods.export import export_backbone

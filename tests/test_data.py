@@ -265,7 +265,7 @@ def test_photographs_with_such_names_are_kept(tmp_path, layout, word):
 def test_a_folder_of_masks_alone_is_kept_and_said(tmp_path):
     for i in range(4): index_map(tmp_path/f'masks/{i}.png')
     names, said = listed(tmp_path)
-    assert len(names) == 4 and 'such as \'masks/0.png\': take them away if they are no photographs' in said
+    assert len(names) == 4 and 'such as \'masks/0.png\': remove those that are not photographs' in said
 
 
 def test_hidden_folders_are_left_out_and_counted(tmp_path):
@@ -316,7 +316,7 @@ def test_home_is_expanded(tmp_path, monkeypatch):
 @pytest.mark.parametrize('workers', [-1, 1.5, 'two'])
 def test_workers_are_checked(tmp_path, workers):
     for i in range(2): photo(tmp_path/f'{i}.jpg')
-    with pytest.raises(InputError, match=f'the number of workers must be a whole number, 0 for none, got {workers}'): image_dls(tmp_path, RECIPE, bs=2, num_workers=workers)
+    with pytest.raises(InputError, match=f'the number of workers must be a whole number, at least 0, got {workers!r}'): image_dls(tmp_path, RECIPE, bs=2, num_workers=workers)
 
 
 # ---- depth, size, damage
@@ -545,7 +545,7 @@ def test_tiff_where_0_is_white(tmp_path, dtype):
 
 @pytest.mark.parametrize('a,kw,says', [
     (COLORS.astype(np.uint16)*257, dict(photometric=2, planar=2), '16 bits in separate planes, which Pillow misreads'),
-    (np.repeat(BAND, 13, -1), dict(photometric=1, extra=[0]*12), 'a TIFF that Pillow cannot read, as of many bands'),
+    (np.repeat(BAND, 13, -1), dict(photometric=1, extra=[0]*12), 'a TIFF that Pillow cannot read, such as many bands'),
     (COLORS.astype(np.float32)/255, dict(photometric=2), 'a TIFF that Pillow cannot read')], ids=['planes', 'bands', 'floats'])
 def test_tiff_that_is_refused(tmp_path, a, kw, says):
     import logging

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from densessl.data.augment import make_views
 from densessl.training.resume import SaveRun
 from densessl.ground.ranks import from_first_rank
+from densessl.training.score import DenseScore
 from densessl.training.guard import StopIfNotFinite
 from densessl.methods.clove import CLoVE, CLoVELoss, clove_presets, clove_recipe
 from densessl.ground.core import InputError
@@ -198,6 +199,15 @@ class NanGradient(NanLoss):
     def after_loss(self): pass
     def before_step(self):
         if self.train_iter==self.at and dist.get_rank()==self.rank: next(p for p in self.learn.model.module.student.parameters() if p.grad is not None).grad[0] = float('nan')
+
+def scored_cnn(rank, world):
+    learn = make_learner('clove', 4, fixed=False, cbs=[DenseScore(verbose=False, starts=2)])
+    with learn.distrib_ctx(cpu=True): fit(learn, 1)
+    return [h['epoch'] for h in learn.dense_score.history]
+
+def test_one_process_scores_a_cnn(tmp_path):
+    "Batch norm over all processes exchanges nothing while one of them gathers the statistics of the start"
+    assert run(scored_cnn, 2, tmp_path/'scores', limit=120)==[[0,1], []]
 
 def whole_runs(rank, world):
     res, bs = {}, TOTAL//world

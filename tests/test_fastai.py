@@ -507,3 +507,10 @@ def test_attributes_of_the_model_and_bars():
     assert learn.student is learn.model.student
     with learn.no_bar(), learn.no_logging(), learn.no_mbar(): learn.fit(1)
     assert len(learn.path.ls())>=0
+
+def test_no_callback_shadows_the_learner(monkeypatch):
+    "fastai warns of an attribute that both have; presets for photographs freeze the last layer at first"
+    monkeypatch.setitem(TINY, 'flsl', replace(TINY['flsl'], freeze_epochs=1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='You are shadowing')
+        learner().fit(1)

@@ -6,7 +6,7 @@ from torch.autograd import grad
 from torch.testing import assert_close
 
 from golden_numbers import golden, GOLDEN
-from densessl.theory.margin import clove_objective, margin_ranking_loss, view_pairs
+from densessl.theory.margin import clove_objective, margin_ranking_loss
 from densessl.theory.matching import match_cells
 
 load = partial(golden, 'clove')
@@ -40,9 +40,9 @@ def objective(gl, lo, key, boxes, cfg, how):
     "The groups of the multi-crop objective from stacked maps (views*B, C, H, W), and its total and terms"
     B = cfg['B']
     G, L, K = (tokens(x).unflatten(0, (-1,B)) for x in (gl, lo, key))
-    p = view_pairs(len(G), len(L))
+    j, i = torch.tensor([(j,i) for j in range(len(G)) for i in range(len(G)) if i!=j]).T
+    b, a = torch.cartesian_prod(torch.arange(len(G)), torch.arange(len(L))).T
     gb, lb = boxes[:len(G)], boxes[len(G):]
-    (i,j), (a,b) = p.glob.T, p.local.T
     def match(x, n, y): return match_cells(x, (n,n), y, (7,7), threshold=cfg['pos_ratio'])
     glob = (G[i], K[j], match(gb[i], 7, gb[j]))
     if how=='indexed': local = (L[a], K[b], match(lb[a], 3, gb[b]))

@@ -198,9 +198,9 @@ def test_processes_by_shared_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(data.defaults, 'cpus', 16)
     class Place: f_blocks, f_frsize = 16384, 4096
     monkeypatch.setattr(data.os, 'statvfs', lambda path: Place)
-    with pytest.warns(UserWarning, match='^2 in place of 15 processes decode: /dev/shm holds 0.07 GB, and each needs 0.03'):
+    with pytest.warns(UserWarning, match='^2 instead of 15 processes decode: /dev/shm holds 0.07 GB, and each needs 0.03'):
         assert n_workers(torch.device('cuda'), 3*64*256**2)==2
-    with pytest.warns(UserWarning, match='^0 in place of 15'): assert n_workers(torch.device('cuda'), 3*512*256**2)==0
+    with pytest.warns(UserWarning, match='^0 instead of 15'): assert n_workers(torch.device('cuda'), 3*512*256**2)==0
 
 
 # ---- on a GPU

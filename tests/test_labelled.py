@@ -7,9 +7,10 @@ from PIL import Image
 
 from densessl.ground.core import InputError
 from densessl.data.labelled import *
-from densessl.data.coco import BACKGROUND, read_panoptic
+from densessl.data.coco import BACKGROUND, decode_counts, decode_runs, fill_polygon, read_panoptic
 from densessl.data.photographs import read_photo
-from densessl.data.masks import color_label
+from densessl.data.masks import color_label, read_mask
+from densessl.data.public_sets import CITYSCAPES_CLASSES
 
 RNG = np.random.default_rng(0)
 IMAGES, MASKS = RNG.integers(0, 256, (12,9,14,3), dtype=np.uint8), RNG.integers(0, 4, (12,9,14), dtype=np.uint8)
@@ -555,7 +556,7 @@ def test_lists_that_overlap_or_name_other_files(tmp_path, capsys):
     (tmp_path/'train.txt').write_text('x\ny\n')
     assert [len(o) for o in quiet(tmp_path, size=(9,14))]==[6,2] and 'train.txt name other files or folders and are not used' in capsys.readouterr().out
     for o in ('train.txt', 'val.txt'): (tmp_path/o).write_text('00\n01\n')
-    with pytest.raises(InputError, match='2 photographs stand in more than one of the lists train.txt, val.txt, as 00'): labelled_data(tmp_path)
+    with pytest.raises(InputError, match='2 photographs are in several of the lists train.txt, val.txt, such as 00'): labelled_data(tmp_path)
 
 @pytest.mark.parametrize('data', [b'', b'<html>404', 'cut'])
 def test_damaged_masks_and_palette_files(tmp_path, data):
@@ -704,8 +705,8 @@ REFUSED = {
     'arrays by name':      (arrays('.npz', '{n}.png', '{n}_mask'), 'holds masks in .npz files'),
     'MATLAB':              (arrays('.mat', 'img/{n}.png', 'cls/{n}'), 'holds masks in .mat files'),
     'volumes':             (arrays('.nii.gz', mask='labelsTr/{n}', photos=False), 'holds masks in .nii.gz files'),
-    'a mask an object':    (each_object, 'holds several masks for one photograph, as if each showed one object: join them'),
-    'a mask a class':      (lambda r: [pairs(r, 'images/{n}.png', f'masks/{c}/{{n}}.png', lambda m: m//2*255) for c in ('cat', 'dog')], 'if each shows one class or one object, join them'),
+    'a mask an object':    (each_object, 'holds several masks for one photograph, as if each showed one object: merge them'),
+    'a mask a class':      (lambda r: [pairs(r, 'images/{n}.png', f'masks/{c}/{{n}}.png', lambda m: m//2*255) for c in ('cat', 'dog')], 'if each shows one class or one object, merge them'),
     'numbers of objects':  (lambda r: [(write(r/f'images/{n}.png', IMAGES[i]), write(r/f'masks/{n}.png', objects(i))) for i,n in enumerate(NAMES)], 'each mask holds all numbers from 1 to its own last one, 9 to 20'),
     'two ways':            (lambda r: [(write(r/f'images/{n}.png', IMAGES[i]), write(r/f'masks/{n}.png', (MASKS[i]//2*(255 if i%2 else 1)).astype(np.uint8))) for i,n in enumerate(NAMES)], 'some masks hold 0 and 1, others 0 and 255'),
     'transparency':        (lambda r: pairs(r, 'images/{n}.png', 'masks/{n}.png', lambda m: np.dstack([np.zeros((9,14,3), np.uint8), m//2*255])), "getchannel('A')"),

@@ -429,7 +429,7 @@ def test_foreign_safetensors_with_an_architecture_that_shapes_do_not_tell(tmp_pa
     m = timm.create_model('vit_tiny_patch16_224', img_size=64, embed_dim=48, depth=2, num_heads=3)
     save_file(m.state_dict(), tmp_path/'m.safetensors')
     with pytest.raises(InputError, match='cannot be told from its tensors.*m.safetensors@vit'): open_backbone(tmp_path/'m.safetensors')
-    with pytest.raises(InputError, match='are not those of vit_tiny_patch16_224.*instead of'): open_backbone(f'{tmp_path}/m.safetensors@vit_tiny_patch16_224')
+    with pytest.raises(InputError, match='do not fit vit_tiny_patch16_224.*instead of'): open_backbone(f'{tmp_path}/m.safetensors@vit_tiny_patch16_224')
     e, _ = open_backbone(tmp_path/'m.safetensors', arch='vit_tiny_patch16_224', embed_dim=48, depth=2, num_heads=3)
     assert e.img_size==64 and torch.equal(e.net.blocks[1].attn.qkv.weight, m.blocks[1].attn.qkv.weight)
     n = timm.create_model('convnext_atto', num_classes=7)
@@ -483,7 +483,7 @@ def test_names_that_mean_two_things(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('densessl.methods.weights.dense_encoder', lambda name, **kw: asked.append(name) or dense_encoder('test_resnet'))
     monkeypatch.setattr('torch.nn.Module.pretrained_cfg', dict(mean=(0,0,0), std=(1,1,1)), raising=False)
     open_backbone('resnet50')
-    assert asked==['resnet50'] and "also a folder of that name: write ./resnet50" in capsys.readouterr().out
+    assert asked==['resnet50'] and "for the file or folder of that name write ./resnet50" in capsys.readouterr().out
     open_backbone('run'), open_backbone('~/run/backbone.safetensors'), open_backbone('~/run')
     assert 'its backbone.safetensors is read' in capsys.readouterr().out
     for name,says in (('./resnet50', 'is a folder, not a backbone'), ('facebook/dino-vits16', 'or hf-hub:facebook/dino-vits16'), ('~/none.pth', 'there is no file')):

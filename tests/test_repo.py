@@ -97,6 +97,12 @@ def test_packages_hold_every_module():
     have = {p.parent.relative_to(ROOT).as_posix().replace('/', '.') for p in PKG.rglob('*.py')}
     assert set(find_packages(str(ROOT), include=['densessl', 'densessl.*'])) == have
 
+@pytest.mark.parametrize('p', sorted([*(ROOT/'benchmarks').glob('*.py'), *(ROOT/'experiments').glob('*.py')]), ids=rel)
+def test_scripts_import_what_there_is(p):
+    found = [n for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.ImportFrom) and n.module.split('.')[0] == 'densessl']
+    lost = [f'{n.module}.{a.name}' for n in found for a in n.names if not hasattr(importlib.import_module(n.module), a.name)]
+    assert not lost
+
 def test_every_module_has_a_page():
     stray = [rel(p) for p in PKG.rglob('*.py') if p.name not in ('__init__.py', '_modidx.py')
              and '.'.join(p.relative_to(PKG).with_suffix('').parts) not in modules()]
@@ -124,6 +130,12 @@ def test_no_private_name_crosses_a_module(mod):
 def test_one_public_definition_a_cell(p):
     assert not [(i, d) for i, d in exported_cells(p) if len(public(d)) > 1]
 
+@pytest.mark.parametrize('p', [p for p in notebooks() if exports(p)], ids=rel)
+def test_public_names_are_shown(p):
+    "Each is used or named in a cell that a reader sees, beside the one that defines it"
+    seen = '\n'.join(c.source for c in read(p).cells if not re.match(r'#\|\s*(export|hide)', c.source))
+    assert not [n for _, d in exported_cells(p) for n in public(d) if not re.search(rf'\b{n}\b', seen)]
+
 @pytest.mark.parametrize('mod', modules())
 def test_rooms_are_small(mod):
     "At most 300 lines of code, or the page says why"
@@ -144,7 +156,8 @@ def test_notebook_has_title_and_summary(p):
     assert first[0].startswith('# '), f'the first text cell must open with "# Title", not {first[0]!r}'
     assert any(re.match(r'> \S', l) for l in first), 'the title cell lacks its "> one line" summary'
 
-PICTURE_PAGES = ('25_theory.matching',)     # they live by their pictures
+PICTURE_PAGES = ('05_ground.synthetic', '06_ground.visualize', '25_theory.matching', '56_evaluation.figures',
+                 '82_evaluation.neighbors')     # they live by their pictures
 
 @pytest.mark.parametrize('p', notebooks(), ids=rel)
 def test_notebook_is_small(p):

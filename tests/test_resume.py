@@ -235,7 +235,7 @@ def test_kill_9_inside_a_write(where, photos, tmp_path):
                 return real(*a, **k)
             return f
         if where=='write': runfile._Hashed.write = die(runfile._Hashed.write, [900])
-        elif where=='unlink': runfile.Path.unlink = die(runfile.Path.unlink, [3])
+        elif where=='unlink': runfile.Path.unlink = die(runfile.Path.unlink, [4])     # one after each write, and that of the old one
         else: setattr(os, where, die(getattr(os, where), [9]))
         train(*args)
     p = in_child(dying, 'flsl', photos, tmp_path/'run', 0)

@@ -11,7 +11,8 @@ from fastai.callback.core import Callback, CancelBatchException, CancelFitExcept
 from PIL import Image
 
 from densessl.training.resume import SaveRun
-from densessl.evaluation.network import network_scores, prototype_head
+from densessl.evaluation.network import prototype_head
+from densessl.evaluation.report import ScoringData, score_network
 from densessl.training.score import DenseScore
 from densessl.methods.clove import clove_presets
 from densessl.ground.core import InputError
@@ -127,7 +128,8 @@ def test_killed_run_keeps_its_curve(tmp_path):
     assert [l.split(':')[0].split(' of ')[0] for l in lines]==['before training', 'epoch 1', 'epoch 2'] and all('nearest neighbor' in l for l in lines)
     value = {s.model: s.value for s in scores if s.probe=='nearest neighbor'}
     best = max(('epoch 1', 'epoch 2'), key=value.get)
-    got = network_scores(load_backbone(tmp_path/'run/best.safetensors'), x, torch.full((12,2), 32), 32, LABELLED)[-1]
+    data = ScoringData(LABELLED, (x, torch.full((12,2), 32), 32))
+    got, = score_network(load_backbone(tmp_path/'run/best.safetensors'), data, 'nearest neighbor')
     assert got.probe=='nearest neighbor' and got.value==value[best]
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -136,7 +138,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(scores, path):
         path.write_text('[{"mod')
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr('densessl.training.score.write_scores', full)
+    monkeypatch.setattr('densessl.training.curve.write_scores', full)
     with pytest.warns(UserWarning, match='could not be written'): cb._score()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()}==before
 

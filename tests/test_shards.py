@@ -21,6 +21,7 @@ from densessl.data.photographs import load_canvas
 from densessl.data.shards import is_shards, shard_dls, shard_list, write_shards
 from densessl.data.tar_files import tar_photographs
 from densessl.data.views import CropSpec, Recipe
+from densessl.ground.commands import densessl_shard
 from densessl.ground.core import InputError
 from densessl.ground.synthetic import draw_scenes
 
@@ -159,6 +160,7 @@ def test_kept_canvases_give_the_same(tars):
 
 def test_learner_trains_on_shards(tars, tmp_path):
     "The same learner, views to look at, plain `fit`"
+    import densessl.training.pictures       # gives a learner `show_views`
     from densessl.methods.flsl import FLSLConfig, flsl_recipe
     from densessl.training.learner import flsl_learner
     c = FLSLConfig(img_size=32, n_prototypes=16)
@@ -317,7 +319,7 @@ def test_shards_that_break_while_training(own, want, workers):
 def loaders_of_spoiled(dls):
     "The same loaders with a smaller allowance"
     dls.bad_files.clear(); dls.bad_files.reasons.clear()
-    dls.bad_files.lost, dls.bad_files.seen, dls.bad_files.max_bad = 0, 0, .1
+    dls.bad_files.seen, dls.bad_files.max_bad = 0, .1
     return dls
 
 
@@ -386,7 +388,7 @@ def test_nothing_is_overwritten_and_nothing_half_done(photos, tmp_path, monkeypa
     (tmp_path/'none').mkdir(); (tmp_path/'none'/'a.jpg').write_text('x')
     with pytest.raises(InputError, match='none of the 1 images .* can be read, the first is .*a.jpg. .not an image'): write_shards(tmp_path/'none', tmp_path/'out0', workers=0)
     assert not (tmp_path/'out0').exists()
-    for match, kw in (('size must be a whole number from 1, got 0', dict(size=0)), ('quality must be a whole number from 1 to 95, got 99', dict(quality=99)), ('per_shard', dict(per_shard=0)), ('the number of workers must be a whole number, 0 for none, got -1', dict(workers=-1))):
+    for match, kw in (('size must be a whole number, at least 1, got 0', dict(size=0)), ('quality must be a whole number, at least 1 and at most 95, got 99', dict(quality=99)), ('per_shard', dict(per_shard=0)), ('the number of workers must be a whole number, at least 0, got -1', dict(workers=-1))):
         with pytest.raises(InputError, match=match): write_shards(photos, tmp_path/'out0', **(dict(workers=0) | kw))
     calls, real = [], os.fsync
     for error, raised, match in ((OSError(28, 'No space left on device'), InputError, 'cannot write to .*out.*: no space left on device'), (KeyboardInterrupt(), KeyboardInterrupt, None)):
@@ -402,7 +404,7 @@ def test_nothing_is_overwritten_and_nothing_half_done(photos, tmp_path, monkeypa
         assert is_shards(out)
 
 
-SCRIPT = 'import sys\nfrom densessl.data.shards import densessl_shard\nsys.exit(densessl_shard())\n'
+SCRIPT = 'import sys\nfrom densessl.ground.commands import densessl_shard\nsys.exit(densessl_shard())\n'
 
 
 def run(*args):
@@ -427,7 +429,7 @@ def test_command_with_bad_input(photos, tmp_path, capsys):
     (tmp_path/'full').mkdir(); (tmp_path/'full/a').touch()
     for args, words in ((dict(folder='nowhere', out=tmp_path/'o'), ("'nowhere'", 'does not exist')), (dict(folder=photos, out=tmp_path/'full'), (str(tmp_path/'full'), 'not an empty folder')),
                         (dict(folder=photos, out=tmp_path/'o', size=0), ('size', '0')), (dict(folder=photos, out=tmp_path/'full/a/b'), ('cannot be written', 'is a file'))):
-        with pytest.raises(SystemExit) as e: S.densessl_shard(**args, workers=0)
+        with pytest.raises(SystemExit) as e: densessl_shard(**args, workers=0)
         assert e.value.code.startswith('densessl_shard: ') and '\n' not in e.value.code and all(w in e.value.code for w in words), e.value.code
     assert not (tmp_path/'o').exists() and capsys.readouterr() == ('', '')
 
@@ -485,7 +487,7 @@ def test_photographs_with_other_files_are_a_folder(tmp_path, beside):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         assert len(find_images(tmp_path)) == 4
-    assert len(said) == (beside[:3] in ('tar', 'all')) and all('archives, give the path of a tar file to train on it' in str(o.message) for o in said)
+    assert len(said) == (beside[:3] in ('tar', 'all')) and all('archives, give the path of a tar file, or of a folder of tar files' in str(o.message) for o in said)
 
 
 def test_shards_with_other_files_are_shards(own):
@@ -566,7 +568,7 @@ def test_numbers_of_others_may_have_gaps(tmp_path, listed):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         assert [o.n for o in shard_list(tmp_path)] == [2, 2, 2]
-    assert [str(o.message) for o in said] == ["the list of shards has a hole, '00002.tar' is missing: training is on those that are there"]*listed[0].startswith('0')
+    assert [str(o.message) for o in said] == ["the list of shards has a hole, '00002.tar' is missing: the others are trained on"]*listed[0].startswith('0')
 
 
 def test_the_advice_on_a_hole_works(own):

@@ -8,6 +8,7 @@ __all__ = ['CLASS_FILES', 'VOID', 'MAX_CLASSES', 'ClassList', 'read_text', 'read
 
 # %% ../../nbs/31_data.classes.ipynb #baed73fc
 import json, re
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +27,8 @@ class ClassList(NamedTuple):
     colors:dict   # Label -> (r,g,b), where the file gives colors
 
 # %% ../../nbs/31_data.classes.ipynb #340211e1
-def read_text(
-    file,  # UTF-8 or UTF-16, with or without a byte-order mark
-)->str:
-    "The text of a small file"
+def read_text(file)->str:
+    "The text of a small file in UTF-8 or UTF-16, with or without a byte-order mark"
     data = Path(file).read_bytes()
     encoding = 'utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-16-le' if data[1:2]==b'\0' else 'utf-8-sig'
     try: return data.decode(encoding)
@@ -46,12 +45,12 @@ def _row(line):
     mark = next((s for s in '\t;:,' if s in line), None)
     cells = [c.strip(' "') for c in line.split(mark)]
     numbers, words = sum(map(_numbers, cells), ()), [c for c in cells if c and not _numbers(c)]
-    first = bool(_numbers(cells[0]))
-    if not words or len(numbers) not in (1,3,4) or mark is None and len(numbers)==1 and not first:
+    first, n = bool(_numbers(cells[0])), len(numbers)
+    if not words or n not in (1,3,4) or not first and (n==4 or n==1 and mark is None):
         return None, None, line.strip(' "\t')
-    color = numbers[-3:] if len(numbers)>1 else None
-    if len(numbers)==4 and not first: return None, None, line.strip()
-    return (numbers[0] if len(numbers)!=3 else None), color, ' '.join(words) if mark is None else words[0]
+    label = numbers[0] if n!=3 else None
+    color = numbers[-3:] if n>1 else None
+    return label, color, words[0] if mark else ' '.join(words)
 
 def _json_rows(d):
     "The same of a JSON file: a list of names or of records, or names by label"
@@ -59,8 +58,8 @@ def _json_rows(d):
     if isinstance(d, list):
         d = [dict(name=o) if isinstance(o, str) else o for o in d]
         return [(o.get('id', o.get('index', i)), o.get('color'), o.get('name') or o['title']) for i,o in enumerate(d)]
-    of = lambda i, k, v: (int(k), None, v) if k.isdigit() else (v, None, k) if isinstance(v, int) else (i, v, k)
-    return [of(i, *o) for i,o in enumerate(d.items())]
+    def row(i, k, v): return (int(k), None, v) if k.isdigit() else (v, None, k) if isinstance(v, int) else (i, v, k)
+    return [row(i, *o) for i,o in enumerate(d.items())]
 
 def _text_rows(file):
     "The same of a text file; if lines of a .txt file are of several kinds, numbers are part of the names"
@@ -74,19 +73,17 @@ def _text_rows(file):
     if file.suffix=='.tsv' and not (rows and kinds[0][0]):
         raise InputError(f'{file} must hold a label, a tab and a name in each line')
     if mixed or not rows:
-        raise InputError(f'{file} must hold a name a line, alone, or with its label, its color or both')
+        raise InputError(f'{file} must hold one name per line, alone or with its label, its color or both')
     return rows
 
-def read_classes(
-    file,         # Text, TSV, CSV or JSON
-)->ClassList:
-    "A list of classes"
+def read_classes(file)->ClassList:
+    "The list of classes in a text, TSV, CSV or JSON file"
     file = Path(file)
-    if file.suffix=='.json':
+    if file.suffix!='.json': rows = _text_rows(file)
+    else:
         try: rows = _json_rows(json.loads(read_text(file)))
         except (ValueError, TypeError, KeyError, AttributeError) as e:
-            raise InputError(f'{file} is no list of classes: {e}') from None
-    else: rows = _text_rows(file)
+            raise InputError(f'{file} is not a list of classes: {e}') from None
     names, colors = {}, {}
     for i,(label,color,name) in enumerate(rows):
         label = i if label is None else label
@@ -96,10 +93,8 @@ def read_classes(
     return ClassList(file, names, colors)
 
 # %% ../../nbs/31_data.classes.ipynb #603638b4
-def find_classes(
-    folders,   # Folders that may hold lists of classes, the most likely first
-)->list:       # `ClassList` of each file there is
-    "The lists of classes that lie beside masks"
+def find_classes(folders)->list:
+    "A `ClassList` for each list of classes in these folders, the most likely folder first"
     return [read_classes(f) for d in dict.fromkeys(folders) for n in CLASS_FILES if (f := Path(d)/n).is_file()]
 
 # %% ../../nbs/31_data.classes.ipynb #f5ad8957
@@ -114,48 +109,42 @@ def _is_gray(label): return label<COLOR or (label-COLOR)%0x10101==0
 
 def _least_gap(labels): return min((b-a for a,b in zip(sorted(labels), sorted(labels)[1:])), default=0)
 
-def _even(labels):
-    "Are these gray values in even steps from 0 on?"
-    step = _least_gap(labels)
-    return step>=32 and min(labels)==0 and all(abs(l-step*round(l/step))<=1.5 for l in labels)
-
-def _in_order(labels, names=None):
-    labels = sorted(labels)
-    return {l: i for i,l in enumerate(labels)}, tuple(names or map(label_name, labels))
-
-def class_table(
-    names:dict,   # Label -> name of its class
-):                # Label -> class index or None, names of the classes
-    "The classes of a list, without those that mean no class"
+def class_table(names:dict)->tuple:
+    "Label -> class, None where its name (`names` by label) means no class; and the names of the classes"
     kept = [l for l in sorted(names) if names[l].lower() not in VOID]
     return {l: None for l in names} | {l: i for i,l in enumerate(kept)}, tuple(names[l] for l in kept)
 
+def _in_order(labels): return class_table({l: label_name(l) for l in labels})
+
+def _numbered(n): return {l: l for l in range(n)}
+
 # %% ../../nbs/31_data.classes.ipynb #bffb1778
-def _listed_classes(found, listed, none=False):
+def _listed_classes(found, listed, none):
     "Labels of a list; gray values that are as many as the list is long stand for it in order"
-    extra = found - {*listed.names}
-    if extra and len(found)==len(listed.names) and _least_gap(found)>=10:
-        table, names = class_table(dict(zip(sorted(found), (listed.names[l] for l in sorted(listed.names)))))
-        return table, names, f'the values {_listing(found)} stand for them in order'
-    if extra and found=={l+1 for l in listed.names} and 0 in listed.names:
-        table, names = class_table({l+1: o for l,o in listed.names.items()})
-        return table, names, 'whose first class has the label 1'
-    void = set() if none or len(listed.names)==1 else {255}
+    own, file = listed.names, listed.file.name
+    extra = found - {*own}
+    if extra and len(found)==len(own) and _least_gap(found)>=10:
+        table, names = class_table(dict(zip(sorted(found), map(own.get, sorted(own)))))
+        return table, names, f'{file}; the values {_listing(found)} stand for them in order'
+    if extra and found=={l+1 for l in own} and 0 in own:
+        return *class_table({l+1: o for l,o in own.items()}), f'{file}; whose first class has the label 1'
+    void = set() if none or len(own)==1 else {255}
     if lost := extra - void:
         advice = '' if len(extra)>1 else ' (the background is its first line, if 0 is that)'
-        raise InputError(f'masks hold the labels {_listing(lost)}, which are no class of {listed.file.name} (labels '
-                         f'{_listing(listed.names)}): add them there{advice}, or {option(f"ignore_index={min(lost)}")}')
-    table, names = class_table(listed.names)
-    return {255: None} | table, names, ''
+        raise InputError(f'masks hold the labels {_listing(lost)}, which are no class of {file} (labels '
+                         f'{_listing(own)}): add them there{advice}, or {option(f"ignore_index={min(lost)}")}')
+    table, names = class_table(own)
+    return {255: None} | table, names, file
 
 def _free_classes(found, ignored):
     "Labels that no list explains"
-    void = ({255} if not any(255<l<65535 for l in found) else set()) | {65535}
+    void = {65535} if any(255<l<65535 for l in found) else {255, 65535}
+    step = _least_gap(found)
+    even = step>=32 and min(found)==0 and all(abs(l-step*round(l/step))<=1.5 for l in found)
+    void = set() if even else void & found
     rest = found - void
-    even = len(found)>1 and _even(found)
-    if even or not found & void: rest, void = found, set()
     if not rest: raise InputError(f'every pixel has the ignored label {min(found)}, nothing can be scored')
-    void, top, apart = void & found, max(rest), len(rest)>1 and _least_gap(rest)>=10
+    top, apart = max(rest), _least_gap(rest)>=10
     if void and apart:
         raise InputError(f'masks hold the values {_listing(found)}: is {min(void)} a class? If not, '
                          f'{option(f"ignore_index={min(void)}")}; if it is, {option("ignore_index=none")}')
@@ -166,43 +155,34 @@ def _free_classes(found, ignored):
         raise InputError(f'masks hold labels up to {top}, but only {len(rest)} of them ({_listing(rest)}): {advice}, '
                          f'or add classes.tsv with a label, a tab and a name in each line')
     first = min(rest) if 0 in ignored else 0
-    return {v: None for v in void} | {l: l for l in range(top+1)}, None, f'the labels {first} to {top} are classes'
+    return dict.fromkeys(void) | _numbered(top+1), None, f'the labels {first} to {top} are classes'
 
 def _color_classes(found, lists):
-    "Colors, by a list or in order"
     listed = next((o for o in lists if o.colors), None)
     if listed is None:
-        if len(found)>64:
-            raise InputError(f'masks hold {len(found)} different colors: add classes.csv with a name and r,g,b in '
-                             f'each line, or save masks as PNG files of one number a pixel, not smoothed')
-        return *_in_order(found), f'the colors {_listing(found)} are classes in order'
+        if len(found)<=64: return *_in_order(found), f'the colors {_listing(found)} are classes in order'
+        raise InputError(f'masks hold {len(found)} different colors: add classes.csv with a name and r,g,b in each '
+                         f'line, or save masks as PNG files of one number per pixel, not smoothed')
     label = {int(color_label(c)): l for l,c in listed.colors.items()}
-    if lost := found - {*label}:
-        if len(lost)>64:
-            raise InputError(f'masks hold {len(lost)} colors that {listed.file.name} does not list, as if smoothed or '
-                             f'compressed: save them as PNG files, resized to the nearest pixel')
+    lost = found - {*label}
+    if len(lost)>64:
+        raise InputError(f'masks hold {len(lost)} colors that {listed.file.name} does not list, as if smoothed or '
+                         f'compressed: save PNG files, resized to the nearest pixel')
+    if lost:
         raise InputError(f'masks hold the colors {_listing(lost)}, which {listed.file.name} does not list: add them '
                          f'there, or {option(f"ignore_index={label_name(min(lost))}")}')
     table, names = class_table({l: listed.names[l] for l in label.values()})
     return {c: table[l] for c,l in label.items()}, names, f'{listed.file.name} by color'
-
-def _main_labels(counts, share=.75):
-    "The most frequent labels, which together have a share of the pixels"
-    out, seen, total = [], 0, sum(counts.values())
-    for l in sorted(counts, key=counts.get, reverse=True):
-        if seen>=share*total: break
-        out.append(l)
-        seen += counts[l]
-    return out
 
 def _refuse_blurred(counts):
     "An error if masks of few gray values were smoothed"
     top, total = max(counts), sum(counts.values())
     between = [l for l in counts if 32<l<min(top, 224)]
     if 200<top<256 and len(between)>=16 and counts.get(0, 0)+counts[top]>.8*total:
-        raise InputError(f'masks are black and white with {len(between)} gray values between, as if smoothed: '
-                         f'{option("threshold=128")}')
-    main = _main_labels(counts)
+        raise InputError(f'masks are black, white and {len(between)} grays, as if smoothed: {option("threshold=128")}')
+    labels = sorted(counts, key=counts.get, reverse=True)
+    before = accumulate((counts[l] for l in labels), initial=0)
+    main = [l for l,n in zip(labels, before) if n<.75*total]     # the most frequent, together 3/4 of the pixels
     rest = len(counts) - len(main)
     if top<256 and top-max(main)<=32 and _least_gap(main)>=10 and rest>=max(16, 4*len(main)):
         raise InputError(f'masks hold mostly the values {_listing(main)} and {rest} more at few pixels, as if '
@@ -210,67 +190,45 @@ def _refuse_blurred(counts):
                          f'{option(f"n_classes={top+1}")} if all are classes')
 
 # %% ../../nbs/31_data.classes.ipynb #b0718131
-def several(
-    x,  # One value, several, or None
-)->tuple:
-    "One value or several, or none, as a tuple"
+def several(x)->tuple:
+    "One value, several or None as a tuple"
     return () if x is None else (x,) if isinstance(x, (int, str)) else tuple(x)
 
 # %% ../../nbs/31_data.classes.ipynb #c9924544
-def _plain_values(labels):
-    "Label -> itself, where black and white files stand among colors, or gray colors among numbers, as their like"
-    if not any(l>=COLOR for l in labels): return {l: l for l in labels}
-    if all(map(_is_gray, labels)): return {l: (l-COLOR)//0x10101 if l>=COLOR else l for l in labels}
-    if mixed := {l for l in labels if l<COLOR} - {0, 255}:
-        raise InputError(f'some masks hold colors and some numbers ({_listing(mixed)}): save all in one way')
-    return {l: l if l>=COLOR else COLOR+l*0x10101 for l in labels}
-
 def _as_masks_write(label, colored):
-    "A label that the user gives: 0 and #000000 mean the same"
+    "0 and #000000 mean the same: black and white among colors are colors, gray colors among numbers are numbers"
     if colored and 0<=label<256: return COLOR+label*0x10101
     return (label-COLOR)//0x10101 if not colored and label>=COLOR and _is_gray(label) else label
 
 def _numbered_classes(found, n_classes):
-    "As many classes as the user says"
-    table = {255: None} | {l: l for l in range(n_classes)}
-    lost = found - {*table}
-    if not lost: return table, None, f'n_classes={n_classes}'
+    lost = found - {255, *range(n_classes)}
+    if not lost: return {255: None} | _numbered(n_classes), None, f'n_classes={n_classes}'
     if len(found)==n_classes and _least_gap(found)>=10:
         return *_in_order(found), f'the values {_listing(found)} in order'
     raise InputError(f'masks hold the labels {_listing(lost)}, outside 0 to {n_classes-1}: choose another '
                      f'n_classes, or {option(f"ignore_index={min(lost)}")}')
 
-def _all_classes(found):
-    "No label is left out"
-    top = max(found)
-    if top>255 or _least_gap(found)>=10: return *_in_order(found), f'the values {_listing(found)} in order'
-    return {l: l for l in range(top+1)}, None, f'the labels 0 to {top}'
-
-def mask_classes(
-    counts:dict,            # Label -> how many pixels have it, over all masks
-    lists=(),               # `ClassList`s that lie beside the masks
-    n_classes:int=None,     # Number of classes, labels 0 to n_classes-1; default as the table above says
-    ignore_index=None,      # Labels to leave out, numbers or '#rrggbb'; () or 'none': nothing
-):                          # Label -> class index or None; names or None; how it was decided, in words
-    "Decide what the labels of masks mean"
+def mask_classes(counts:dict, lists=(), n_classes:int|None=None, ignore_index=None)->tuple:
+    "By the number of pixels of each label: label -> class or None, names or None, and in words how that was decided"
     none = ignore_index in ((), [], 'none')
-    out = () if none else several(ignore_index)
-    value = _plain_values(counts)
-    colored = max(value.values())>=COLOR
-    ignored = {_as_masks_write(int(color_label(_numbers(l))) if isinstance(l, str) else l, colored) for l in out}
+    colored = not all(map(_is_gray, counts))
+    if colored and (mixed := {l for l in counts if l<COLOR} - {0, 255}):
+        raise InputError(f'some masks hold colors and some numbers ({_listing(mixed)}): save all in one way')
+    value = {l: _as_masks_write(l, colored) for l in counts}
+    given = [int(color_label(_numbers(l))) if isinstance(l, str) else l for l in several(ignore_index) if not none]
+    ignored = {_as_masks_write(l, colored) for l in given}
     found = {*value.values()} - ignored
     if not found: raise InputError(f'every pixel has the ignored label {_listing(ignored)}, nothing can be scored')
     if (low := min(found))<0:
-        raise InputError(f'masks hold the label {low}: labels begin at 0; {option(f"ignore_index={low}")} to leave it '
-                         f'out')
+        raise InputError(f'masks hold the label {low}, below 0: {option(f"ignore_index={low}")} to leave it out')
     if colored: table, names, how = _color_classes(found, lists)
     elif n_classes is not None: table, names, how = _numbered_classes(found, n_classes)
-    elif lists:
-        table, names, how = _listed_classes(found, lists[0], none)
-        how = '; '.join(filter(None, (lists[0].file.name, how)))
-    elif none: table, names, how = _all_classes(found)
+    elif lists: table, names, how = _listed_classes(found, lists[0], none)
+    elif none and (max(found)>255 or _least_gap(found)>=10):
+        table, names, how = *_in_order(found), f'the values {_listing(found)} in order'
+    elif none: table, names, how = _numbered(max(found)+1), None, f'the labels 0 to {max(found)}'
     else:
         _refuse_blurred({value[l]: n for l,n in counts.items()})
         table, names, how = _free_classes(found, ignored)
-    table = table | {l: None for l in ignored}
+    table = table | dict.fromkeys(ignored)
     return table | {l: table[v] for l,v in value.items()}, names, how

@@ -11,9 +11,8 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from .masks import open_image, option
+from .folders import pixel_summary, spread
+from .masks import option
 from .names import FOLDER_ENDS, bare_name, files_of, folder_role, part_of, photos_of, some_names
 from .pairs import plain_folder
 from .public_sets import ade20k, cityscapes, coco, voc
@@ -26,67 +25,48 @@ class Unlabelled(InputError):
 
 # %% ../../nbs/36_data.layouts.ipynb #a085b613
 _YOLO = re.compile(r'\s*\d+(\s+[-+.\deE]+){4,}\s*')
-
 _NEEDED = 'boxes are not scored here, a mask for each photograph is needed'
 _ARRAYS = ('.npy', '.npz', '.mat', '.nii', '.nii.gz', '.dcm', '.h5', '.hdf5')
+_XML = {    # What the name of a file's folder and its text hold -> what that is
+    '<annotations>': 'CVAT outlines ({}): export them as "Segmentation mask 1.1"',
+    '<annotation': f'boxes of Pascal VOC (as {{}}): {_NEEDED} (SegmentationClass)'}
+_JSON = {
+    '"shapes"|"imagePath"': 'outlines of LabelMe (as {}): convert them to masks, for example with labelme2voc',
+    r'\A(ann\n|(?=.*"objects").*"geometryType")': 'outlines of Supervisely (as {}): export them as masks',
+    r'\A(?=.*"objects").*"polygon"': 'polygons of Cityscapes (as {}): make label images of them with cityscapesscripts',
+    r'"image_id"|\A(?=.*"bbox").*"categories"': f'boxes of COCO (as {{}}): {_NEEDED}',
+    r'\A(?=.*"regions").*"shape_attributes"':
+        'outlines of the VGG annotator (as {}): convert them to masks or to COCO instances'}
 
-def _starts(file, n=4096):
-    with open(file, 'rb') as f: return f.read(n).decode('utf-8', 'ignore')
+def _first_texts(files, suffix, n=4096):
+    "The first 20 files of a suffix, and how each starts"
+    for p in [p for p in files if p.suffix.lower()==suffix][:20]:
+        with open(p, 'rb') as f: yield p, f.read(n).decode('utf-8', 'ignore')
 
-def other_labels(
-    root,  # Folder
-):         # What it holds, in words, or None
-    "Labels that are not masks"
+def other_labels(root:Path)->str|None:
+    "Labels that are not masks, in words, if a folder holds any"
     files = files_of(root, ('.json', '.xml', '.txt', *_ARRAYS))
     stems = {p.stem for p in photos_of(root)}
     for p in files:
         end = next((o for o in _ARRAYS if p.name.lower().endswith(o)), '')
         above = p.relative_to(root).parts[:-1]
         if end and (any(folder_role(n)=='mask' for n in above) or bare_name(p.name[:-len(end)], FOLDER_ENDS) in stems):
-            return (f'masks in {end} files (as {p.name}): save each as a PNG file of one number a pixel, named as its '
-                    f'photograph')
-    first = lambda suffix: [(p, _starts(p)) for p in files if p.suffix.lower()==suffix][:20]
-    for p,text in first('.xml'):
-        if '<annotations>' in text: return f'CVAT outlines ({p.name}): export them as "Segmentation mask 1.1"'
-        if '<annotation' in text:
-            return f'boxes of Pascal VOC (as {p.name}): {_NEEDED} (SegmentationClass)'
-    for p,text in first('.json'):
-        if '"shapes"' in text or '"imagePath"' in text:
-            return f'outlines of LabelMe (as {p.name}): convert them to masks, for example with labelme2voc'
-        if '"objects"' in text and '"geometryType"' in text or p.parent.name=='ann':
-            return f'outlines of Supervisely (as {p.name}): export them as masks'
-        if '"objects"' in text and '"polygon"' in text:
-            return f'polygons of Cityscapes (as {p.name}): make label images of them with cityscapesscripts'
-        if '"bbox"' in text and '"categories"' in text or '"image_id"' in text:
-            return f'boxes of COCO (as {p.name}): {_NEEDED}'
-        if '"regions"' in text and '"shape_attributes"' in text:
-            return f'outlines of the VGG annotator (as {p.name}): convert them to masks or to COCO instances'
-    for p,text in first('.txt'):
+            return f'masks in {end} files (as {p.name}): save each as a PNG file, named as its photograph'
+    for suffix,kinds in (('.xml', _XML), ('.json', _JSON)):
+        for p,text in _first_texts(files, suffix):
+            for holds,says in kinds.items():
+                if re.search(holds, f'{p.parent.name}\n{text}', re.S): return says.format(p.name)
+    for p,text in _first_texts(files, '.txt'):
         lines = [l for l in text.splitlines()[:-1] or text.splitlines() if l.strip()]
         if lines and p.stem not in ('classes', 'labels') and all(_YOLO.fullmatch(l) for l in lines):
             kind = 'boxes' if all(len(l.split())==5 for l in lines) else 'outlines'
             return f'{kind} of YOLO (as {p.name}): {_NEEDED.replace("boxes", f"{kind} in text files")}'
 
 # %% ../../nbs/36_data.layouts.ipynb #10fb9184
-def seems_mask(
-    file,               # Image file
-    colors:bool=False,  # May it be one of colors?
-):                      # bool
-    "Is this more likely a mask than a photograph? Few numbers in one channel, or few colors"
-    try:
-        with open_image(file) as im:
-            if im.format in ('JPEG', 'GIF') or im.size[0]*im.size[1]>10**8: return False
-            if im.mode in ('1', 'L', 'P', 'I;16', 'I'): return 1<len(np.unique(np.array(im)))<=40
-            return colors and im.mode in ('RGB', 'RGBA') and 1<len(im.getcolors(40) or ())
-    except Exception: return False
-
-def _masks_among(root):
-    "How many of at most 24 images seem to be masks, and one of them"
-    files = photos_of(root)
-    some = [files[i*len(files)//24] for i in range(24)] if len(files)>24 else files
-    twice = Counter(p.stem for p in files)             # another file has the same name: a photograph and its mask?
-    masks = [p for p in some if seems_mask(p, twice[p.stem]>1)]
-    return len(masks), len(some), masks[0] if masks else None
+def seems_mask(file, colors=False)->bool:
+    "Whether a file is more likely a mask than a photograph: 2 to 40 numbers in one channel, or as many `colors`"
+    look = None if Path(file).suffix.lower() in ('.jpg', '.jpeg', '.gif') else pixel_summary(file)
+    return look is not None and 1<look[2]<=40 and (colors or look[1] not in ('RGB', 'RGBA'))
 
 # %% ../../nbs/36_data.layouts.ipynb #4693a43b
 LAYOUTS = {
@@ -104,12 +84,8 @@ LAYOUTS = {
 }  # Name -> what the folder holds, reader
 
 # %% ../../nbs/36_data.layouts.ipynb #28d93281
-def find_layout(
-    path,              # Folder
-    layout:str=None,   # Name of a layout, if several fit; default the first that does
-    **kwargs,          # `images`, `labels`, `parts` of `plain_folder`
-):                     # Name of the layout, folder where it begins, `Found`
-    "Which layout a folder has; where it holds nothing but one folder, that one is looked into"
+def find_layout(path, layout:str|None=None, **kwargs)->tuple:
+    "The first layout that fits (or `layout`), the folder where it begins, and `Found`; `kwargs` go to `plain_folder`"
     root = Path(path).expanduser()
     if not root.is_dir(): raise InputError(f'{path} is not a folder')
     if layout is not None and layout not in LAYOUTS:
@@ -132,11 +108,12 @@ def find_layout(
     if layout is not None: raise InputError(message)
     if other := other_labels(root): raise InputError(f'{path} holds {other}')
     if (root/'Annotations').is_dir() and (root/'JPEGImages').is_dir():
-        raise InputError(f'{message} Videos in the layout of DAVIS (JPEGImages/480p/NAME and Annotations/480p/NAME) '
-                         f'are scored by davis_score.')
-    n, of, first = _masks_among(root)
-    if n>max(1, of//5):
-        raise InputError(f'{n} of {of} images look like masks, as {first.relative_to(root)}, but their photographs '
-                         f'are not found: put them into images and masks under the same names, or '
+        raise InputError(f'{message} Videos (JPEGImages/480p/NAME, Annotations/480p/NAME) are scored by davis_score.')
+    files = photos_of(root)
+    some, twice = spread(files, 24), Counter(p.stem for p in files)    # two of one name: a photograph and its mask?
+    masks = [p for p in some if seems_mask(p, twice[p.stem]>1)]
+    if len(masks)>max(1, len(some)//5):
+        raise InputError(f'{len(masks)} of {len(some)} images look like masks, as {masks[0].relative_to(root)}, but '
+                         f'their photographs are not found: put them into images and masks under the same names, or '
                          f'{option("images=FOLDER,labels=FOLDER")}')
     raise Unlabelled(message)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from .photographs import MAX_PIXELS
 from ..ground.core import InputError
@@ -20,33 +20,25 @@ from ..ground.files import no_pixel_limit
 COLOR = 1<<24   # Labels from here on are colors
 MASK_SUFFIXES = ('.png', '.tif', '.tiff', '.gif', '.bmp', '.webp', '.jpg', '.jpeg')
 
-def color_label(
-    rgb,   # Red, green and blue, 0 to 255; or an array (..., 3)
-):         # Label from 2^24 on
-    "A color as a label"
+def color_label(rgb):
+    "The label, from 2^24 on, of red, green and blue (0 to 255); an array (..., 3) gives an array"
     r, g, b = np.moveaxis(np.asarray(rgb).astype(np.int64), -1, 0)
     return COLOR + 65536*r + 256*g + b
 
 # %% ../../nbs/30_data.masks.ipynb #ceffc553
-def label_name(
-    label,  # A number, or a color as `color_label` makes it
-)->str:
-    "A label as it is printed: 7, or #ff0000"
+def label_name(label:int)->str:
+    "A label as it is printed: 7, or #ff0000 for a color"
     return f'#{label-COLOR:06x}' if label>=COLOR else str(label)
 
 # %% ../../nbs/30_data.masks.ipynb #30c00001
-def option(
-    text:str,  # As 'ignore_index=255'
-)->str:
-    "How to give an option of `labelled_data`, from Python and in a command"
+def option(text:str)->str:
+    "How to pass an option of `labelled_data`, from Python and in a command"
     return f'pass {text} (in a command: --labelled_as {text})'
 
 # %% ../../nbs/30_data.masks.ipynb #3fdc09ad
 @contextmanager
-def open_image(
-    path,  # Image file
-):         # Pillow's `Image`, not yet decoded; what cannot be read in it is an `InputError`
-    "An image of any size that a camera makes: Pillow's own limit is lower"
+def open_image(path):
+    "Pillow's `Image` of a file of at most `MAX_PIXELS`, not yet decoded; what cannot be read in it is an `InputError`"
     try:
         with no_pixel_limit(), Image.open(path) as im:
             w, h = im.size
@@ -58,57 +50,52 @@ def open_image(
 
 # %% ../../nbs/30_data.masks.ipynb #2972bcce
 def _pages(im):
-    "Full pages of a file; smaller ones are previews"
-    full, n = im.size, 0
-    for i in range(getattr(im, 'n_frames', 1)):
-        im.seek(i)
-        n += im.size==full
+    "Number of full pages in a file; smaller ones are previews"
+    full = im.size
+    n = sum(o.size==full for o in ImageSequence.Iterator(im))
     im.seek(0)
     return n
 
 def _lossy(im, path):
-    "Does the format change values?"
     return im.format=='JPEG' or im.format=='WEBP' and b'VP8L' not in Path(path).read_bytes()[:4096]
 
 def _black_and_white(a, path):
-    "A mask of a lossy file, if it can be trusted"
+    "The mask in a lossy file, if it can be trusted"
     gray = a if a.ndim==2 else a[...,:3].mean(-1)
     near = ((gray<64) | (gray>191)).mean()
     if gray.max()>191 and near>=.99 or gray.max()==0: return np.where(gray>127, 255, 0).astype(np.uint8)
-    advice = f'save masks as PNG, or {option("threshold=128")} if these are black and white'
-    raise InputError(f'{path} is compressed in a way that changes labels: {advice}')
+    raise InputError(f'{path} is compressed in a way that changes labels: save masks as PNG, or '
+                     f'{option("threshold=128")} if these are black and white')
+
+def _palette_of(im): return np.array(im.getpalette('RGB')).reshape(-1, 3)
 
 def _palette(im, by_color):
-    "Indices of a palette file; the colors if it is a GIF, or if the palette is one of different grays"
-    index, colors = np.array(im), np.array(im.getpalette('RGB')).reshape(-1, 3)
+    "Indices of a palette file; the colors if it is a GIF, or if the palette holds only different grays"
+    index, colors = np.array(im), _palette_of(im)
     if index.max()>=len(colors): return index
     if by_color or im.format=='GIF': return color_label(colors)[index]
     gray = (colors==colors[:,:1]).all() and len({*colors[:,0]})==len(colors)
     return colors[:,0].astype(np.uint8)[index] if gray else index
 
 def _without_hidden(labels, hidden, path):
-    "Transparent pixels become black"
     if hidden.all() or not hidden.any(): return labels
     black = labels.dtype.type(0 if labels.dtype==np.uint8 else COLOR)
     if (labels[~hidden]==black).all():
-        raise InputError(f'{path} is black where it is not transparent, so that only its transparency tells the '
-                         f"classes: save that as the mask, with Pillow as Image.open(file).getchannel('A').save(file)")
+        raise InputError(f'{path} is black where it is not transparent, so only its transparency tells the classes '
+                         f"apart: save that as the mask, with Pillow as Image.open(file).getchannel('A').save(file)")
     return np.where(hidden, black, labels)
 
 def _values(im, path, by_color):
-    "The labels of an open file"
     if im.mode=='P': return _palette(im, by_color)
     if im.mode not in ('1', 'L', 'LA', 'I', 'F', 'RGB', 'RGBA') and not im.mode.startswith('I;16'):
         raise InputError(f'{path} has mode {im.mode}: a mask holds numbers, or colors as RGB')
     a = np.array(im)
     if _lossy(im, path): return _black_and_white(a, path)
     if im.mode=='F' and not (a==a.round()).all():
-        raise InputError(f'{path} holds numbers that are not whole, as {a[a!=a.round()][0]:g}: a mask holds one whole '
-                         f'number a pixel')
-    if im.mode=='1': return a.astype(np.uint8)
-    if a.ndim==2: return a if a.dtype==np.uint8 else a.astype(np.int64)
+        raise InputError(f'{path} holds numbers that are not whole, such as {a[a!=a.round()][0]:g}: round them')
+    if a.ndim==2: return a.astype(np.uint8 if im.mode in ('1', 'L') else np.int64)
     labels = a[...,0].copy() if im.mode=='LA' else color_label(a[...,:3])
-    return _without_hidden(labels, a[...,-1]==0, path) if im.mode in ('LA', 'RGBA') else labels
+    return labels if im.mode=='RGB' else _without_hidden(labels, a[...,-1]==0, path)
 
 def read_mask(
     path,                # Image file
@@ -123,11 +110,9 @@ def read_mask(
         return (np.array(gray)>=threshold).astype(np.uint8)
 
 # %% ../../nbs/30_data.masks.ipynb #2175c5f7
-def palette_colors(
-    path,    # Image file
-)->dict:     # Index -> color, as a label, of the indices that occur; {} if this is no palette file, or a GIF
-    "What the indices of a palette file look like"
+def palette_colors(path)->dict:
+    "Index -> color, as a label, of the indices that occur in a palette file; {} for a GIF or any other file"
     with open_image(path) as im:
         if im.mode!='P' or im.format=='GIF': return {}
-        used, colors = np.unique(np.array(im)).tolist(), np.array(im.getpalette('RGB')).reshape(-1, 3)
-    return {i: int(color_label(colors[i])) for i in used if i<len(colors)}
+        colors = color_label(_palette_of(im)).tolist()
+        return {i: colors[i] for i in np.unique(np.array(im)).tolist() if i<len(colors)}

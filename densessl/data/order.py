@@ -14,25 +14,21 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/12_data.order.ipynb #6110fa35
-def random_states()->dict:  # Plain values and byte tensors
-    "States of the generators this process draws from: Python, NumPy, torch on the CPU and on every GPU in use"
+def random_states()->dict:
+    "States, in plain values and tensors, of the generators of Python, NumPy, torch and, once in use, the GPUs"
     kind, keys, *rest = np.random.get_state()
-    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
-    cuda = torch.cuda.get_rng_state_all() if in_use else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     numpy = kind, torch.from_numpy(keys.astype(np.int64)), *rest
     return dict(python=random.getstate(), numpy=numpy, torch=torch.get_rng_state(), cuda=cuda)
 
 # %% ../../nbs/12_data.order.ipynb #b5d87e91
-def set_random_states(
-    states:dict,  # From `random_states`
-):
-    "Put the generators back: what was drawn after `states` is drawn again"
+def set_random_states(states:dict):
+    "Set the generators back: what was drawn after `random_states` returned `states` is drawn again"
     random.setstate(states['python'])
     kind, keys, *rest = states['numpy']
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states['torch'])
-    if torch.cuda.is_available():
-        for i,s in enumerate(states['cuda'][:torch.cuda.device_count()]): torch.cuda.set_rng_state(s, i)
+    for i,s in enumerate(states['cuda'][:torch.cuda.device_count()]): torch.cuda.set_rng_state(s, i)
 
 # %% ../../nbs/12_data.order.ipynb #80b81914
 @contextmanager
@@ -44,7 +40,7 @@ def same_random_state():
 
 # %% ../../nbs/12_data.order.ipynb #33ec9538
 class _CallFirst:
-    "`function`, with `before` called once in front of it in this process; a worker gets `function` alone"
+    "`function`, except that its first call in this process calls `before` first; a worker calls `function` alone"
     def __init__(self, before, function): self.before, self.function = before, function
 
     def __getstate__(self): return dict(before=None, function=self.function)
@@ -58,14 +54,14 @@ class _CallFirst:
         return self.function(*args)
 
 class _WithoutFirst:
-    "The indices that `get_idxs` gives, without the first `n`; a class, as workers may have to pickle it"
+    "The indices that `get_idxs` gives, without the first `n`; a class, because workers may pickle it"
     def __init__(self, get_idxs, n): self.get_idxs, self.n = get_idxs, n
     def __call__(self): return list(self.get_idxs())[self.n:]
 
 @contextmanager
 def _replaced(o, **attrs):
-    "Attributes of `o` itself, for a time"
-    old = {k: vars(o)[k] for k in attrs if k in vars(o)}
+    "Inside the `with`, `o` has these attributes of its own"
+    old = {k: v for k,v in vars(o).items() if k in attrs}
     vars(o).update(attrs)
     try: yield
     finally:
@@ -73,12 +69,8 @@ def _replaced(o, **attrs):
         vars(o).update(old)
 
 # %% ../../nbs/12_data.order.ipynb #7afec5a9
-def rest_of_epoch(
-    dl,      # fastai `DataLoader`
-    k:int,   # Batches to leave out
-    before,  # Called when order and workers are there, before the first batch is made
-):           # Iterator of batches
-    "The batches of an epoch from the `k`-th on, as a whole epoch would give them; the first `k` are not read"
+def rest_of_epoch(dl, k:int, before):
+    "An epoch's batches without the first `k`, which are not read; `before` is called before the first one is made"
     name = 'after_batch' if dl.fake_l.num_workers else 'sample'
     first = _CallFirst(before, getattr(dl, name))
     with _replaced(dl, get_idxs=_WithoutFirst(dl.get_idxs, k*dl.bs), **{name: first}): yield from dl
@@ -86,15 +78,13 @@ def rest_of_epoch(
 
 # %% ../../nbs/12_data.order.ipynb #003a7aea
 def inner_loader(dl):
-    "The loader that draws the order: accelerate wraps it where several processes train"
+    "The loader that draws the order, which accelerate wraps where several processes train"
     return vars(dl).get('dl', dl)
 
 # %% ../../nbs/12_data.order.ipynb #e7bbde3e
-def data_identity(
-    ds,    # Data set with `paths`, `images` or an `identity` of its own
-)->dict:   # Number of items and a hash
-    "What tells one set of images from another: names within the common folder, or the pixels of drawn scenes"
-    if hasattr(ds, 'identity'): return ds.identity() if callable(ds.identity) else ds.identity
+def data_identity(ds)->dict:
+    "Number and hash of the items of a data set: of its `paths` within their folder, of its `images`, or its own"
+    if hasattr(ds, 'identity'): return ds.identity()
     sha, names = hashlib.sha256(), [os.fspath(p) for p in getattr(ds, 'paths', ())]
     if names:
         root = len(os.path.commonpath([os.path.dirname(f(names)) for f in (min, max)]))

@@ -10,7 +10,6 @@ __all__ = ['FORMATS', 'IMAGE_SUFFIXES', 'MAX_PIXELS', 'LONGEST', 'is_image', 'un
 # %% ../../nbs/07_data.photographs.ipynb #32232602
 import logging, math, os, random, re, stat, sys
 from contextlib import nullcontext, suppress
-from itertools import chain
 
 import numpy as np
 import torch, torch.nn.functional as F
@@ -23,8 +22,7 @@ from ..ground.files import no_native_stderr, no_pillow_warnings, no_pixel_limit,
 def _formats_here():
     "Pillow's names of the formats that can be read here, each with its suffixes"
     formats = dict(JPEG='.jpg .jpeg .jpe .jfif .jif .jfi .mpo', PNG='.png .apng', WEBP='.webp', GIF='.gif',
-                   BMP='.bmp .dib', TIFF='.tif .tiff',
-                   PPM='.ppm .pgm .pnm')
+                   BMP='.bmp .dib', TIFF='.tif .tiff', PPM='.ppm .pgm .pnm')
     if features.check('avif'): formats['AVIF'] = '.avif'
     if features.check('jpg_2000'): formats['JPEG2000'] = '.jp2 .j2k .jpx .jpf .j2c .jpc'
     with suppress(ImportError):
@@ -32,12 +30,12 @@ def _formats_here():
         register_heif_opener()
         formats['HEIF'] = '.heic .heif .hif'
     with suppress(ImportError):
-        import pillow_jxl  # registers itself
+        import pillow_jxl                              # registers itself
         formats['JXL'] = '.jxl'
     return {k: tuple(v.split()) for k,v in formats.items()}
 
-FORMATS = _formats_here()                              # only these are tried, whatever a file's name
-IMAGE_SUFFIXES = tuple(chain(*FORMATS.values()))
+FORMATS = _formats_here()                              # no others are tried, whatever a file's name
+IMAGE_SUFFIXES = sum(FORMATS.values(), ())
 _UNREAD = {                                        # what else people keep beside photographs, and what to do about it
     'install pillow-heif to read them': '.heic .heif .hif',
     'install pillow-jxl-plugin to read them': '.jxl',
@@ -50,50 +48,37 @@ _UNREAD = {                                        # what else people keep besid
                                                          '.mdb .pkl .pickle',
     'give them a suffix, as .jpg': 'nosuffix copysuffix',
     'videos': '.mp4 .mov .m4v .avi .mkv .webm .mpg .mpeg .mts .wmv',
-    'archives, give the path of a tar file to train on it, or of the folder that several are in': '.tar .tgz .tar.gz',
+    'archives, give the path of a tar file, or of a folder of tar files, to train on them': '.tar .tgz .tar.gz',
     'archives, unpack them': '.zip .7z .rar',
 }
 _UNREAD = {s: why for why,o in _UNREAD.items() for s in o.split() if s not in IMAGE_SUFFIXES}
 
 # %% ../../nbs/07_data.photographs.ipynb #ef8926e4
-def is_image(
-    name:str,  # Of a file
-)->bool:
-    "Whether the suffix of a file, in either case, is that of a format that is read here"
+def is_image(name:str)->bool:
+    "Whether a file's suffix, in upper or lower case, is that of a format that is read here"
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 # %% ../../nbs/07_data.photographs.ipynb #3ef57461
 _COPY_SUFFIX = re.compile(r'\.(jpe?g|png|webp|tiff?)([~!_@?&:][^.]*|\.\d+)$')   # as a.jpg_large, a.jpg~, a.jpg.1
 
-def unread_suffix(
-    name:str,  # Of a file
-)->str|None:
-    "The suffix of a file that is not read here, though it may hold what people take for photographs; or None"
+def unread_suffix(name:str)->str|None:
+    "The suffix of a file that may hold photographs but is not read here; None for any other file"
     name = name.lower()
     if name.startswith('.'): return None
     if _COPY_SUFFIX.search(name): return 'copysuffix'
     return next((o for o in (name[-7:], os.path.splitext(name)[1]) if o in _UNREAD), None)
 
 # %% ../../nbs/07_data.photographs.ipynb #ff9e0cb0
-def unread_advice(
-    counts:dict,  # Suffixes from `unread_suffix`, and how many files have each
-)->str:
-    "What is not read, and what to do about it"
+def unread_advice(counts:dict)->str:
+    "What is not read, and what to do about it; `counts` says how many files have each suffix of `unread_suffix`"
     called = dict(nosuffix='without a suffix', copysuffix='with more after it, as .jpg~')
-    counts = sorted(counts.items())
-    whys = dict.fromkeys(_UNREAD[s] for s,_ in counts)
-    def some(why): return ' and '.join(f'{n} {called.get(s, s)}' for s,n in counts if _UNREAD[s]==why)
-    return 'not read: '+', '.join(f'{some(why)} ({why})' for why in whys)
+    found = {}
+    for s,n in sorted(counts.items()): found.setdefault(_UNREAD[s], []).append(f'{n} {called.get(s, s)}')
+    return 'not read: '+', '.join(f'{" and ".join(o)} ({why})' for why,o in found.items())
 
 # %% ../../nbs/07_data.photographs.ipynb #1b57da58
-_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-          5: Image.Transpose.TRANSPOSE,
-          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
-
-def _orientation(im):
-    "EXIF orientation, 1 where there is none or it cannot be read"
-    try: return o if (o := im.getexif().get(0x0112, 1)) in _TURNS else 1
-    except Exception: return 1
+_NAMES = 'FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split()
+_TURNS = {i: Image.Transpose[o] for i,o in enumerate(_NAMES, 2)}     # of the orientations in EXIF data
 
 def _white(top):
     "The number that stands for white in a file of integers up to `top`; None if they are too large"
@@ -109,25 +94,14 @@ def _black_and_white(lo, hi):
     return (lo, hi) if white>255 and 0<hi-lo<white/8 else (0, white)
 
 def _bytes(a):
-    "Integers of 32 bits or floating-point numbers as bytes; infinite values are clipped, NaN becomes the least value"
+    "Integers of 32 bits or floating-point numbers as bytes; infinite values are clipped, NaN becomes the minimum"
     ok, whole = np.isfinite(a), a.dtype.kind!='f'
     lo, hi = (float(f(a, where=ok, initial=0. if not ok.any() else a[ok][0])) for f in (np.min, np.max))
     a = np.nan_to_num(a.astype(np.float64), nan=lo, posinf=hi, neginf=lo)
-    if lo>=0 and (whole or hi<=1 or hi>=64):             # floats between 1 and 64 follow no convention
-        white = 1. if hi<=1 and not whole else _white(hi)
-        if white: lo, hi = _black_and_white(lo, hi) if white>1 else (0., white)
+    if lo>=0 and hi<=1 and not whole: lo, hi = 0., 1.
+    elif lo>=0 and (whole or hi>=64) and _white(hi): lo, hi = _black_and_white(lo, hi)   # none for floats from 1 to 64
     return Image.fromarray(_stretched(a, lo, hi))
 
-def _check_planes(im):
-    "An error for a TIFF of 16 bits whose colors are stored one after the other: Pillow takes them for bytes"
-    if im.format!='TIFF' or im.mode not in ('RGB','RGBA') or im.tag_v2.get(284)!=2: return
-    if max(im.tag_v2.get(258, (8,)))>8:
-        raise OSError('a TIFF of 16 bits in separate planes, which Pillow misreads: save it with the bands of a pixel '
-                      'together')
-
-def _is_negative(im):
-    "Whether 0 is white; for bytes Pillow takes care of it"
-    return im.format=='TIFF' and im.mode[0] in 'IF' and im.tag_v2.get(262)==0
 
 def _without_band(im):
     "A TIFF without its transparency, if most pixels are neither clear nor opaque: it is another band, as near infrared"
@@ -147,10 +121,8 @@ def _rgb(im):
     return im.convert('RGB')
 
 # %% ../../nbs/07_data.photographs.ipynb #f4155a88
-def open_regular(
-    file,  # Path, or an open binary file
-):         # Context manager that gives the open file
-    "A file opened by us, or Pillow would map it into memory; never a pipe or a device; an open one from its start"
+def open_regular(file):
+    "A context manager that opens a path, but no pipe or device, or rewinds an open file; Pillow would map a path"
     if hasattr(file, 'read'):
         file.seek(0)
         return nullcontext(file)
@@ -160,10 +132,10 @@ def open_regular(
     return open(file, 'rb')
 
 # %% ../../nbs/07_data.photographs.ipynb #103b73a6
-logging.getLogger('PIL').addHandler(logging.NullHandler())   # or its errors on odd TIFF files are printed
+logging.getLogger('PIL').addHandler(logging.NullHandler())   # else it prints its errors about odd TIFF files
 
-_STARTS = {                                              # of files that are no images, whatever their names say
-    rb'version https://git-lfs': 'a pointer of Git LFS in place of the file: git lfs pull fetches it',
+_STARTS = {                                              # of files that are not images, whatever their names say
+    rb'version https://git-lfs': 'a Git LFS pointer in place of the file: git lfs pull fetches it',
     rb'....ftyp(hei|hev|mif|msf)': 'a HEIC photograph, whatever its name: install pillow-heif',
     rb'....ftyp': 'a video',
     rb'\s*<': 'a web page or other text',
@@ -171,25 +143,20 @@ _STARTS = {                                              # of files that are no 
     rb'%PDF': 'a PDF document',
     rb'8BPS': 'a Photoshop document: save it as PNG or TIFF',
     rb'.{128}DICM': 'a DICOM scan: convert it to PNG or TIFF',
-    rb'II[*+]\x00|MM\x00[*+]': 'a TIFF that Pillow cannot read, as of many bands or of colors in floating point: save '
+    rb'II[*+]\x00|MM\x00[*+]': 'a TIFF that Pillow cannot read, such as many bands or floating-point colors: save '
                                'three bands of 8 bits',
     rb'\x00+$': 'nothing but zeros',
 }
 
-def describe_file(
-    file,  # Path, or an open binary file
-)->str:
-    "What a file that is not an image seems to be, by how it starts"
-    with suppress(OSError), open_regular(file) as f:
-        start = f.read(200)
-        return next((says for o,says in _STARTS.items() if re.match(o, start, re.S)), 'not an image')
-    return 'not an image'
+def describe_file(file)->str|None:
+    "What a file, a path or open, that is not an image seems to be, by its first bytes; None if they say nothing"
+    start = b''
+    with suppress(OSError), open_regular(file) as f: start = f.read(200)
+    return next((says for o,says in _STARTS.items() if re.match(o, start, re.S)), None)
 
 # %% ../../nbs/07_data.photographs.ipynb #ad9d4bad
-def reason_of(
-    e:Exception,  # What reading a file raised
-)->str:
-    "Why a file cannot be read, in a few words"
+def reason_of(e:Exception)->str:
+    "Why a file cannot be read, in a few words, from what reading it raised"
     if isinstance(e, UnreadablePhoto): return e.reason
     if isinstance(e, UnidentifiedImageError): return 'not an image'
     if isinstance(e, OSError) and e.strerror: return e.strerror.lower()
@@ -200,10 +167,7 @@ MAX_PIXELS = 500_000_000                                 # of what is decoded, a
 
 class UnreadablePhoto(InputError, UnidentifiedImageError):
     "A file that is not a photograph, or a damaged one; `reason` says why in a few words"
-    def __init__(self,
-        file,        # Path, or an open file
-        reason:str,
-    ):
+    def __init__(self, file, reason:str):
         name = getattr(file, 'name', 'image in memory') if hasattr(file, 'read') else file
         super().__init__(f'{printable(name)!r} cannot be read as a photograph: {reason}')
         self.reason = reason
@@ -212,26 +176,27 @@ class UnreadablePhoto(InputError, UnidentifiedImageError):
 class DecompressionBombError(UnreadablePhoto, Image.DecompressionBombError):
     "Pillow's error, as an `UnreadablePhoto`"
 
-def _refuse_bomb(im, full, file_bytes=math.inf):
+def _refuse_bomb(im, full, file_bytes):
     "An error if there is too much to decode; a progressive JPEG is held in full whatever its reduction"
     w, h = full
     if w*h>max(89_000_000, 1100*file_bytes):             # the strongest compression of PNG and TIFF is 1032 : 1
         raise Image.DecompressionBombError(f'it claims {w} x {h} pixels in {file_bytes:,} bytes')
     if 'progressive' not in im.info: w, h = im.size
     if w*h>MAX_PIXELS:
-        raise Image.DecompressionBombError(f'{w} x {h} pixels, '
-                                           f'more than densessl.data.photographs.MAX_PIXELS, {MAX_PIXELS:,}')
+        limit = f'densessl.data.photographs.MAX_PIXELS, {MAX_PIXELS:,}'
+        raise Image.DecompressionBombError(f'{w} x {h} pixels, more than {limit}')
 
 # %% ../../nbs/07_data.photographs.ipynb #f220e706
 _OTHER_BYTE = {';16B': ';16L', ';16L': ';16B', ';16N': ';16B' if sys.byteorder=='little' else ';16L'}
 
 def _swapped(tile):
     "A tile of 16-bit colors, told to unpack the byte that Pillow would drop; None if it is something else"
-    args = tile.args if isinstance(tile.args, tuple) else (tile.args,)
-    mode, ending = str(args[0])[:-4], str(args[0])[-4:]
+    alone = not isinstance(tile.args, tuple)
+    raw, *rest = (tile.args,) if alone else tile.args
+    mode, ending = str(raw)[:-4], str(raw)[-4:]
     if ending not in _OTHER_BYTE or mode in ('I', 'LA'): return None
-    args = (mode+_OTHER_BYTE[ending], *args[1:])
-    return tile._replace(args=args if isinstance(tile.args, tuple) else args[0])
+    raw = mode+_OTHER_BYTE[ending]
+    return tile._replace(args=raw if alone else (raw, *rest))
 
 def _full_depth(im, file, tiles):
     "The colors of an image of 16 bits, scaled by their white; `tiles` as `_swapped` made them before it was loaded"
@@ -248,63 +213,50 @@ def _full_depth(im, file, tiles):
 def _decode(file, size, file_bytes):
     "What `read_photo` returns, of an open file, or any error"
     with no_pixel_limit(), no_pillow_warnings(), Image.open(file, formats=tuple(FORMATS)) as im:
-        full = im.size
+        full, tiff, turn = im.size, im.format=='TIFF', None
         drafted = size is not None and im.draft(None, (size,size))
         _refuse_bomb(im, full, file_bytes)
-        _check_planes(im)
-        low = [_swapped(o) for o in im.tile] if im.mode in ('RGB','RGBA') and im.format in ('PNG','TIFF') else [None]
-        with no_native_stderr() if im.format=='TIFF' else nullcontext():
+        rgb = im.mode in ('RGB','RGBA')
+        if tiff and rgb and im.tag_v2.get(284)==2 and max(im.tag_v2.get(258, (8,)))>8:    # Pillow takes them for bytes
+            raise OSError('a TIFF of 16 bits in separate planes, which Pillow misreads: save its bands interleaved')
+        low = [_swapped(o) for o in im.tile] if rgb and im.format in ('PNG','TIFF') else [None]
+        with no_native_stderr() if tiff else nullcontext():
             im.load()
-            w, h = full if drafted else im.size
-            turn, negative = _orientation(im), _is_negative(im)
+            h, w = (full if drafted else im.size)[::-1]
+            with suppress(Exception): turn = _TURNS.get(im.getexif().get(0x0112))
+            negative = tiff and im.mode[0] in 'IF' and im.tag_v2.get(262)==0   # 0 is white; Pillow inverts bytes itself
             x = _full_depth(im, file, low) if all(low) else im
         if size is not None and math.prod(x.size)>5e7 and x.mode in ('L','RGB','CMYK'):   # before it is copied
             x = x.reduce(max(1, min(x.size)//(2*size)))
-        x = _rgb(_without_band(x) if im.format=='TIFF' else x)
+        x = _rgb(_without_band(x) if tiff else x)
         if negative: x = ImageOps.invert(x)
-    if turn in _TURNS: x = x.transpose(_TURNS[turn])
-    return x, (w, h) if turn in (5,6,7,8) else (h, w)
+    if turn is None: return x, (h, w)
+    return x.transpose(turn), (w, h) if turn.name in _NAMES[3:] else (h, w)
 
-def read_photo(
-    file,           # Path, or an open binary file
-    size:int=None,  # It may be decoded at a fraction of its size, but both sides at least this long; None: in full
-)->tuple:           # Upright RGB `Image` and (height, width) of the whole photograph
-    "A photograph as a viewer would show it, the first frame if there are several; raises `UnreadablePhoto`"
+def read_photo(file, size:int=None)->tuple:
+    """A photograph, or its first frame, as a viewer would show it: an upright RGB `Image` (a JPEG
+    may be decoded reduced, with both sides at least `size`) and the (height, width) of the whole; raises `UnreadablePhoto`"""
     try:
         with open_regular(file) as f: return _decode(f, size, f.seek(0, os.SEEK_END))
     except Image.DecompressionBombError as e: raise DecompressionBombError(file, str(e)) from None
-    except UnidentifiedImageError as e: raise UnreadablePhoto(file, describe_file(file)) from e
+    except UnidentifiedImageError as e: raise UnreadablePhoto(file, describe_file(file) or reason_of(e)) from e
     except Exception as e: raise UnreadablePhoto(file, reason_of(e)) from e
 
 # %% ../../nbs/07_data.photographs.ipynb #000791f9
 LONGEST = 2              # of a photograph that is shown whole, in units of its shorter side
 
-def window_position(
-    epoch,  # Number of an epoch; None: always the middle
-    item,   # What the photograph is called in this epoch, number or name
-)->float:   # From 0 to 1, for `load_canvas`
-    "Where the window of a panorama lies: in the middle, or where epoch and item say"
+def window_position(epoch, item)->float:
+    "Where, from 0 to 1, the window of a panorama lies: in the middle without an epoch, else at random by both"
     return .5 if epoch is None else random.Random(f'{epoch} {item!a}').random()
 
 # %% ../../nbs/07_data.photographs.ipynb #8b849159
-def _window(x, hw, at):
-    "An image, and the height and width of a photograph, or the window at `at` of a panorama with its own"
-    if max(hw)<=LONGEST*min(hw): return x, hw
-    (w, h), (short, long) = x.size, sorted(x.size)
-    keep = min(long, LONGEST*short)
-    lo = round(at*(long-keep))
-    x = x.crop((lo, 0, lo+keep, h) if w>h else (0, lo, w, lo+keep))
-    short = min(hw)
-    return x, (short, LONGEST*short) if w>h else (LONGEST*short, short)
-
-def load_canvas(
-    path,         # Image file, or an open binary file
-    size:int,     # Side of the canvas
-    at:float=.5,  # Where along a panorama its window lies, from 0 to 1
-)->tuple:         # Canvas, uint8 (3, size, size), and (height, width) of what it shows: a photograph or a window
-    "Read a photograph as a viewer would show it and resize it to a square"
-    photo, hw = read_photo(path, size)
-    x, hw = _window(photo, hw, at)
+def load_canvas(path, size:int, at:float=.5)->tuple:
+    "A photograph, of a panorama the window `at` 0 to 1, as a square uint8 (3,size,size), and its (height, width)"
+    x, hw = read_photo(path, size)
+    if max(hw)>LONGEST*min(hw):
+        w, h = (min(o, LONGEST*min(x.size)) for o in x.size)
+        left, top = round(at*(x.width-w)), round(at*(x.height-h))
+        x, hw = x.crop((left, top, left+w, top+h)), tuple(min(o, LONGEST*min(hw)) for o in hw)
     x = torch.from_numpy(np.array(x)).permute(2,0,1)[None]
     if x.shape[-2:]!=(size,size): x = F.interpolate(x, size=(size,size), mode='bicubic', antialias=True)
     return x[0].contiguous(), hw

@@ -7,7 +7,7 @@ __all__ = ['VOC_CLASSES', 'CITYSCAPES_CLASSES', 'ade20k', 'voc', 'divided_mask',
 
 # %% ../../nbs/35_data.public_sets.ipynb #b3d9c7a6
 import json, re
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path, PureWindowsPath
 
@@ -17,19 +17,13 @@ from .classes import find_classes, read_text
 from .coco import BACKGROUND, Instances, Segments, read_instances, read_panoptic
 from .masks import MASK_SUFFIXES, read_mask
 from .names import by_stem, files_of, match_stems, part_of, photos_of, some_names
-from .pairs import Found, plain_folder
+from .pairs import Found, drop_unmasked, plain_folder
 from ..ground.core import InputError
 from ..ground.files import is_private
 
 # %% ../../nbs/35_data.public_sets.ipynb #02e57915
-_ADE = {i: i-1 if i else None for i in range(151)}
-
-def ade20k(
-    root,             # Folder
-    sure:bool=False,  # Does the user say that it is one?
-    **kw,             # Not used: what other readers take
-):                    # `Found`, or None if it is another layout
-    "ADE20K of 150 classes"
+def ade20k(root:Path, sure=False, **kw)->Found|None:
+    "ADE20K of 150 classes; `sure`: the user says that it is one"
     if not ((root/'images/training').is_dir() and (root/'annotations/training').is_dir()): return
     info = root/'objectInfo150.txt'
     named = any(p.name.startswith('ADE_') for p in photos_of(root/'images/training')[:1])
@@ -37,34 +31,25 @@ def ade20k(
     if not (found := plain_folder(root)): return
     rows = [l.split('\t') for l in read_text(info).splitlines()[1:]] if info.is_file() else []
     names = tuple(r[-1].split(',')[0].strip() for r in rows if len(r)>1)
-    if len(names)!=150: names = None
-    return found._replace(table=_ADE, classes=names, lists=(), notes=('label 0 is no class', *found.notes))
+    return found._replace(table={0: None} | {i+1: i for i in range(150)}, classes=names if len(names)==150 else None,
+                          lists=(), notes=('label 0 is no class', *found.notes))
 
 # %% ../../nbs/35_data.public_sets.ipynb #817011a5
 VOC_CLASSES = tuple('''background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
     motorbike person pottedplant sheep sofa train tvmonitor'''.split())
 
-def _add_part(splits, notes, name, pairs, lone):
-    "A part of a public set, and what to say of photographs without a mask"
-    if pairs: splits[name] = pairs
-    if lone and pairs:
-        notes.append(f'{len(lone)} photographs of {name} without a mask are left out ({some_names(lone)})')
-    if lone and not pairs: notes.append(f'no masks in {name}, which is skipped')
-
-def voc(
-    root,             # Folder
-    **kw,             # Not used: what other readers take
-):                    # `Found`, or None if it is another layout
+def voc(root:Path, **kw)->Found|None:
     "Pascal VOC"
     lists = root/'ImageSets/Segmentation'
     if not all(d.is_dir() for d in (lists, root/'JPEGImages', root/'SegmentationClass')): return
     photos, masks = by_stem(photos_of(root/'JPEGImages')), by_stem(files_of(root/'SegmentationClass', MASK_SUFFIXES))
-    splits, notes, named = {}, [], find_classes([root, root/'SegmentationClass'])
+    splits, lone, named = {}, {}, find_classes([root, root/'SegmentationClass'])
     for f in sorted(lists.glob('*.txt')):
         if f.stem not in ('train', 'val', 'test', 'default'): continue
         lines = [l.split()[-1] for l in read_text(f).splitlines() if l.strip()]
-        pairs, lone = match_stems(photos, masks, f, [l if l in photos else Path(l).name for l in lines])
-        _add_part(splits, notes, 'all' if f.stem=='default' else f.stem, pairs, lone)
+        part = 'all' if f.stem=='default' else f.stem
+        splits[part], lone[part] = match_stems(photos, masks, f, [l if l in photos else Path(l).name for l in lines])
+    splits, notes = drop_unmasked(splits, lone)
     if not splits: raise InputError(f'{lists} names no photograph that has a mask in SegmentationClass')
     own = named or not all(re.fullmatch(r'\d{4}_\d{6}', p.stem) for p in photos.values())
     if own: return Found(splits, lists=tuple(named), notes=tuple(notes))
@@ -77,36 +62,31 @@ CITYSCAPES_CLASSES = {   # Label id -> name
     28: 'bus', 31: 'train', 32: 'motorcycle', 33: 'bicycle'}
 
 # %% ../../nbs/35_data.public_sets.ipynb #98d3ee06
-def divided_mask(
-    path,              # Image file
-    divisor:int=1000,  # Labels from here on are class*divisor + instance
-):                     # Classes, integer array (h,w)
-    "A mask that counts instances within each class"
+def divided_mask(path, divisor:int=1000)->np.ndarray:
+    "Classes (h,w) of a mask that counts instances: labels from `divisor` on are class*divisor + instance"
     m = read_mask(path).astype(np.int64)
     return np.where(m>=divisor, m//divisor, m)
 
 # %% ../../nbs/35_data.public_sets.ipynb #ccda7c64
-def cityscapes(
-    root,             # Folder
-    **kw,             # Not used: what other readers take
-):                    # `Found`, or None if it is another layout
+def cityscapes(root:Path, **kw)->Found|None:
     "Cityscapes, by labelIds, trainIds or instanceIds, whichever is there"
     truth = next((d for d in (root/'gtFine', root/'gtCoarse') if d.is_dir()), None)
     if truth is None or not (root/'leftImg8bit').is_dir(): return
-    key = lambda kind, p: (p.parent.name, re.sub(rf'_{kind}$', '', p.stem))
-    ends = [e for e in ('labelIds', 'labelTrainIds', 'instanceIds') if next(truth.glob(f'*/*/*_{e}.png'), None)]
-    if not ends: return
-    end, splits, notes = ends[0], {}, [f'masks are {ends[0]}']
+    def key(kind, p): return p.parent.name, p.stem.removesuffix(f'_{kind}')
+    end = next((e for e in ('labelIds', 'labelTrainIds', 'instanceIds') if any(truth.glob(f'*/*/*_{e}.png'))), None)
+    if end is None: return
+    splits, lone = {}, {}
     for d in sorted(p for p in (root/'leftImg8bit').iterdir() if p.is_dir() and not is_private(p.name)):
         photos = by_stem(photos_of(d), partial(key, 'leftImg8bit'))
         files = [p for p in files_of(truth/d.name, ('.png',)) if p.stem.endswith(end)]
-        pairs, lone = match_stems(photos, by_stem(files, partial(key, f'{truth.name}_{end}')), d)
-        _add_part(splits, notes, d.name, pairs, ['/'.join(k) for k in lone])
+        splits[d.name], rest = match_stems(photos, by_stem(files, partial(key, f'{truth.name}_{end}')), d)
+        lone[d.name] = ['/'.join(k) for k in rest]
+    splits, notes = drop_unmasked(splits, lone)
     if not splits: raise InputError(f'no photograph of {root/"leftImg8bit"} has its mask in {truth}')
-    ids = {l: i for i,l in enumerate(CITYSCAPES_CLASSES)}
-    table = {i: i for i in range(19)} if end=='labelTrainIds' else {i: None for i in range(34)} | ids
+    table = {255: None} | dict.fromkeys(range(34)) | {l: i for i,l in enumerate(CITYSCAPES_CLASSES)}
+    if end=='labelTrainIds': table = {255: None} | {i: i for i in range(19)}
     read = divided_mask if end=='instanceIds' else read_mask
-    return Found(splits, {255: None} | table, tuple(CITYSCAPES_CLASSES.values()), read, notes=tuple(notes))
+    return Found(splits, table, tuple(CITYSCAPES_CLASSES.values()), read, notes=(f'masks are {end}', *notes))
 
 # %% ../../nbs/35_data.public_sets.ipynb #ec1934f9
 def _json_files(root, kind):
@@ -120,22 +100,9 @@ def _json_files(root, kind):
 def _is_coco(file, kind):
     try: d = json.loads(read_text(file))
     except ValueError: return False
-    if not isinstance(d, dict) or not all(isinstance(d.get(k), list) for k in ('images', 'annotations', 'categories')):
-        return False
+    fits = isinstance(d, dict) and all(isinstance(d.get(k), list) for k in ('images', 'annotations', 'categories'))
     field = 'segments_info' if kind=='panoptic' else 'segmentation'
-    return any(isinstance(a, dict) and a.get(field) for a in d['annotations'])
-
-def _photo_folder(root, f, part, images):
-    "Where the photographs of a JSON file are"
-    options = [*((root/'images'/part, root/part) if part else ()), root/'images', f.parent, root]
-    is_there = lambda d: d.is_dir() and (not images or (d/images[0]['file_name']).is_file())
-    return next((d for d in options if is_there(d)), root/'images')
-
-def _photo(folder, name):
-    "The photograph of a name; one that begins with the folders of another machine is looked for by its last part"
-    if (folder/name).is_file(): return folder/name
-    last = folder/PureWindowsPath(name).name
-    return last if last.is_file() else folder/name
+    return fits and any(isinstance(a, dict) and a.get(field) for a in d['annotations'])
 
 def _panoptic_mask(f, image, own):
     if not own:
@@ -144,11 +111,7 @@ def _panoptic_mask(f, image, own):
     folder = next((d for d in folders if d.is_dir()), folders[0])
     return Segments(folder/own[0]['file_name'], {s['id']: s['category_id'] for s in own[0]['segments_info']})
 
-def _instance_mask(f, image, own):
-    return Instances(f'{f.name}, {image["file_name"]}', (image['height'], image['width']), tuple(own))
-
 def _read_coco(root, f, kind, names, splits):
-    "Adds the categories and the images of a file"
     d = json.loads(read_text(f))
     for c in d['categories']:
         if names.setdefault(c['id'], c['name'])!=c['name']:
@@ -156,27 +119,20 @@ def _read_coco(root, f, kind, names, splits):
                              f'parts must have the same categories')
     word = f.stem.removeprefix(kind).strip('_')
     part = next((w for w in (word, f.parent.name) if part_of(w)), word if f.stem.startswith(kind) else '')
-    folder, of = _photo_folder(root, f, part, d['images']), {}
-    for a in d['annotations']: of.setdefault(a['image_id'], []).append(a)
+    options = [*((root/'images'/part, root/part) if part else ()), root/'images', f.parent, root]
+    def holds_first(folder): return all((folder/im['file_name']).is_file() for im in d['images'][:1])
+    folder, of = next((o for o in options if o.is_dir() and holds_first(o)), root/'images'), defaultdict(list)
+    for a in d['annotations']: of[a['image_id']].append(a)
     for im in d['images']:
-        mask = _panoptic_mask if kind=='panoptic' else _instance_mask
-        pair = _photo(folder, im['file_name']), mask(f, im, of.get(im['id'], []))
-        splits.setdefault(part or im.get('split', 'all'), []).append(pair)
+        name, own = im['file_name'], of[im['id']]
+        photo, last = folder/name, folder/PureWindowsPath(name).name     # it may begin with folders of another machine
+        if last.is_file() and not photo.is_file(): photo = last
+        if kind=='panoptic': mask = _panoptic_mask(f, im, own)
+        else: mask = Instances(f'{f.name}, {name}', (im['height'], im['width']), tuple(own))
+        splits.setdefault(part or im.get('split', 'all'), []).append((photo, mask))
 
-def _without_lost(splits):
-    "Those whose photograph is there, and what to say of the others"
-    there = {k: tuple(o for o in v if o[0].is_file()) for k,v in splits.items()}
-    lost = [p for k,v in splits.items() for p,_ in v if not p.is_file()]
-    if lost and not any(there.values()): raise InputError(f'{lost[0]} is not there, and no other listed photograph is')
-    said = f'{len(lost)} listed photographs that are not there are left out ({some_names(p.name for p in lost)})'
-    return {k: v for k,v in there.items() if v}, [said] if lost else []
-
-def coco(
-    root,       # Folder
-    kind:str,   # 'panoptic' or 'instances'
-    **kw,       # Not used: what other readers take
-):              # `Found`, or None
-    "COCO's annotations"
+def coco(root:Path, kind:str, **kw)->Found|None:
+    "COCO's annotations, `kind` 'panoptic' or 'instances'"
     files = _json_files(root, kind)
     if not files: return
     splits, names = {}, {}
@@ -188,21 +144,22 @@ def coco(
             raise InputError(f'{f} is no COCO {kind} file: {e!r}') from None
     for part,pairs in splits.items():
         if twice := [p for p,n in Counter(p for p,_ in pairs).items() if n>1]:
-            raise InputError(f'{twice[0]} is listed twice for the part {part} in {", ".join(f.name for f in files)}: '
-                             f'list each photograph once')
-    splits, notes = _without_lost(splits)
-    ids = sorted(names)
+            listing = ', '.join(f.name for f in files)
+            raise InputError(f'{twice[0]} is listed twice for the part {part} in {listing}: list it once')
+    lost = [p for v in splits.values() for p,_ in v if not p.is_file()]
+    splits, _ = drop_unmasked({k: [o for o in v if o[0].is_file()] for k,v in splits.items()}, {})
+    if lost and not splits: raise InputError(f'{lost[0]} is not there, and no other listed photograph is')
+    said = f'{len(lost)} listed photographs that are not there are left out ({some_names(p.name for p in lost)})'
+    ids, notes = sorted(names), [said] if lost else []
     if kind=='panoptic':
         table = {BACKGROUND: None} | {c: i for i,c in enumerate(ids)}
         return Found(splits, table, tuple(names[c] for c in ids), read_panoptic, notes=tuple(notes))
     outlined = [bool(a.get('segmentation')) for v in splits.values() for _,m in v for a in m.annotations]
     if not any(outlined):
-        raise InputError(f'{files[0]} holds boxes without outlines: boxes are not scored here, a mask for each '
-                         f'photograph is needed')
-    ground = {c for c in ids if names[c].lower().strip('_') in ('background', 'bg')}
-    objects = [c for c in ids if c not in ground]
-    table = {BACKGROUND: 0} | {c: 0 for c in ground} | {c: i+1 for i,c in enumerate(objects)}
-    notes.append('what is in no instance is the class background')
+        raise InputError(f'{files[0]} holds boxes: boxes are not scored here, a mask for each photograph is needed')
+    objects = [c for c in ids if names[c].lower().strip('_') not in ('background', 'bg')]
+    table = dict.fromkeys([BACKGROUND, *ids], 0) | {c: i+1 for i,c in enumerate(objects)}
+    notes.append('pixels in no instance are the class background')
     if not all(outlined):
         notes.append(f'{outlined.count(False)} of {len(outlined)} instances have no outline and are not drawn')
     return Found(splits, table, ('background', *(names[c] for c in objects)), read_instances, notes=tuple(notes))

@@ -6,36 +6,34 @@
 __all__ = ['shard_list', 'is_shards', 'write_shards', 'ShardImages', 'shard_dls']
 
 # %% ../../nbs/16_data.shards.ipynb #bb5756a6
-import hashlib, json, math, os, random, re, tarfile, time, warnings
-from bisect import bisect_right
+import bisect, glob, hashlib, itertools, json, os, random, re, tarfile, time, warnings
 from contextlib import suppress
-from glob import glob
 from io import BytesIO
-from itertools import accumulate, chain, islice
 from pathlib import Path
 
 import torch
 from fastai.data.core import DataLoaders
 from fastcore.foundation import defaults
+from fastcore.meta import delegates
 from PIL import Image
 
-from .canvases import BadFiles, CanvasDataset
+from .canvases import CanvasDataset
 from .folders import find_images, has_photographs, survey_images
-from .images import canvas_side, check_readable, view_loaders
+from .images import image_dls, view_loaders
 from .photographs import is_image, read_photo, reason_of, unread_advice
 from .tar_files import Shard, TarContents, tar_photographs
 from .views import Recipe
-from ..ground.commands import densessl_shard
+from ..ground.commands import check_whole
 from ..ground.core import InputError
 from ..ground.files import printable, whole_file
 
 # %% ../../nbs/16_data.shards.ipynb #6e4d53f2
 _TAR = re.compile(r'\.(tar|tgz)(\.(gz|bz2|xz|zst))?$', re.I)
 
-def _remote(url): return re.match(r'\w\w+:', str(url)) is not None      # pipe:, https:, s3: and so on, but not C:
+def _remote(url): return re.match(r'\w\w+:', str(url)) is not None      # pipe:, https:, s3: and the like, not C:
 
 def _read_index(path):
-    "Name of the tar file -> what a list of shards says of it"
+    "Name of each tar file -> what a list of shards says about it"
     try:
         d = json.loads(Path(path).read_text())
         listed = d.get('shardlist') if isinstance(d, dict) else d
@@ -56,11 +54,11 @@ def _index_of(folder, warn=True):
 
 # %% ../../nbs/16_data.shards.ipynb #98bc4cf9
 def _missing(names):
-    "Names that the numbers at their ends leave out, as 3 in 1, 2, 4"
+    "Names that the numbers at the ends of names leave out, as 3 in 1, 2, 4"
     parts = [re.fullmatch(r'(.*?)(\d+)(\D*)', o, flags=re.S) for o in names]
     if not all(parts) or len({(m[1], m[3]) for m in parts})!=1: return []
     have, (head, digits, tail) = {int(m[2]) for m in parts}, parts[0].groups()
-    if head!='shard-' and max(have)-min(have)>2*len(have): return []       # names of classes, as n01440764, no numbers
+    if head!='shard-' and max(have)-min(have)>2*len(have): return []       # names of classes, as n01440764
     return [f'{head}{i:0{len(digits)}}{tail}' for i in range(min(have), max(have)) if i not in have]
 
 def _in_folder(folder):
@@ -73,12 +71,12 @@ def _in_folder(folder):
     if index is None and not names:
         raise InputError(f'{str(folder)!r} holds no shards: give a folder of .tar files, as densessl_shard writes')
     if index is not None and (extra := sorted(set(names)-index.keys())):
-        raise InputError(f'{str(folder)!r} holds {extra[0]!r}, which its index.json does not list: take it away, '
-                         'or name the shards one by one')
+        raise InputError(f'{str(folder)!r} holds {extra[0]!r}, which its index.json does not list: remove it, or '
+                         'name the shards one by one')
     return [str(folder/o) for o in (index or names)]
 
 def _expand(urls):
-    "Paths of all shards, and their list if it was given by name, of a list of what a user gave"
+    "Paths of the shards that a user named in a list, and their index if the user gave that"
     if far := next((str(o) for o in urls if _remote(o)), None):
         raise InputError(f'{far!r} is not on this machine: copy the tar files here, or mount the place where they are, '
                          'and give their folder')
@@ -86,8 +84,10 @@ def _expand(urls):
     if len(urls)!=1: return urls, None
     s = urls[0]
     if os.path.isdir(s): return _in_folder(Path(s)), None
-    if s.endswith('.json'): return [os.path.join(os.path.dirname(s), o) for o in sorted(_read_index(s))], _read_index(s)
-    if '*' in s: return sorted(glob(s)), None
+    if s.endswith('.json'):
+        index = _read_index(s)
+        return [os.path.join(os.path.dirname(s), o) for o in sorted(index)], index
+    if '*' in s: return sorted(glob.glob(s)), None
     from braceexpand import braceexpand
     return list(braceexpand(s)), None
 
@@ -99,15 +99,15 @@ def _check_names(paths, holes):
     if not holes and (gone := _missing([os.path.basename(o) for o in paths])):
         more = f' and {len(gone)-1} more' if len(gone)>1 else ''
         message = f'the list of shards has a hole, {gone[0]!r} is missing{more}'
-        if gone[0].startswith('shard-'):                       # as densessl_shard writes them, without holes
-            raise InputError(f'{message}: add what is missing, or if it is meant so pass holes=True, or give a JSON '
+        if gone[0].startswith('shard-'):                       # densessl_shard writes them without holes
+            raise InputError(f'{message}: add what is missing, or if it is intended pass holes=True, or give a JSON '
                              'file of the shards to use, {"name.tar": count}')
-        warnings.warn(f'{message}: training is on those that are there')
+        warnings.warn(f'{message}: the others are trained on')
     if gone := next((o for o in paths if not os.path.isfile(o)), None):
         raise InputError(f'the shard {gone!r} does not exist: add it, or leave it out of the list')
 
 def _open_shard(path, entry, contents):
-    "A shard as its list says; without places in a list, as its headers say"
+    "A shard with the places that its list gives, or else its headers"
     size, n = entry.get('filesize'), os.path.getsize(path)
     if size is not None and n!=size:
         raise InputError(f'the shard {path!r} has {n} bytes but its list says {size}: it was cut short or changed, '
@@ -118,13 +118,9 @@ def _open_shard(path, entry, contents):
     return Shard(path, [o[1:] for o in tar_photographs(path, contents)])
 
 # %% ../../nbs/16_data.shards.ipynb #3cb1baac
-def shard_list(
-    urls,              # Folder of tar files; path of an index; `data/{000..031}.tar`, `data/*.tar`; list of paths
-    holes:bool=False,  # Accept numbers that are missing, without a word
-)->list:               # `Shard`s
-    "All shards, or one sentence on what is wrong with the list"
-    given = urls if isinstance(urls, (list,tuple)) else [urls]
-    paths, index = _expand(given)
+def shard_list(urls, holes:bool=False)->list:
+    "The `Shard`s of a folder, an index, a pattern or a list of paths; `holes` accepts missing numbers silently"
+    paths, index = _expand(urls if isinstance(urls, (list,tuple)) else [urls])
     if not paths: raise InputError('the list of shards is empty: give tar files')
     _check_names(paths, holes or index is not None)
     if index is None: index = _index_of(Path(paths[0]).parent) or {}
@@ -138,24 +134,20 @@ def shard_list(
     return shards
 
 # %% ../../nbs/16_data.shards.ipynb #a584da53
-def is_shards(
-    path,  # What a user gave as data
-)->bool:
-    "Whether it is for `shard_dls`: an index, tar files, or a folder of them without photographs"
+def is_shards(path)->bool:
+    "Whether data that a user gave are for `shard_dls`: an index, tar files, or a folder of them without photographs"
     if not isinstance(path, (str,Path)): return True
     s = os.path.expanduser(str(path))
     if not os.path.isdir(s): return bool(_remote(s) or s.endswith('.json') or _TAR.search(s))
-    names = os.listdir(s)
+    names, listed = os.listdir(s), _index_of(s, warn=False) is not None
     tars, part = any(map(_TAR.search, names)), 'index.json.part' in names
-    if not tars and not part and 'index.json' not in names: return False
-    listed = _index_of(s, warn=False) is not None
     unfinished = part and any(o.startswith('shard-') for o in names)
     if tars and (listed or unfinished): return True             # as densessl_shard writes
     return (tars or listed or part) and not has_photographs(s)
 
 # %% ../../nbs/16_data.shards.ipynb #fd18df50
 class _Encode:
-    "Files as they go into a shard: (suffix, bytes), or (None, (name, why))"
+    "Files as they are written into a shard: (suffix, bytes), or (None, (name, why))"
     def __init__(self, files, size, quality): self.files, self.size, self.quality = files, size, quality
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
@@ -179,15 +171,6 @@ def _write(path, samples):
     places = [o[1:] for o in tar_photographs(path)]
     return dict(url=path.name, nsamples=len(places), filesize=os.path.getsize(path), places=places)
 
-def _check_options(size, quality, per_shard, workers):
-    "An error for an option of `write_shards` out of its range"
-    for k,v,lo,hi in (('size', size, 1, math.inf), ('quality', quality, 1, 95), ('per_shard', per_shard, 1, math.inf)):
-        if v is not None and not (isinstance(v, int) and lo<=v<=hi):
-            to = '' if hi==math.inf else f' to {hi}'
-            raise InputError(f'{k} must be a whole number from {lo}{to}, got {v}')
-    if not isinstance(workers, int) or workers<0:
-        raise InputError(f'the number of workers must be a whole number, 0 for none, got {workers}')
-
 # %% ../../nbs/16_data.shards.ipynb #114f4cbc
 def write_shards(
     folder,              # Folder of images, searched with all the folders in it
@@ -198,112 +181,93 @@ def write_shards(
     seed:int=0,          # Of their order
     workers:int=None,    # Processes; None: one fewer than the CPUs
     say=None,            # Called with a line on progress every ten seconds
-)->dict:                 # What was written to index.json
+)->dict:                 # The contents of index.json
     "Photographs of a folder as shards"
     files, out = find_images(folder), Path(os.path.expanduser(out))
     if workers is None: workers = max(0, defaults.cpus-1)
-    _check_options(size, quality, per_shard, workers)
+    for name,*o in (('size', size, 1), ('quality', quality, 1, 95), ('per_shard', per_shard, 1),
+                    ('the number of workers', workers)): check_whole(name, *o)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f'{str(out)!r} exists already and is not an empty folder: choose another place for the shards')
     random.Random(seed).shuffle(files)
     loader = torch.utils.data.DataLoader(_Encode(files, size, quality), batch_size=8, collate_fn=list,
                                          num_workers=workers)
-    index, bad, n, told = [], [], 0, time.monotonic()
-    def good():
-        nonlocal n, told
-        for suffix,data in chain.from_iterable(loader):
+    index, bad, started = [], [], out/'index.json.part'          # it stays until all is done
+    def samples():
+        "Number, name and bytes of each photograph"
+        told = time.monotonic()
+        for done,(suffix,data) in enumerate(itertools.chain.from_iterable(loader)):
+            n = done-len(bad)
             if suffix is None: bad.append(data)
-            else:
-                n += 1
-                yield f'{n-1:09}.{suffix}', data
+            else: yield n, f'{n:09}.{suffix}', data
             if say and time.monotonic()-told>10:
-                say(f'{n+len(bad)} of {len(files)} photographs')
+                say(f'{done+1} of {len(files)} photographs')
                 told = time.monotonic()
-    samples = good()
-    first = next(samples, None)
-    if first is None:
-        raise InputError(f'none of the {len(files)} images in {str(folder)!r} can be read, the first is {bad[0][0]!r} '
-                         f'({bad[0][1]}): check the files')
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out/'index.json.part').touch()                      # until all is done
-        while first:
-            index.append(_write(out/f'shard-{len(index):06}.tar', chain([first], islice(samples, per_shard-1))))
-            first = next(samples, None)
-        d = dict(__kind__='wids-shard-index-v1', wids_version=1, name=printable(Path(folder).name), images=n,
-                 bytes=sum(o['filesize'] for o in index), size=size, quality=quality, seed=seed, left_out=bad,
-                 shardlist=index)
+        for k,shard in itertools.groupby(samples(), lambda o: o[0]//per_shard):
+            out.mkdir(parents=True, exist_ok=True)
+            started.touch()
+            index.append(_write(out/f'shard-{k:06}.tar', (o[1:] for o in shard)))
+        if not index:
+            raise InputError(f'none of the {len(files)} images in {str(folder)!r} can be read, the first is '
+                             f'{bad[0][0]!r} ({bad[0][1]}): check the files')
+        d = dict(__kind__='wids-shard-index-v1', wids_version=1, name=printable(Path(folder).name),
+                 images=len(files)-len(bad), bytes=sum(o['filesize'] for o in index), size=size, quality=quality,
+                 seed=seed, left_out=bad, shardlist=index)
         with whole_file(out/'index.json') as part: part.write_text(json.dumps(d))
     except OSError as e: raise InputError(f'cannot write to {str(out)!r}: {reason_of(e)}')
     return d
 
 # %% ../../nbs/16_data.shards.ipynb #2768204d
 class ShardImages(CanvasDataset):
-    "Photographs of tar files as canvases"
-    def __init__(self,
-        shards,          # `Shard`s
-        size:int,        # Side of the canvas
-        block:int=1024,  # Photographs that are shuffled together
-    ):
+    "Photographs of `Shard`s as canvases of side `size`; those of a `block` are shuffled together"
+    def __init__(self, shards, size:int, block:int=1024):
         self.shards, self.size, self.block = [o for o in shards if o.n], size, block
-        self.ends = list(accumulate(o.n for o in self.shards))
+        self.ends = list(itertools.accumulate(o.n for o in self.shards))
     def __len__(self): return self.ends[-1] if self.ends else 0
     def place(self, i:int):
         "The shard of photograph `i`, and its number there"
-        k = bisect_right(self.ends, i)
+        k = bisect.bisect_right(self.ends, i)
         return self.shards[k], i-self.ends[k]+self.shards[k].n
     def file(self, i:int):
-        "Photograph `i`, as `load_canvas` takes it"
         shard, j = self.place(i)
         return BytesIO(shard.read(j))
     def name(self, i:int):
-        "Path of the tar file and name in it"
         shard, j = self.place(i)
         return shard.name(j)
     def shuffled(self, rng:random.Random)->list:
         "The order of an epoch: shards at random, then photographs within each block"
         spans = [range(end-o.n, end) for o,end in zip(self.shards, self.ends)]
-        order = list(chain(*rng.sample(spans, len(spans))))
+        order = list(itertools.chain(*rng.sample(spans, len(spans))))
         blocks = [order[k:k+self.block] for k in range(0, len(order), self.block)]
         return [i for b in blocks for i in rng.sample(b, len(b))]
     def identity(self)->dict:
-        "What tells these images from others: number, and a hash of the names and places"
+        "Number of the photographs, and a hash of shards and places"
         sha = hashlib.sha256()
         for o in self.shards: sha.update(os.fsencode(os.path.basename(o.path))+b'\0'+o.places.tobytes())
         return dict(images=len(self), hash=sha.hexdigest()[:16])
 
 # %% ../../nbs/16_data.shards.ipynb #69c53e25
+@delegates(image_dls)
 def shard_dls(
-    urls,                      # Folder of shards, index, pattern or list: see `shard_list`
-    recipe:Recipe,             # Views to make
-    bs:int=64,                 # Photographs in a batch, on each rank
-    canvas:int=None,           # Side of the square that photographs are resized to first; None: 8/7 of the largest view
-    num_workers:int=None,      # Processes that decode; None: one fewer than the CPUs, without a GPU at most 8
-    valid_pct:float=0.,        # Share of the images kept apart for a validation loss: the last ones
-    seed:int=0,                # Fixes the order; the views follow torch's generator (`torch.manual_seed`)
-    device=None,               # Where views are made; None: the GPU if there is one
-    pin_memory:bool=None,      # None: with a GPU
-    drop_last:bool=True,       # Leave out an incomplete last batch
-    max_bad:float=0.1,         # Share of unreadable images that ends the run; 0: the first one, 1: never
-    shuffle:int=1024,          # Photographs that are shuffled together, of shards in random order; 0: as in the files
-    holes:bool=False,          # Accept a list of shards with missing numbers
-    cache:bool=None,           # Decode once and keep the canvases; None: if they fit, see `keep_canvases`
-)->DataLoaders:                # Batches (views, hw); `bad_files` lists what could not be read so far
+    urls,              # Folder of shards, index, pattern or list: see `shard_list`
+    recipe:Recipe,     # Views to make
+    bs:int=64, *,      # Photographs in a batch, on each rank
+    seed:int=0,        # Fixes the order; the views follow torch's generator (`torch.manual_seed`)
+    shuffle:int=1024,  # Photographs that are shuffled together, of shards in random order; 0: no shuffling
+    holes:bool=False,  # Accept a list of shards with missing numbers
+    **kwargs,          # Arguments of `image_dls`; the last images are those for a validation loss
+)->DataLoaders:        # Batches (views, hw); `bad_files` lists what could not be read so far
     "Batches of views of the photographs in tar files"
+    check_whole('shuffle', -1 if shuffle is None else shuffle)
     shards = shard_list(urls, holes)
     n = sum(o.n for o in shards)
-    if not 0<=valid_pct<1: raise InputError(f'valid_pct must lie in [0, 1), got {valid_pct}')
-    if not isinstance(shuffle, int) or shuffle<0:
-        raise InputError(f'shuffle must be a whole number of images, 0 for none, got {shuffle}')
-    size, bad = canvas_side(canvas, recipe), BadFiles(n, max_bad, kind=str)
-    cut, starts = n-int(valid_pct*n), accumulate((o.n for o in shards), initial=0)
-    cuts = [min(max(cut-start, 0), o.n) for start,o in zip(starts, shards)]
-    train = ShardImages([o.part(0, k) for o,k in zip(shards, cuts)], size, shuffle)
-    valid = ShardImages([o.part(k, o.n) for o,k in zip(shards, cuts)], size)
-    dls = view_loaders(train, valid, recipe, bs, num_workers, device, pin_memory, bad, seed=seed, shuffle=shuffle>0,
-                       drop_last=drop_last, cache=cache)
-    for ds in (train, valid): check_readable(ds, bad)
-    first = shards[0]
-    some = [(first.name(i), BytesIO(first.read(i))) for i in range(min(32, first.n))]
+    def split(k, size):
+        starts = itertools.accumulate((o.n for o in shards), initial=0)
+        cuts = [min(max(n-k-start, 0), o.n) for start,o in zip(starts, shards)]
+        train, valid = zip(*((o.part(0, cut), o.part(cut, o.n)) for o,cut in zip(shards, cuts)))
+        return ShardImages(train, size, shuffle), ShardImages(valid, size)
+    dls = view_loaders(split, n, recipe, bs, seed=seed, shuffle=shuffle>0, kind=str, **kwargs)
+    some = [(shards[0].name(i), BytesIO(shards[0].read(i))) for i in range(min(32, shards[0].n))]
     for o in survey_images(some): warnings.warn(o)
     return dls

@@ -53,13 +53,10 @@ def _keys(tar, unread):
 
 # %% ../../nbs/09_data.tar_files.ipynb #817aca09
 class TarContents:
-    "What was found in some tar files, counted"
+    "Counts of what was found in some tar files"
     def __init__(self): self.photographs, self.left_out, self.maps, self.unread = 0, 0, 0, Counter()
-    def add(self,
-        images,  # Names of the images of one key
-        chosen,  # Those that are photographs
-    ):
-        "Count the images of a key"
+    def add(self, images, chosen):
+        "Count the images of one key, and those of them that are photographs"
         self.photographs += len(chosen)
         self.left_out += len(images)-len(chosen)
         self.maps += sum(kind_of_name(o.rpartition('/')[2])=='map' for o in chosen)
@@ -69,7 +66,7 @@ class TarContents:
         if self.unread: yield f'in the shards: {unread_advice(self.unread)}'
         if 0<self.maps<n:
             yield (f'{self.maps} of {n} images of the shards are trained on though their names say mask or depth: put '
-                   'the files of a photograph next to each other, as webdataset does, or leave these out')
+                   'the files of a photograph next to each other, as webdataset does, or remove these')
         if self.left_out:
             yield (f'{self.left_out} images of the shards are left out: masks, depth maps or further images of a key, '
                    f'beside {n} photographs')
@@ -82,17 +79,13 @@ def _check_tar(path):
     with open(path, 'rb') as f: start = f.read(512)
     if start.startswith(_COMPRESSED):
         raise InputError(f'the shard {str(path)!r} is compressed, so that no photograph in it can be read by itself: '
-                         'unpack it with gunzip, bunzip2, unxz or unzstd, it will hardly be larger')
+                         'unpack it with gunzip, bunzip2, unxz or unzstd; it will hardly be larger')
     if not start: raise OSError('empty file')
     if start[257:262]!=b'ustar' and any(start):
-        what = describe_file(path)
-        raise OSError('not a tar file' if what=='not an image' else f'not a tar file but {what}')
+        raise OSError(' but '.join(filter(None, ['not a tar file', describe_file(path)])))
 
-def tar_photographs(
-    path,           # Tar file of this machine, not compressed
-    contents=None,  # `TarContents` to add to
-)->list:            # (name, first byte, bytes) of each photograph, in order
-    "The photographs of a tar file, found by its headers; a file that is cut short is an error"
+def tar_photographs(path, contents:TarContents=None)->list:
+    "(name, first byte, bytes) of each photograph of an uncompressed, whole tar file, in order, counted in `contents`"
     contents, found = contents or TarContents(), []
     try:
         _check_tar(path)
@@ -106,23 +99,20 @@ def tar_photographs(
             if any(f.read()): raise OSError('no end mark')
     except InputError: raise
     except Exception as e:
-        message = f'the shard {str(path)!r} is cut short or damaged ({reason_of(e)}): write or copy it again'
-        raise InputError(message) from None
+        why = f'is cut short or damaged ({reason_of(e)}): write or copy it again'
+        raise InputError(f'the shard {str(path)!r} {why}') from None
     return found
 
 # %% ../../nbs/09_data.tar_files.ipynb #06bf8443
 @lru_cache(8)
 def _names(path):
-    "Names of the photographs of a shard by their first byte; none if it cannot be read any more"
+    "Names of the photographs of a shard by their first byte; none if it can no longer be read"
     with suppress(InputError): return {first: name for name,first,_ in tar_photographs(path)}
     return {}
 
 class Shard:
-    "One tar file and where its photographs are"
-    def __init__(self,
-        path,    # Tar file
-        places,  # (first byte, bytes) of each photograph, (n, 2)
-    ):
+    "One tar file and the `places` of its photographs, (first byte, bytes) of each"
+    def __init__(self, path, places):
         self.path, self.places = str(path), np.asarray(places, dtype=np.int64).reshape(-1, 2)
         self.n = len(self.places)
     def part(self, start, stop):
@@ -137,6 +127,6 @@ class Shard:
         if len(data)<n: raise OSError('the tar file ends before it')
         return data
     def name(self, i:int)->str:
-        "Path of the tar file and name of photograph `i` in it: looked up when it is asked for, names take memory"
+        "Path of the tar file and name of photograph `i` in it, looked up only now, as names take memory"
         first = int(self.places[i,0])
         return f'{self.path}/{_names(self.path).get(first, f"byte {first}")}'

@@ -13,38 +13,27 @@ from dataclasses import asdict, dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
 
-from ..ground.core import InputError, compiled, fp32, to_device
+from ..ground.core import InputError, check_ranges, compiled, fp32, to_device
 
 # %% ../../nbs/10_data.views.ipynb #1cd25a58
-def nest_boxes(
-    inner:Tensor,  # Boxes (..., 4) in [0,1] of the outer view
-    outer:Tensor,  # Boxes (..., 4) of the outer views in the photograph, mirrored or not
-)->Tensor:         # Boxes (..., 4) of the inner views in the photograph, mirrored as the outer view is
-    "Where a crop of a view lies in the photograph"
+def nest_boxes(inner:Tensor, outer:Tensor)->Tensor:
+    "Boxes (..., 4) in the photograph of `inner` boxes in [0,1] of views that show `outer`, mirrored as these are"
     o, size = outer[...,:2], outer[...,2:]-outer[...,:2]
     return torch.cat([o+inner[...,:2]*size, o+inner[...,2:]*size], -1)
 
 # %% ../../nbs/10_data.views.ipynb #eeebbc2a
-def flip_boxes(
-    boxes:Tensor,  # (..., 4)
-    mask:Tensor,   # (...) bool, which to mirror
-)->Tensor:
-    "Mirrored views: x1 and x2 change places"
+def flip_boxes(boxes:Tensor, mask:Tensor)->Tensor:
+    "Boxes (..., 4) of mirrored views, x1 and x2 exchanged, where `mask` (...) is true"
     return torch.where(mask[...,None], boxes[...,[2,1,0,3]], boxes)
 
 # %% ../../nbs/10_data.views.ipynb #df1f87d5
-def random_boxes(
-    hw:Tensor,        # Height and width of each image, (n, 2), any unit
-    scale:tuple,      # Range of the share of the area
-    ratio:tuple,      # Range of width over height, log-uniform, in the unit of `hw`
-    generator=None,   # Generator of the CPU; None: torch's default
-    tries:int=10,     # Draws of area and ratio before falling back on the largest central box of an allowed ratio
-)->Tensor:            # Boxes (n, 4) in [0,1] of the image
-    "One random crop an image: `RandomResizedCrop` for a whole batch"
+def random_boxes(hw:Tensor, scale:tuple, ratio:tuple, generator=None)->Tensor:
+    """Boxes (n, 4) in [0,1], one for each image of height and width (n, 2): `RandomResizedCrop` for a whole batch;
+    `scale` is the range of the share of the area, `ratio` that of width over height in the unit of `hw`"""
     h, w = hw.double().unbind(-1)
-    def U(lo, hi): return torch.empty(len(hw), tries, dtype=torch.float64).uniform_(lo, hi, generator=generator)
+    def U(lo, hi): return torch.empty(len(hw), 10, dtype=torch.float64).uniform_(lo, hi, generator=generator)
     area, r = U(*scale)*(h*w)[:,None], U(math.log(ratio[0]), math.log(ratio[1])).exp()
-    bw, bh = (area*r).sqrt()/w[:,None], (area/r).sqrt()/h[:,None]      # as shares of width and height, (n, tries)
+    bw, bh = (area*r).sqrt()/w[:,None], (area/r).sqrt()/h[:,None]      # as shares of width and height, (n, 10)
     fits = (bw<=1) & (bh<=1)
     first, none = fits.int().argmax(1, keepdim=True), ~fits.any(1)
     near = (w/h).clamp(*ratio)
@@ -58,14 +47,12 @@ def random_boxes(
 def _pixels(boxes, S):
     "Left, top, right, bottom of `boxes` in whole pixels of a canvas of side `S`, (n, 4) int64 on the CPU"
     p = (boxes.cpu().double()*S).round().long().clamp(0, S)
-    lo = torch.minimum(p[...,:2], p[...,2:]).clamp(max=S-1)
-    return torch.cat([lo, torch.maximum(torch.maximum(p[...,:2], p[...,2:]), lo+1)], -1)
+    a, b = p[...,:2], p[...,2:]
+    lo = torch.minimum(a, b).clamp(max=S-1)
+    return torch.cat([lo, torch.maximum(torch.maximum(a, b), lo+1)], -1)
 
-def snap_boxes(
-    boxes:Tensor,  # (..., 4), mirrored or not
-    S:int,         # Side of the canvas
-)->Tensor:         # The nearest boxes that begin and end at whole pixels of the canvas, on the device of `boxes`
-    "Boxes as they can be cut from a canvas without interpolating its edges"
+def snap_boxes(boxes:Tensor, S:int)->Tensor:
+    "The nearest boxes (..., 4), mirrored or not, that begin and end at whole pixels of a canvas of side `S`"
     return flip_boxes((_pixels(boxes, S)/S).to(boxes), boxes[...,0]>boxes[...,2])
 
 # %% ../../nbs/10_data.views.ipynb #419b12b8
@@ -77,13 +64,8 @@ def _crop_resize_one_by_one(canvas, px, flip, size):
     return x
 
 # %% ../../nbs/10_data.views.ipynb #571be22b
-def bicubic_weights(
-    lo:Tensor,    # First pixel of the source, (n,)
-    hi:Tensor,    # One past its last pixel, (n,)
-    size:int,     # Pixels wanted
-    S:int,        # Pixels of the whole row
-)->Tensor:        # (n, size, S), each row sums to 1
-    "Weights of antialiased bicubic interpolation along one axis, cut off at the ends of the source"
+def bicubic_weights(lo:Tensor, hi:Tensor, size:int, S:int)->Tensor:
+    "Weights (n, size, S), antialiased bicubic, that resize pixels `lo` to before `hi`, each (n,), of rows of `S`"
     scale = ((hi-lo)/size)[:,None,None]
     j, i = torch.arange(S, device=lo.device)[None,None], torch.arange(size, device=lo.device)[None,:,None]
     t = ((j-lo[:,None,None]+.5 - (i+.5)*scale)/scale.clamp(min=1)).abs()
@@ -102,15 +84,15 @@ def _crop_resize_batched(canvas, px, flip, size):
 
 # %% ../../nbs/10_data.views.ipynb #2d371ac3
 def crop_resize(
-    canvas:Tensor,  # Whole photographs squashed to squares, uint8 (B, 3, S, S)
+    canvas:Tensor,  # Photographs resized to squares, uint8 (B, 3, S, S)
     boxes:Tensor,   # (B, 4) in [0,1] of the photograph
     size:int,       # Side of the views
     compile=False,  # On an accelerator: compiled by `torch.compile`
 )->tuple:           # Views uint8 (B, 3, size, size) and the boxes they show, snapped to pixels of the canvas
     "Cut boxes from photographs and resize them, antialiased, mirrored where x1 > x2"
     px, flip = _pixels(boxes, canvas.shape[-1]), (boxes[:,0]>boxes[:,2]).cpu()
-    if canvas.device.type=='cpu': f = _crop_resize_one_by_one
-    else: f = compiled(_crop_resize_batched) if compile else _crop_resize_batched
+    f = _crop_resize_one_by_one if canvas.device.type=='cpu' else _crop_resize_batched
+    if compile and f is _crop_resize_batched: f = compiled(f)
     return f(canvas, px, flip, size), snap_boxes(boxes, canvas.shape[-1])
 
 # %% ../../nbs/10_data.views.ipynb #82bea633
@@ -125,29 +107,27 @@ def _range(name, v, lo, hi, what):
 @dataclass(frozen=True)
 class Augment:
     "What happens to the colors of a view: strengths and probabilities, drawn anew each time (defaults: FLSL)"
-    brightness:float=0.4       # Factor drawn from 1 +- this
-    contrast:float=0.4         # Factor drawn from 1 +- this
-    saturation:float=0.2       # Factor drawn from 1 +- this
-    hue:float=0.1              # Turn of the hue circle drawn from +- this, at most 0.5
-    jitter_p:float=0.8         # Probability of the four above together
-    gray_p:float=0.2           # Probability of turning gray
+    brightness:float=0.4               # Factor drawn from 1 +- this
+    contrast:float=0.4                 # Factor drawn from 1 +- this
+    saturation:float=0.2               # Factor drawn from 1 +- this
+    hue:float=0.1                      # Turn of the hue circle drawn from +- this, at most 0.5
+    jitter_p:float=0.8                 # Probability of the four above together
+    gray_p:float=0.2                   # Probability of turning gray
     blur_p:float|tuple=(0.5,0.1)       # Probability of blur; a tuple: one entry is tossed for each image
     blur_sigma:tuple=(0.1,2.)          # Standard deviation of the blur, uniform, in pixels of a view `blur_at` wide
     blur_at:int=224                    # View size at which `blur_sigma` is counted; 0: in pixels of the view itself
     solarize_p:float|tuple=(0.,0.2)    # Probability of inverting the bright half; a tuple: the toss of `blur_p`
     def __post_init__(self):
         for f in ('blur_p','blur_sigma','solarize_p'): object.__setattr__(self, f, _tuple(getattr(self, f)))
-        for f in ('jitter_p','gray_p','blur_p','solarize_p'):
-            v = getattr(self, f)
-            if any(not 0<=p<=1 for p in (v if isinstance(v, tuple) else (v,))):
-                raise InputError(f'{f} is a probability: choose 0 to 1, got {v}')
-        for f,top in (('brightness',1),('contrast',1),('saturation',1),('hue',.5)):
-            if not 0<=getattr(self, f)<=top: raise InputError(f'{f} must lie in [0, {top}], got {getattr(self, f)}')
+        for f in ('brightness','contrast','saturation','hue','jitter_p','gray_p','blur_p','solarize_p'):
+            v, top = getattr(self, f), .5 if f=='hue' else 1
+            several = isinstance(v, tuple) and f in ('blur_p', 'solarize_p')
+            if any(not 0<=p<=top for p in (v if several else (v,))):
+                raise InputError(f'{f} must lie in [0, {top}], got {v}')
         _range('blur_sigma', self.blur_sigma, 0, math.inf, 'above 0')
-        n = {len(v) for v in (self.blur_p, self.solarize_p) if isinstance(v, tuple)}
-        if len(n)>1:
-            raise InputError(f'blur_p {self.blur_p} and solarize_p {self.solarize_p} must have as many entries as '
-                             'each other: one toss chooses from both')
+        if len({len(v) for v in (self.blur_p, self.solarize_p) if isinstance(v, tuple)})>1:
+            raise InputError(f'blur_p {self.blur_p} and solarize_p {self.solarize_p} need equally many entries: one '
+                             'toss chooses from both')
 
 # %% ../../nbs/10_data.views.ipynb #4e1f6abc
 @dataclass(frozen=True)
@@ -164,14 +144,11 @@ class CropSpec:
     def __post_init__(self):
         for f in ('scale','ratio'): object.__setattr__(self, f, _tuple(getattr(self, f)))
         if isinstance(self.augment, dict): object.__setattr__(self, 'augment', Augment(**self.augment))
-        who = f'crop {self.name!r}: '
-        if not isinstance(self.size, int) or self.size<1:
-            raise InputError(f'{who}size must be a whole number of pixels, at least 1, got {self.size}')
-        if not isinstance(self.count, int) or self.count<1:
-            raise InputError(f'{who}count must be at least 1, got {self.count}: leave out a crop that is not wanted')
-        if not 0<=self.flip<=1: raise InputError(f'{who}flip is a probability: choose 0 to 1, got {self.flip}')
-        _range(who+'scale', self.scale, 0, 1, 'in (0, 1]')
-        _range(who+'ratio', self.ratio, 0, math.inf, 'above 0')
+        try:
+            check_ranges(self, size='[1, inf)', count='[1, inf)', flip='[0, 1]')
+            _range('scale', self.scale, 0, 1, 'in (0, 1]')
+            _range('ratio', self.ratio, 0, math.inf, 'above 0')
+        except InputError as e: raise InputError(f'crop {self.name!r}: {e}') from None
 
 # %% ../../nbs/10_data.views.ipynb #3fe73ee1
 @dataclass(frozen=True)
@@ -191,15 +168,12 @@ class Recipe:
         seen = {}
         for c in self.crops:
             if c.name in seen: raise InputError(f'two crops are called {c.name!r}: give each its own name')
-            if c.within is not None and c.within not in seen:
-                raise InputError(f'crop {c.name!r} is cut within {c.within!r}, which is not an earlier crop: earlier '
-                                 f'are {list(seen)}')
-            if c.within is not None and seen[c.within].count!=1:
-                raise InputError(f'crop {c.name!r} is cut within {c.within!r}, of which there are '
-                                 f'{seen[c.within].count}: nest in a crop with count 1')
+            where, outer = f'crop {c.name!r} is cut within {c.within!r}', seen.get(c.within)
+            if c.within is not None and outer is None:
+                raise InputError(f'{where}, which is not an earlier crop: earlier are {list(seen)}')
+            if outer and outer.count!=1:
+                raise InputError(f'{where}, of which there are {outer.count}: nest in a crop with count 1')
             seen[c.name] = c
-    @classmethod
-    def from_dict(cls, d): return cls(**d)
     def to_dict(self): return asdict(self)
     def __getitem__(self, name): return {c.name: c for c in self.crops}[name]
 

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_PATCHES', 'patch_labels', 'as_feature_map', 'eval_mode', 'with_progress', 'feature_batches', 'extract_features',
-           'PatchBank', 'deal_order', 'patch_bank', 'SegmentationData', 'SegmentationFiles', 'labelled_data',
-           'segmentation_folder']
+           'PatchBank', 'patch_bank']
 
 # %% ../../nbs/51_evaluation.features.ipynb #e5100004
 import math, sys
@@ -19,31 +18,21 @@ from fastcore.imports import IN_NOTEBOOK
 from torch import nn, Tensor
 
 from ..ground.core import InputError
-from ..data.labelled import SegmentationData, SegmentationFiles, labelled_data, segmentation_folder
-
-# %% ../../nbs/51_evaluation.features.ipynb #a9b49a67
-_all_ = ['SegmentationData', 'SegmentationFiles', 'labelled_data', 'segmentation_folder']
 
 # %% ../../nbs/51_evaluation.features.ipynb #d9000ccf
-def patch_labels(
-    masks:Tensor,           # Integer (B,h,w)
-    grid,                   # Height and width (H,W) of the patch grid
-    n_classes:int,          # Number of classes C
-    ignore_index:int=None,  # Label that is left out
-):                          # Shares of the classes among known pixels, (B,C,H,W), sum 1 or 0; of known pixels (B,H,W)
-    "What a patch shows: the share of each class among those of its pixels that have a label"
+def patch_labels(masks:Tensor, grid, n_classes:int, ignore_index:int=None)->tuple:
+    "Class shares of the labelled pixels of each patch (B,C,H,W), and the share of pixels that are labelled (B,H,W)"
     H, W = grid
     B, h, w = masks.shape
     if H>h or W>w: raise InputError(f'a grid of {H} x {W} is finer than the masks of {h} x {w}')
-    m, C = masks.long(), n_classes+1
+    m = masks.long()
     if ignore_index is not None: m = m.masked_fill(m==ignore_index, n_classes)
-    if h%H==0 and w%W==0:   # count (cell, label) pairs
-        y, x = (torch.arange(n, device=m.device)//(n//g) for n,g in ((h,H), (w,W)))
-        patch = torch.arange(B, device=m.device)[:,None,None]*H*W + y[:,None]*W + x
-        count = torch.bincount((patch*C+m).flatten(), minlength=B*H*W*C).view(B,H,W,C)
-        share = count.permute(0,3,1,2).float()/(h*w//(H*W))
+    if h%H==0 and w%W==0:   # the pixels of a patch in a row, then count
+        m = m.reshape(B, H, h//H, W, w//W).transpose(2, 3).reshape(B, H, W, -1)
+        count = m.new_zeros(B, H, W, n_classes+1).scatter_add_(3, m, torch.ones_like(m))
+        share = count.permute(0,3,1,2)/m.shape[3]
     else:                   # image by image: one-hot masks take much memory
-        one_hot = lambda o: torch.zeros(1,C,h,w, device=m.device).scatter_(1, o[None,None], 1.)
+        one_hot = lambda o: torch.zeros(1, n_classes+1, h, w, device=m.device).scatter_(1, o[None,None], 1.)
         share = torch.cat([F.adaptive_avg_pool2d(one_hot(o), (H,W)) for o in m])
     share = share[:,:-1]
     valid = share.sum(1)
@@ -55,33 +44,29 @@ def as_feature_map(
     layer:int=None,  # Block or stage to read; default the last one, normalized as the model does
 ):                   # Callable: normalized images (B,3,h,w) -> map (B,D,H,W)
     "Read `model` as a function from images to a dense feature map"
-    def intermediate(x):
-        indices = 1 if layer is None else [layer]
-        return model.forward_intermediates(x, indices=indices, norm=True, intermediates_only=True)[-1]
+    indices = 1 if layer is None else [layer]
     if layer is None and hasattr(model, 'feature_map'): f = model.feature_map
-    elif hasattr(model, 'forward_intermediates'): f = intermediate
+    elif hasattr(model, 'forward_intermediates'):
+        def f(x): return model.forward_intermediates(x, indices=indices, norm=True, intermediates_only=True)[-1]
     elif callable(model): f = model
     else:
-        raise InputError(f'model must be a timm model, an encoder with feature_map, or a function, got '
-                         f'{type(model).__name__}')
+        kind = type(model).__name__
+        raise InputError(f'model must be a timm model, an encoder with feature_map, or a function, got {kind}')
     def feature_map(x):
         try: out = f(x)
         except AssertionError as e:
             raise InputError(f'the model refuses images of {x.shape[-2]} x {x.shape[-1]}: {e}') from None
         if isinstance(out, (list,tuple)): out = out[-1 if layer is None else layer]
-        if out.ndim!=4:
-            raise InputError(f'features must be a map (B,D,H,W), got {tuple(out.shape)}: wrap the model in a function '
-                             f'that returns a map')
-        return out
+        if out.ndim==4: return out
+        raise InputError(f'features must be a map (B,D,H,W), got {tuple(out.shape)}: wrap the model in a function '
+                         'that returns a map')
     feature_map.model = model if isinstance(model, nn.Module) else getattr(model, '__self__', model)
     return feature_map
 
 # %% ../../nbs/51_evaluation.features.ipynb #e5100011
 @contextmanager
-def eval_mode(
-    model,  # Any; only a torch module has modes
-):
-    "Every submodule in evaluation mode inside, and in the mode it had afterwards"
+def eval_mode(model):
+    "Put every submodule in evaluation mode inside the `with`, and back afterwards; a plain function has no mode"
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
     for m,_ in modes: m.training = False
     try: yield
@@ -89,34 +74,29 @@ def eval_mode(
         for m,training in modes: m.training = training
 
 # %% ../../nbs/51_evaluation.features.ipynb #e5100012
-def with_progress(
-    batches,             # Any iterable
-    total:int,           # Its length
-    progress:bool=None,  # Show the bar; default in a terminal or notebook, from ten steps on
-    comment:str='',      # Text beside the bar
-):                       # The same items
-    "An iterable with a progress bar"
+def with_progress(batches, total:int, progress:bool=None, comment:str=''):
+    "The batches behind a progress bar; by default it is shown in a terminal or notebook, from ten batches on"
     if progress is None: progress = total>=10 and (IN_NOTEBOOK or sys.stdout.isatty())
     if not progress: return batches
     from fastprogress.fastprogress import progress_bar
     bar = progress_bar(batches, total=total, leave=False)
-    bar.comment = comment
+    bar.comment = comment   # the bar of a terminal takes no such argument
     return bar
 
 # %% ../../nbs/51_evaluation.features.ipynb #e5100014
 @torch.no_grad()
 def feature_batches(
-    model,                       # What `as_feature_map` takes
-    data,                        # SegmentationData, SegmentationFiles, or images uint8 (n,3,h,w)
-    batch_size:int=32,           # Images a forward pass
-    mean=(0.485,0.456,0.406),    # Normalization that the model expects
+    model,                     # What `as_feature_map` takes
+    data,                      # SegmentationData, SegmentationFiles, or images uint8 (n,3,h,w)
+    batch_size:int=32,         # Images a forward pass
+    mean=(0.485,0.456,0.406),  # Normalization that the model expects
     std=(0.229,0.224,0.225),
-    amp=False,                   # True: bfloat16 autocast; or a dtype
-    layer:int=None,              # Layer, for `as_feature_map`
-    progress:bool=None,          # Progress bar; default in a terminal or notebook, from ten batches on
-    maps:Tensor=None,            # Maps (n,D,H,W) that were extracted before: they are cut into batches
-):                               # Pairs: maps (B,D,H,W), float32, on the model's device; masks (B,h,w), None without
-    "Feature maps batch by batch, the model in evaluation mode and without gradient"
+    amp=False,                 # True: bfloat16 autocast; or a dtype
+    layer:int=None,            # Block or stage to read, as in `as_feature_map`
+    progress:bool=None,        # Progress bar; default in a terminal or notebook, from ten batches on
+    maps:Tensor=None,          # Maps (n,D,H,W) that were extracted before: they are cut into batches
+):                             # Pairs: maps (B,D,H,W), float32, on the model's device; masks (B,h,w), None without
+    "Feature maps batch by batch, the model in evaluation mode and without gradients"
     batches = zip(data.split(batch_size), repeat(None)) if isinstance(data, Tensor) else data.batches(batch_size)
     name = getattr(data, 'name', 'images')
     if maps is not None:
@@ -125,7 +105,7 @@ def feature_batches(
         yield from ((z, m) for z,(_,m) in zip(maps.split(batch_size), batches))
         return
     f = as_feature_map(model, layer)
-    parameters = f.model.parameters() if isinstance(f.model, nn.Module) else iter(())
+    parameters = f.model.parameters() if isinstance(f.model, nn.Module) else ()
     device = next((p.device for p in parameters), None)
     dtype = torch.bfloat16 if amp is True else amp
     with eval_mode(f.model):
@@ -135,8 +115,7 @@ def feature_batches(
             with torch.autocast(x.device.type, dtype=dtype or torch.bfloat16, enabled=bool(dtype)):
                 z = f((x/255-mu)/sigma).float()
             if not z.isfinite().all():
-                raise InputError('the features hold NaN or infinite values: the model has diverged, or amp is too '
-                                 'coarse for it')
+                raise InputError('the features are NaN or infinite: the model diverged, or amp is too coarse for it')
             yield z, m
 
 # %% ../../nbs/51_evaluation.features.ipynb #e5100013
@@ -161,51 +140,34 @@ class PatchBank(NamedTuple):
     limit:int=None   # The limit, if it left patches out
     def at_most(self, limit):
         "The part that a bank of this limit would hold"
-        if limit is None or not (keep := self.order>=limit).any(): return self
-        return PatchBank(*(o[~keep] for o in self[:4]), limit)
+        keep = self.order<limit
+        return self if keep.all() else PatchBank(*(o[keep] for o in self[:4]), limit)
 
 # %% ../../nbs/51_evaluation.features.ipynb #e5100020
-def deal_order(
-    usable:Tensor,  # Which patches may be dealt, bool (n,N)
-    turn:Tensor,    # When each image has its turn, a permutation, (n,)
-    seeds:Tensor,   # A seed for each image, (n,)
-    n:int,          # Images of the whole data set
-)->Tensor:          # Integers (n,N): the patch dealt first has 0; patches that are not usable come last in their image
-    "When each patch is dealt: one of every image in turn, then a second one of every image"
+def _deal_order(usable, turn, seeds, n):
+    "When each patch (b,N) of some of `n` images is dealt: one of every image in turn, then a second one; unusable last"
     generators = [torch.Generator().manual_seed(s) for s in seeds.tolist()]
     dealt = torch.stack([torch.rand(usable.shape[1], generator=g) for g in generators]).masked_fill(~usable, 2.)
     return dealt.argsort(1).argsort(1)*n + turn[:,None]
 
 # %% ../../nbs/51_evaluation.features.ipynb #e5100021
 @torch.no_grad()
-def patch_bank(
-    model,           # What `as_feature_map` takes
-    data,            # SegmentationData or SegmentationFiles
-    limit:int=None,  # Largest number of patches; default `MAX_PATCHES`
-    seed:int=0,      # Of the sampling
-    **kwargs,        # Arguments of `feature_batches`
-)->PatchBank:        # On the model's device
-    "Features and labels of patches, sampled image by image"
-    limit, n, C = MAX_PATCHES if limit is None else limit, len(data), data.n_classes
+def patch_bank(model, data, limit:int=MAX_PATCHES, seed:int=0, **kwargs)->PatchBank:
+    "Features and labels of at most `limit` patches, sampled image by image; `kwargs` are those of `feature_batches`"
     if limit<1: raise InputError(f'the memory must hold at least 1 patch, got {limit}')
-    g = torch.Generator().manual_seed(seed)
+    n, g = len(data), torch.Generator().manual_seed(seed)
     turn, seeds = torch.randperm(n, generator=g), torch.randint(2**32, (n,), generator=g)   # a generator reads 32 bits
     bank, at, i, left_out = None, 0, 0, False
     for z,m in feature_batches(model, data, **kwargs):
-        B, D, H, W = z.shape
-        y, known = patch_labels(m.to(z.device), (H,W), C, data.ignore_index)
-        if bank is None:
-            size = min(limit, n*H*W)
-            bank = [z.new_empty(size, *s) for s in ((D,), (C,), ())]
-            bank.append(torch.empty(size, dtype=torch.long, device=z.device))
+        y, known = patch_labels(m.to(z.device), z.shape[-2:], data.n_classes, data.ignore_index)
         usable = known.flatten(1).cpu()>=.5
-        order = deal_order(usable, turn[i:i+B], seeds[i:i+B], n)
+        order = _deal_order(usable, turn[i:i+len(z)], seeds[i:i+len(z)], n)
         keep = usable & (order<limit)
-        left_out = left_out or bool((keep!=usable).any())
-        k, keep = int(keep.sum()), keep.to(z.device)
-        rows = (F.normalize(z.flatten(2).mT[keep], dim=-1), y.flatten(2).mT[keep], known.flatten(1)[keep],
-                order.to(z.device)[keep])
-        for held,new in zip(bank, rows): held[at:at+k] = new
-        at, i = at+k, i+B
+        left_out |= not keep.equal(usable)
+        order, keep = order[keep].to(z.device), keep.to(z.device)
+        rows = F.normalize(z.flatten(2).mT[keep], dim=-1), y.flatten(2).mT[keep], known.flatten(1)[keep], order
+        if bank is None: bank = [o.new_empty(min(limit, n*usable.shape[1]), *o.shape[1:]) for o in rows]
+        for held,new in zip(bank, rows): held[at:at+len(order)] = new
+        at, i = at+len(order), i+len(z)
     if not at: raise InputError(f'{data.name}: no patch has labels on half of its pixels')
     return PatchBank(*(o[:at] for o in bank), limit if left_out else None)

@@ -4,103 +4,76 @@
 
 # %% auto #0
 __all__ = ['Probe', 'count_pixels', 'class_map_ious', 'score_probes', 'neighbor_labels', 'neighbor_probe', 'fit_linear',
-           'linear_probe', 'name_clusters', 'cluster_centers', 'nearest_center', 'cluster_probe', 'foreground_data',
-           'dense_scores']
+           'linear_probe', 'name_clusters', 'cluster_probe', 'foreground_data', 'dense_scores']
 
 # %% ../../nbs/53_evaluation.probes.ipynb #e5300004
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..ground.core import InputError
 from ..data.labelled import SegmentationFiles
 from .features import MAX_PATCHES, feature_batches, patch_bank
-from .scores import Score, describe_features, image_counts, iou_metric, make_protocol, mean_iou
-from .scores import resampled_mean_iou
+from .scores import Score, describe_features, image_counts, make_protocol, mean_iou, resampled_mean_iou
 
 # %% ../../nbs/53_evaluation.probes.ipynb #e5300007
 class Probe(NamedTuple):
     "How the patches of a bank become a function from feature maps to class maps"
-    name:str           # Column of the table
-    fit:object         # Function PatchBank -> function (B,D,H,W) -> (B,C,H,W)
-    settings:dict      # For the protocol
-    limit:int=None     # Largest bank, default `MAX_PATCHES`
-    on:str='train'     # Part whose patches fill the bank
+    name:str               # Column of the table
+    fit:object             # Function PatchBank -> function (B,D,H,W) -> (B,C,H,W)
+    settings:dict          # For the protocol
+    limit:int=MAX_PATCHES  # Largest bank
+    on:str='train'         # Part whose patches fill the bank
 
 # %% ../../nbs/53_evaluation.probes.ipynb #e5300008
-def count_pixels(
-    metric,           # From `iou_metric`, updated here
-    classes:Tensor,   # Class maps (B,C,H,W)
-    masks:Tensor,     # Integer (B,h,w)
-    budget:int=2**24, # Numbers that the upsampled maps may hold at once
-)->Tensor:            # Counts of each image, from `image_counts`
-    "Upsample class maps to the masks, name each pixel, and count"
+def count_pixels(classes:Tensor, masks:Tensor, ignore_index:int=None, budget:int=2**24)->Tensor:
+    "Counts by `image_counts` of class maps (B,C,H,W), upsampled to the masks (B,h,w), at most `budget` numbers at once"
     counts = []
     step = max(1, budget//(classes.shape[1]*masks[0].numel()))
     for c,m in zip(classes.split(step), masks.to(classes.device).long().split(step)):
         named = F.interpolate(c, size=m.shape[-2:], mode='bilinear').argmax(1)
-        metric.update(named, m)
-        counts.append(image_counts(named, m, metric.num_classes, metric.ignore_index))
+        counts.append(image_counts(named, m, c.shape[1], ignore_index))
     return torch.cat(counts)
 
 # %% ../../nbs/53_evaluation.probes.ipynb #e5300009
 @torch.no_grad()
-def class_map_ious(
-    model,      # What `as_feature_map` takes
-    test,       # Labelled data
-    functions,  # Name -> function from feature maps to class maps
-    **kwargs,   # Arguments of `feature_batches`
-)->tuple:       # Name -> (mean IoU, IoU of each class, mean IoU of resampled images); shape (D,H,W) of the features
-    "Name the pixels of the test images by several functions, in one pass through the network"
-    metric, counts, shape = {}, {name: [] for name in functions}, None
+def class_map_ious(model, test, functions:dict, **kwargs)->tuple:
+    "By name of a function of maps: mean IoU, IoU of each class, mean IoU of resampled images; and the maps' shape"
+    counts, ignored = {name: [] for name in functions}, test.ignore_index
     for z,m in feature_batches(model, test, **kwargs):
-        shape = tuple(z.shape[1:])
-        for name,f in functions.items():
-            if name not in metric: metric[name] = iou_metric(test.n_classes, test.ignore_index, z.device)
-            counts[name].append(count_pixels(metric[name], f(z), m))
-    if not all(o.confmat.sum() for o in metric.values()):
-        raise InputError(f'{test.name}: every pixel has the ignored label {test.ignore_index}, nothing can be scored')
-    resampled = {name: resampled_mean_iou(torch.cat(c), test.ignore_index) for name,c in counts.items()}
-    return {name: (*mean_iou(o), resampled[name]) for name,o in metric.items()}, shape
+        for name,f in functions.items(): counts[name].append(count_pixels(f(z), m, ignored))
+    counts = {name: torch.cat(c) for name,c in counts.items()}
+    if not all(c.sum() for c in counts.values()):
+        raise InputError(f'{test.name}: every pixel has the ignored label {ignored}, nothing can be scored')
+    ious = {name: (*mean_iou(c, ignored), resampled_mean_iou(c, ignored)) for name,c in counts.items()}
+    return ious, tuple(z.shape[1:])
 
 # %% ../../nbs/53_evaluation.probes.ipynb #e5300010
-def score_probes(
-    probes,    # `Probe`s
-    model,     # What `as_feature_map` takes
-    train,     # Labelled data to learn from
-    test,      # Labelled data that are scored
-    label,     # Name of the model in tables
-    seed,      # Of the choice of patches
-    maps=None, # (train maps, test maps) if already extracted
-    **kwargs,  # Arguments of `feature_batches`
-)->list:       # A `Score` for each probe
-    "Fill one bank for each part, fit the probes, name the test patches in one pass"
+def score_probes(probes, model, train, test, label:str, seed:int, maps=None, **kwargs)->list:
+    "A `Score` for each `Probe`: fill one bank for each part, fit the probes, label the test patches in one pass"
     for o in ('n_classes', 'ignore_index'):
         if getattr(train, o)!=getattr(test, o):
             raise InputError(f'train and test disagree on {o}: {getattr(train, o)} and {getattr(test, o)}')
     train_maps, test_maps = maps or (None, None)
-    parts = dict(train=(train, train_maps), test=(test, test_maps))
-    limits, banks = {}, {}
-    for p in probes: limits.setdefault(p.on, []).append(MAX_PATCHES if p.limit is None else p.limit)
-    for on,limit in limits.items():
+    parts, banks = dict(train=(train, train_maps), test=(test, test_maps)), {}
+    for on in dict.fromkeys(p.on for p in probes):
         data, found = parts[on]
-        banks[on] = patch_bank(model, data, max(limit), seed, maps=found, **kwargs)
-    own = [banks[p.on].at_most(MAX_PATCHES if p.limit is None else p.limit) for p in probes]
+        limit = max(p.limit for p in probes if p.on==on)
+        banks[on] = patch_bank(model, data, limit, seed, maps=found, **kwargs)
+    own = [banks[p.on].at_most(p.limit) for p in probes]
     functions = {p.name: p.fit(b) for p,b in zip(probes, own)}
     ious, shape = class_map_ious(model, test, functions, maps=test_maps, **kwargs)
     data = f'{train.name} ({len(train)}) -> {test.name} ({len(test)})'
     image = ' mask '.join('x'.join(map(str, size)) for size in test.sizes)
     features = describe_features(shape, kwargs.get('layer'))
-    scores = []
-    for p,b in zip(probes, own):
-        settings = p.settings | (dict(patches=b.limit or 'all') | dict(seed=seed))
-        protocol = make_protocol(data, image, p.name, kwargs, **settings)
+    def score(p, bank):
+        settings = p.settings | dict(patches=bank.limit or 'all', seed=seed)
         value, per_class, resampled = ious[p.name]
-        scores.append(Score(label, p.name, value, per_class, protocol, features, test.classes, len(test), resampled))
-    return scores
+        protocol = make_protocol(data, image, p.name, kwargs, **settings)
+        return Score(label, p.name, value, per_class, protocol, features, test.classes, len(test), resampled)
+    return [score(p, b) for p,b in zip(probes, own)]
 
 # %% ../../nbs/53_evaluation.probes.ipynb #e5300011
 def _as_rows(z):
@@ -137,33 +110,19 @@ def neighbor_labels(
     return torch.cat(out)
 
 # %% ../../nbs/53_evaluation.probes.ipynb #caf4dd84
-def neighbor_probe(
-    k:int=30,         # Neighbors
-    temp:float=.02,   # Temperature of the weights
-    memory:int=None,  # Largest number of patches in the memory, sampled; default `MAX_PATCHES`
-)->Probe:
-    "Name every patch by its nearest labelled patches"
+def neighbor_probe(k:int=30, temp:float=.02, memory:int=None)->Probe:
+    "Label every patch by its nearest among at most `memory` labelled patches, default `MAX_PATCHES`"
     if k<1 or temp<=0: raise InputError(f'k must be at least 1 and temp > 0, got k={k} and temp={temp}')
     def fit(bank):
         return lambda z: _as_map(neighbor_labels(_as_rows(z), bank.features, bank.shares, k, temp), z)
-    return Probe('nearest neighbor', fit, dict(k=k, temp=temp), memory)
+    return Probe('nearest neighbor', fit, dict(k=k, temp=temp), MAX_PATCHES if memory is None else memory)
 
 # %% ../../nbs/53_evaluation.probes.ipynb #1af15c96
-def fit_linear(
-    x:Tensor,              # Features (P,D), standardized, or any if `mean` and `std` are given
-    y:Tensor,              # Class shares (P,C), rows sum to 1
-    weight:Tensor,         # Weight of each row (P,)
-    steps:int=300,         # Optimizer steps
-    lr:float=1e-2,         # Learning rate of AdamW
-    batch:int=2**13,       # Rows a step; all of them if there are no more
-    seed:int=0,            # Of the choice of rows
-    mean=0.,               # Subtracted from the rows as they are used
-    std=1.,                # Divides them then
-)->nn.Linear:              # From standardized features to logits, starts at zero
-    "Linear layer of least cross-entropy with soft targets"
+def fit_linear(x:Tensor, y:Tensor, weight:Tensor, steps:int=300, lr:float=1e-2, batch:int=2**13, seed:int=0,
+               mean=0., std=1.)->nn.Linear:
+    "Linear layer of least cross-entropy from rows (P,D), standardized by `mean` and `std`, to class shares (P,C)"
     layer = nn.Linear(x.shape[1], y.shape[1], device=x.device)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for p in layer.parameters(): nn.init.zeros_(p)
     opt = torch.optim.AdamW(layer.parameters(), lr=lr, weight_decay=1e-2)
     g = torch.Generator().manual_seed(seed)
     whole = len(x)<=batch
@@ -180,13 +139,8 @@ def fit_linear(
     return layer.requires_grad_(False)
 
 # %% ../../nbs/53_evaluation.probes.ipynb #7ae973d4
-def linear_probe(
-    steps:int=300,    # Optimizer steps
-    lr:float=1e-2,    # Learning rate of AdamW
-    batch:int=2**13,  # Patches a step
-    seed:int=0,       # Of the choice of patches, where there are more than `batch`
-)->Probe:
-    "Name every patch by one linear layer, fitted to the labelled patches"
+def linear_probe(steps:int=300, lr:float=1e-2, batch:int=2**13, seed:int=0)->Probe:
+    "Label every patch by one linear layer, fitted to the labelled patches, `batch` a step chosen by `seed`"
     if steps<1 or lr<=0: raise InputError(f'steps must be at least 1 and lr > 0, got steps={steps} and lr={lr}')
     def fit(bank):
         x = bank.features
@@ -196,11 +150,8 @@ def linear_probe(
     return Probe('linear', fit, dict(steps=steps, lr=lr, batch=batch))
 
 # %% ../../nbs/53_evaluation.probes.ipynb #27e780c7
-def name_clusters(
-    counts:Tensor,             # How much of each class is in each cluster, (K,C)
-    matching:str='hungarian',  # 'hungarian': one cluster a class, best mean IoU; 'majority': a cluster's main class
-)->Tensor:                     # Class of each cluster, (K,)
-    "Names of clusters from the labels in them"
+def name_clusters(counts:Tensor, matching:str='hungarian')->Tensor:
+    "Class of each cluster (K,) from its share of classes (K,C): one to one by mean IoU, or its 'majority'"
     K, C = counts.shape
     if matching not in ('hungarian', 'majority'):
         raise InputError(f"matching must be 'hungarian' or 'majority', got {matching!r}")
@@ -212,61 +163,41 @@ def name_clusters(
     iou = counts/(counts.sum(1, keepdim=True)+counts.sum(0)-counts).clamp_min(1e-12)
     return torch.as_tensor(linear_sum_assignment(iou.numpy(), maximize=True)[1])
 
-# %% ../../nbs/53_evaluation.probes.ipynb #e5300015
-def cluster_centers(
-    x:Tensor,     # Features (P,D)
-    clusters:int, # Number of clusters K, at most P
-    seed:int=0,   # Of the start
-)->Tensor:        # Centers (K,D), on the device of `x`
-    "k-means by scikit-learn, in batches of 8192 patches, from the best of three starts"
-    from sklearn.cluster import MiniBatchKMeans
-    if not 1<=clusters<=len(x):
-        raise InputError(f'clusters must be between 1 and the number of patches, {len(x)}, got {clusters}')
-    fit = MiniBatchKMeans(clusters, batch_size=2**13, n_init=3, random_state=seed).fit(x.cpu().numpy())
-    return torch.from_numpy(fit.cluster_centers_).to(x)
-
 # %% ../../nbs/53_evaluation.probes.ipynb #e5300016
-def nearest_center(
-    x:Tensor,        # Features (P,D)
-    centers:Tensor,  # (K,D)
-)->Tensor:           # (P,)
-    "Index of the nearest center, in pieces"
+def _nearest_center(x, centers):
+    "Index (P,) of the nearest center (K,D) to each row (P,D), in pieces"
     return torch.cat([(p@centers.T-centers.square().sum(1)/2).argmax(1) for p in x.split(2**13)])
 
 # %% ../../nbs/53_evaluation.probes.ipynb #506cdc31
-def cluster_probe(
-    clusters:int,      # Their number
-    matching:str,      # Of `name_clusters`: 'hungarian' is called clustering, 'majority' overclustering
-    on:str='train',    # 'test' clusters and names the test patches, as Leopart does: flattering with many clusters
-    seed:int=0,        # Of k-means
-)->Probe:
-    "Name every patch by its nearest cluster"
+def cluster_probe(clusters:int, matching:str, on:str='train', seed:int=0)->Probe:   # on='test' as Leopart: flattering
+    "Label every patch by its nearest cluster, named as `name_clusters` does: the best of three starts of k-means"
     if on not in ('train', 'test'): raise InputError(f"on must be 'train' or 'test', got {on!r}")
     if clusters<1: raise InputError(f'clusters must be at least 1, got {clusters}')
     def fit(bank):
-        centers = cluster_centers(bank.features, clusters, seed)
-        counts = bank.shares.new_zeros(clusters, bank.shares.shape[1])
-        counts.index_add_(0, nearest_center(bank.features, centers), bank.shares*bank.known[:,None])
+        from sklearn.cluster import MiniBatchKMeans
+        x = bank.features
+        if clusters>len(x):
+            raise InputError(f'clusters must be at most the number of patches, {len(x)}, got {clusters}')
+        means = MiniBatchKMeans(clusters, batch_size=2**13, n_init=3, random_state=seed).fit(x.cpu().numpy())
+        centers = torch.from_numpy(means.cluster_centers_).to(x)
+        counts = x.new_zeros(clusters, bank.shares.shape[1])
+        counts.index_add_(0, _nearest_center(x, centers), bank.shares*bank.known[:,None])
         names = F.one_hot(name_clusters(counts, matching), counts.shape[1]).to(centers)
-        return lambda z: _as_map(names[nearest_center(_as_rows(z), centers)], z)
+        return lambda z: _as_map(names[_nearest_center(_as_rows(z), centers)], z)
     name = 'clustering' if matching=='hungarian' else 'overclustering'
     return Probe(name, fit, dict(clusters=clusters, matching=matching, on=on), on=on)
 
 # %% ../../nbs/53_evaluation.probes.ipynb #51655137
-def foreground_data(
-    data,               # SegmentationData or SegmentationFiles
-    background:int=0,   # Class that is the background
-):                      # The same images with two classes: 0 background, 1 foreground
-    "All classes but one as one class"
+def foreground_data(data, background:int=0):
+    "The same images with two classes: 0 is the class `background`, 1 all others"
     if not 0<=background<data.n_classes:
         raise InputError(f'background must be one of the {data.n_classes} classes, got {background}')
     other = dict(n_classes=2, classes=('background', 'foreground'), name=f'{data.name} foreground')
     if isinstance(data, SegmentationFiles):
-        return replace(data, table={k: None if v is None else int(v!=background) for k,v in data.table.items()},
-                       **other)
-    m = (data.masks!=background).byte()
-    return replace(data, masks=m if data.ignore_index is None else m.masked_fill(data.masks==data.ignore_index, 255),
-                   ignore_index=None if data.ignore_index is None else 255, **other)
+        return replace(data, table={k: v if v is None else int(v!=background) for k,v in data.table.items()}, **other)
+    m, void = (data.masks!=background).byte(), data.ignore_index
+    if void is None: return replace(data, masks=m, **other)
+    return replace(data, masks=m.masked_fill(data.masks==void, 255), ignore_index=255, **other)
 
 # %% ../../nbs/53_evaluation.probes.ipynb #6dd3685d
 def dense_scores(
@@ -286,13 +217,12 @@ def dense_scores(
     **kwargs,             # Arguments of `feature_batches`
 )->list:                  # Scores in the order of `probes`
     "Several probes, each image going through the network once"
-    probes = (probes,) if isinstance(probes, str) else tuple(probes)
-    C = test.n_classes
+    probes, C = (probes,) if isinstance(probes, str) else tuple(probes), test.n_classes
     made = {'nearest neighbor': lambda: neighbor_probe(k, temp, memory),
             'linear': lambda: linear_probe(steps, lr, seed=seed),
             'clustering': lambda: cluster_probe(C, 'hungarian', seed=seed),
             'overclustering': lambda: cluster_probe(10*C if clusters is None else clusters, 'majority', seed=seed)}
-    if bad := [p for p in probes if p not in made] or (not probes and ['none']):
+    if bad := [p for p in probes or ('none',) if p not in made]:
         raise InputError(f'there is no probe {bad[0]!r}: use {", ".join(made)}')
     chosen = [made[p]() for p in dict.fromkeys(probes)]
     return score_probes(chosen, model, train, test, label, seed, maps, **kwargs)

@@ -21,16 +21,14 @@ from ..methods.encoders import DenseEncoder
 from ..theory.positions import sincos_positions
 
 # %% ../../nbs/50_evaluation.verdict.ipynb #c1ea5550
-def fixed_positions(
-    encoder:DenseEncoder,
-):  # Amplitude of its sin-cos positions, or None if it has others or none
-    "Are the positions of a ViT a multiple of the sin-cos table?"
+def fixed_positions(encoder:DenseEncoder):
+    "The amplitude of the sin-cos positions of a ViT, or None if it has others or none"
     p = getattr(encoder.net, 'pos_embed', None)
     if p is None or encoder.layout!='tokens': return None
-    t = sincos_positions(p.shape[-1], encoder.net.patch_embed.grid_size).to(p)
-    if p.numel()!=t.numel(): return None
-    scale = ((p.flatten()@t.flatten())/(t.flatten()@t.flatten())).item()
-    return scale if torch.allclose(p.flatten(), scale*t.flatten(), atol=1e-4*max(1, abs(scale))) else None
+    p, t = p.flatten(), sincos_positions(p.shape[-1], encoder.net.patch_embed.grid_size).to(p).flatten()
+    if len(p)!=len(t): return None
+    scale = ((p@t)/(t@t)).item()
+    return scale if torch.allclose(p, scale*t, atol=1e-4*max(1, abs(scale))) else None
 
 # %% ../../nbs/50_evaluation.verdict.ipynb #0997c22f
 def random_start(
@@ -47,35 +45,23 @@ def random_start(
     return start.eval().to(next(encoder.parameters()).device)
 
 # %% ../../nbs/50_evaluation.verdict.ipynb #b5c309bb
-def has_batch_norm(
-    model:nn.Module,
-)->bool:  # True if it holds statistics that images change
-    "Does the network keep statistics of what it has seen?"
+def has_batch_norm(model:nn.Module)->bool:
+    "Does the network hold batch-norm statistics, which images change?"
     return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in model.modules())
 
 # %% ../../nbs/50_evaluation.verdict.ipynb #e5000001
 @torch.no_grad()
-def gather_statistics(
-    encoder:nn.Module,  # Changed in place: its statistics, not its weights
-    batches,            # Normalized images, (B, 3, h, w) each; not looked at if there is no batch norm
-)->nn.Module:           # The same encoder, in evaluation mode
-    "Batch-norm statistics as the average over batches"
-    if has_batch_norm(encoder):
-        device = next(encoder.parameters()).device
-        update_bn(batches, encoder, device=device)
+def gather_statistics(encoder:nn.Module, batches)->nn.Module:
+    "Set batch-norm statistics to their average over batches of normalized images (B,3,h,w), then evaluation mode"
+    if has_batch_norm(encoder): update_bn(batches, encoder, device=next(encoder.parameters()).device)
     return encoder.eval()
 
 # %% ../../nbs/50_evaluation.verdict.ipynb #471fe373
-def resampled_sums(
-    parts:Tensor,    # What each image contributes, (n, ...)
-    draws:int=200,   # How often n images are drawn
-    seed:int=0,      # Of the draws: the same for all that is compared
-)->Tensor:           # float64 (draws, ...)
-    "Sums over as many images, drawn with replacement"
+def resampled_sums(parts:Tensor, draws:int=200, seed:int=0)->Tensor:
+    "Sums over as many images, drawn with replacement, of what each contributes (n,...): float64 (draws,...)"
     n = len(parts)
     drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
-    times = torch.zeros(draws, n, dtype=torch.float64)
-    times.scatter_add_(1, drawn, torch.ones(draws, n, dtype=torch.float64))
+    times = torch.stack([d.bincount(minlength=n) for d in drawn]).double()
     return (times@parts.double().cpu().reshape(n, -1)).view(draws, *parts.shape[1:])
 
 # %% ../../nbs/50_evaluation.verdict.ipynb #da1369e2
@@ -84,7 +70,7 @@ LEAST = .01   # A difference below one point counts as none
 class Gain(NamedTuple):
     "One score of the trained backbone against its starts; everything in [0,1]"
     probe:str       # Name of the score
-    gain:float      # Trained less the mean of the starts
+    gain:float      # Trained minus the mean of the starts
     start:float     # Mean of the starts
     spread:float    # Their standard deviation; NaN for one start
     starts:int      # How many starts
@@ -94,9 +80,7 @@ class Gain(NamedTuple):
     @property
     def margin(self): return max(LEAST, math.hypot(self.seeds, self.images))
     @property
-    def sign(self):
-        if not abs(self.gain)>self.margin: return 0         # nor if the gain is NaN
-        return int(math.copysign(1, self.gain))
+    def sign(self): return (self.gain>self.margin) - (self.gain<-self.margin)   # 0 also if the gain is NaN
 
 # %% ../../nbs/50_evaluation.verdict.ipynb #e5000002
 def _student_t(degrees):
@@ -107,41 +91,33 @@ def _student_t(degrees):
 def _images_half_width(trained, starts):
     "Half-width for other test images, from the same draws of them for all"
     n, kept = trained.n_test, [s.resampled for s in (trained, *starts)]
-    if not n or any(len(k)!=len(kept[0]) or not k for k in kept): return 0.
+    if not n or not all(kept) or len(set(map(len, kept)))>1: return 0.
     if n<2: return math.inf
-    t, *s = (torch.tensor(k, dtype=torch.float64) for k in kept)
+    t, *s = torch.tensor(kept, dtype=torch.float64)
     gains = t-torch.stack(s).mean(0)
     gains = gains[gains.isfinite()]   # a draw of images without a label has no score
     return _student_t(n-1)*gains.std().item()*math.sqrt(n/(n-1))
 
 # %% ../../nbs/50_evaluation.verdict.ipynb #e5000003
-def gain_over_starts(
-    trained,          # Score of the trained backbone
-    starts,           # Scores of its starts, same probe and protocol
-    fixed=False,      # The start is one given network: the best of `starts`
-)->Gain:
-    "The gain over the starts, and what chance would give"
-    starts = [max(starts, key=lambda s: s.value)] if fixed else list(starts)
+def gain_over_starts(trained, starts, fixed=False)->Gain:
+    "The gain of a score over those of its starts, same probe and protocol; `fixed`: over the best of one given network"
+    if fixed: starts = [max(starts, key=lambda s: s.value)]
     K, values = len(starts), torch.tensor([s.value for s in starts], dtype=torch.float64)
     mean, spread = values.mean().item(), values.std().item() if K>1 else math.nan
-    seeds = 0. if fixed else _student_t(K-1)*spread*math.sqrt(1+1/K) if K>1 else math.inf
+    if fixed: seeds = 0.
+    else: seeds = _student_t(K-1)*spread*math.sqrt(1+1/K) if K>1 else math.inf
     images = _images_half_width(trained, starts)
     return Gain(trained.probe, trained.value-mean, mean, spread, K, seeds, images, trained.n_test)
 
 # %% ../../nbs/50_evaluation.verdict.ipynb #601f866d
-def diverged_loss(
-    first:float,  # Mean loss of the first steps
-    last:float,   # Mean loss of the last epoch
-)->str:           # A sentence, or ''
-    "Did the loss end above where it began?"
+def diverged_loss(first:float, last:float)->str:
+    "A sentence if the mean loss of the last epoch is above that of the first steps, or ''"
     if math.isfinite(first) and math.isfinite(last) and last<=first+.1*abs(first): return ''
     return f'the loss diverged, from {first:.3g} in the first steps to {last:.3g} in the last epoch'
 
 # %% ../../nbs/50_evaluation.verdict.ipynb #e5000004
-def seen_collapse(
-    sentences,   # What the monitor says, in the order of epochs
-)->str:          # The first that names a collapse, or ''
-    "What the monitor said of a collapse"
+def seen_collapse(sentences)->str:
+    "The first sentence of a monitor, in the order of epochs, that names a collapse, or ''"
     named = ('collapse', 'hold almost all queries')
     return next((s.split(':')[0].strip(' .') for s in sentences if any(n in s for n in named)), '')
 
@@ -163,9 +139,8 @@ def _points(gains):
 def _against(gains, start):
     "The start in words: its scores, their spread"
     K = gains[0].starts
-    level = lambda g: f'{100*g.start:.1f}' + (f' ± {100*g.spread:.1f}' if K>1 else '')
-    values = ', '.join(f'{g.probe} {level(g)}' for g in gains)
-    return f'{start} ({values}{f" over {K} seeds" if K>1 else ""})'
+    if K==1: return f'{start} ({", ".join(f"{g.probe} {100*g.start:.1f}" for g in gains)})'
+    return f'{start} ({", ".join(f"{g.probe} {100*g.start:.1f} ± {100*g.spread:.1f}" for g in gains)} over {K} seeds)'
 
 def _to_tell(gains):
     "What it would take to tell"
@@ -173,67 +148,50 @@ def _to_tell(gains):
         return 'Every backbone scores 100 %: the test images show one class, or are too easy. Label more classes.'
     g = max(gains, key=lambda g: abs(g.gain)/g.margin)
     if g.starts==1 and math.isinf(g.seeds):
-        return 'One start says nothing of what other seeds give: score at least three.'
+        return 'One start says nothing about what other seeds give: score at least three.'
     if abs(g.gain)<LEAST: return 'To gain more, train longer or on more photographs.'
     kind = 'photographs' if g.probe in GAUGE_NAMES else 'labelled test photographs'
     if abs(g.gain)<=g.seeds:
         return (f'Other seeds of the start differ by as much, so more {kind} would not tell: '
                 'train longer, or on more photographs.')
-    if math.isinf(g.images): return f'One test photograph says nothing of others: take at least 20 {kind}.'
+    if math.isinf(g.images): return f'One test photograph says nothing about others: score at least 20 {kind}.'
     need = max(g.n+1, math.ceil(g.n*g.images**2/(g.gain**2-g.seeds**2)))
     or_longer = ', or a longer training that makes it larger' if g.gain>0 else ''
     return f'About {need} {kind} (there are {g.n}) would tell a difference of this size{or_longer}.'
 
-def _to_agree(gains):
-    "What it would take where a score rose and another one fell"
-    fell = [g.probe for g in gains if g.gain<=-LEAST]
-    if any(g.sign<0 for g in gains): return 'Go by the score that is nearest to your task.'
-    return f'More labelled test photographs would tell whether {" and ".join(fell)} really fell.'
-
 # %% ../../nbs/50_evaluation.verdict.ipynb #e5000006
-def verdict(
-    gains,           # A `Gain` each score
-    start='random start',  # What the trained backbone was compared with, in words
-    diverged='',     # From `diverged_loss`
-    collapsed='',    # From `seen_collapse`
-)->Verdict:
-    "Whether training helped: helped, harmed, or cannot tell and what it would take"
+_UNKNOWN = 'It cannot be told whether training made a difference'
+
+def verdict(gains, start='random start', diverged='', collapsed='')->Verdict:
+    "Whether training helped, from a `Gain` each score, the start in words, `diverged_loss` and `seen_collapse`"
     labelled = tuple(g for g in gains if g.probe not in GAUGE_NAMES)
     counted = labelled or tuple(g for g in gains if g.probe=='correspondence')
     if not counted:
         names = ', '.join(g.probe for g in gains) or 'none'
         raise InputError(f'there is no score that orders backbones: got {names}')
     if lost := [g.probe for g in counted if not math.isfinite(g.gain)]:
-        said = f'It cannot be told whether training made a difference: the score {" and ".join(lost)} is not a number.'
-        return Verdict('cannot tell', said, counted)
-    up = any(g.sign>0 for g in counted)
-    down = any(g.sign<0 for g in counted)
-    fell = any(g.gain<=-LEAST for g in counted)
+        return Verdict('cannot tell', f'{_UNKNOWN}: the score {" and ".join(lost)} is not a number.', counted)
+    signs, fell = {g.sign for g in counted}, [g.probe for g in counted if g.gain<=-LEAST]
     wrong = ' and '.join(filter(None, [diverged, collapsed and f'the monitor saw a collapse ({collapsed})']))
     against = f'{_points(counted)} points against {_against(counted, start)}'
-    if down and not up:
+    answer, disagree = 'cannot tell', f'Scores disagree, so it is unknown whether the features are better: {against}.'
+    if -1 in signs and 1 not in signs:
         because = f' In this run {wrong}.' if wrong else ''
-        advice = 'Do not use this backbone; look at the monitors and the settings.'
-        return Verdict('harmed', f'Training harmed the features: {against}.{because} {advice}', counted)
-    if wrong:
+        answer, said = 'harmed', (f'Training harmed the features: {against}.{because} '
+                                  'Do not use this backbone; look at the monitors and the settings.')
+    elif wrong:
         said = (f'This run went wrong: {wrong}. Do not rely on it, whatever its scores: lower the learning rate. '
                 f'It scored {against}.')
-        return Verdict('cannot tell', said, counted)
-    if up and not fell: return Verdict('helped', f'Training helped: {against}.', counted)
-    if up:
-        said = ('Scores disagree, so there is no saying whether the features are better: '
-                f'{against}. {_to_agree(counted)}')
-    else: said = f'It cannot be told whether training made a difference: {against}. {_to_tell(counted)}'
-    return Verdict('cannot tell', said, counted)
+    elif 1 in signs and not fell: answer, said = 'helped', f'Training helped: {against}.'
+    elif -1 in signs: said = f'{disagree} Go by the score that is nearest to your task.'
+    elif 1 in signs:
+        said = f'{disagree} More labelled test photographs would tell whether {" and ".join(fell)} really fell.'
+    else: said = f'{_UNKNOWN}: {against}. {_to_tell(counted)}'
+    return Verdict(answer, said, counted)
 
 # %% ../../nbs/50_evaluation.verdict.ipynb #76f2a083
-def gains_over(
-    scores,       # Scores of all models
-    trained:str,  # Label of the trained backbone
-    start:str,    # Label of its starts, or of another backbone
-    fixed=False,  # `start` is one given network
-)->list:          # A `Gain` for each probe and protocol that both have
-    "Gains of one model over another"
+def gains_over(scores, trained:str, start:str, fixed=False)->list:
+    "A `Gain` of the model `trained` over `start` for each probe and protocol of both; `fixed`: one given network"
     of = lambda m: [s for s in scores if s.model==m]
     same = lambda s: [o for o in of(start) if (o.probe, o.protocol)==(s.probe, s.protocol)]
     ordering = [s for s in of(trained) if s.probe not in GAUGE_NAMES or s.probe=='correspondence']
@@ -272,10 +230,10 @@ def training_verdict(
     if gathered is not None and v.answer!='cannot tell':
         w = answer([*(s for s in scores if s.model!=trained), *gathered()])
         if w.answer!=v.answer:   # a gain or loss that the statistics alone have made is not training's
-            said = (f'It cannot be told whether training made a difference: {_points(v.gains)} points, '
+            said = (f'{_UNKNOWN}: {_points(v.gains)} points, '
                     f'but {_points(w.gains)} with the batch-norm statistics gathered as those of the starts.')
             v = Verdict('cannot tell', said, v.gains)
     said = [v.said, *(_compared(gains_over(scores, trained, o, True), o, v.answer) for o in others)]
     if all(g.probe in GAUGE_NAMES for g in v.gains):
-        said.append('Without labels this is a hint and no score: label a few photographs before you rely on it.')
+        said.append('Without labels this is a hint and not a score: label a few photographs before you rely on it.')
     return v._replace(said=' '.join(said))

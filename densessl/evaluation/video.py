@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ground.core import InputError, fp32
+from ..data.names import some_names
 from .davis import Video, davis_sequences, split_file, video_scores
-from .verdict import resampled_sums
 from .features import as_feature_map, extract_features, with_progress
 from .scores import Score, make_protocol
+from .verdict import resampled_sums
+from ..ground.core import InputError, fp32
 
 # %% ../../nbs/55_evaluation.video.ipynb #a3df16c7
-def _check_settings(n_last=0, radius=0, k=1, temp=1.):
-    "An error if a setting is out of its range"
+def _check_settings(radius, k, temp, n_last=0):
     if n_last<0: raise InputError(f'n_last must be 0 or more frames, got {n_last}')
     if radius is not None and radius<0:
         raise InputError(f'radius must be 0 or more cells, or None for the whole frame, got {radius}')
@@ -61,28 +61,22 @@ def propagate_frame(
     if target.shape!=keys.shape[1:] or labels.shape[::2]!=(n,H) or labels.shape[3]!=W:
         raise InputError(f'target {tuple(target.shape)}, keys {tuple(keys.shape)} and labels {tuple(labels.shape)} '
                          f'must be (D,H,W), (n,D,H,W) and (n,C,H,W)')
-    _check_settings(radius=radius, k=k, temp=temp)
+    _check_settings(radius, k, temp)
     r = max(H, W) if radius is None else radius
-    need = lambda a: n*a*a*min(H, a+2*r)*min(W, a+2*r)
-    side = next((a for a in range(max(H, W), 1, -1) if need(a)<=budget), 1)
+    def fits(a): return n*a*a*min(H, a+2*r)*min(W, a+2*r)<=budget
+    side = next(filter(fits, range(max(H, W), 1, -1)), 1)
     labels, out = labels.to(target.dtype), target.new_empty(labels.shape[1], H, W)
     for y in range(0, H, side):
         for x in range(0, W, side): out[:, y:y+side, x:x+side] = _square(target, keys, labels, y, x, side, r, k, temp)
     return out
 
 # %% ../../nbs/55_evaluation.video.ipynb #5eccbb2f
-def grid_labels(
-    mask:Tensor,         # Labels of pixels, integer (h,w), 0 is background
-    grid,                # Height and width (H,W) of the grid
-    n_labels:int=None,   # Number of labels C; default the largest + 1
-)->Tensor:               # One-hot, float32 (C,H,W)
-    "Label of each cell: that of the pixel at its center, as the protocol does"
+def grid_labels(mask:Tensor, grid:tuple, n_labels:int|None=None)->Tensor:
+    "One-hot labels (C,H,W) of the cells of a grid, float32: those of the pixels at their centers in a mask (h,w)"
     if mask.ndim!=2 or mask.is_floating_point():
         raise InputError(f'mask must be integers (h,w), got {mask.dtype} {tuple(mask.shape)}')
-    H, W = grid
-    y, x = (((torch.arange(n, device=mask.device)+.5)*(m/n)).long() for n,m in zip((H,W), mask.shape))
-    C = int(mask.max())+1 if n_labels is None else n_labels
-    return F.one_hot(mask[y][:,x].long(), C).permute(2,0,1).float()
+    y, x = (((torch.arange(n, device=mask.device)+.5)*(m/n)).long() for n,m in zip(grid, mask.shape))
+    return F.one_hot(mask[y][:,x].long(), n_labels or int(mask.max())+1).permute(2,0,1).float()
 
 # %% ../../nbs/55_evaluation.video.ipynb #85e899b6
 @torch.no_grad()
@@ -90,13 +84,10 @@ def propagate_labels(
     features,          # (T,D,H,W), or any iterable of maps (D,H,W), one a frame; unit norm along D
     first_mask:Tensor, # Labels of the first frame: integer (h,w), 0 is background; or shares of cells, float (C,H,W)
     n_last:int=7,      # Frames before the target in its context, beside the first one
-    radius:int=12,     # Neighborhood, cells; None is the whole frame
-    k:int=5,           # Most similar cells that count
-    temp:float=.1,     # Temperature that divides the cosine similarities
-    budget:int=2**21,  # Similarities held at once
+    radius:int=12, k:int=5, temp:float=.1, budget:int=2**21,  # As in `propagate_frame`
 )->Tensor:             # Label shares of all frames, (T,C,H,W); the first is the given one
     "Carry the labels of the first frame through a video; holds features of `n_last` + 2 frames (DINO: 7, 12, 5, 0.1)"
-    _check_settings(n_last, radius, k, temp)
+    _check_settings(radius, k, temp, n_last)
     out, last = [], deque(maxlen=n_last)
     for z in features:
         norm = z.float().norm(dim=0)
@@ -118,38 +109,28 @@ def propagate_labels(
     return torch.stack([o.float() for o in out])
 
 # %% ../../nbs/55_evaluation.video.ipynb #e706098c
-def upsample_labels(
-    labels:Tensor,      # Label shares, (T,C,H,W)
-    size,               # Height and width (h,w) of the masks
-    minmax:bool=True,   # Stretch each label of a frame to [0,1] first, as the protocol does, unless it is constant
-)->Tensor:              # Masks, uint8 (T,h,w)
-    "Bilinear upsampling, then the largest label of each pixel; where two are equal the first"
+def upsample_labels(labels:Tensor, size:tuple, minmax:bool=True)->Tensor:
+    "Masks, uint8 (T,h,w), of the largest of label shares (T,C,H,W), upsampled and, if `minmax`, stretched to [0,1]"
     out = []
     for y in labels:
         y = F.interpolate(y[None], size=tuple(size), mode='bilinear')[0]
         if minmax:
             lo, hi = y.amin((1,2), keepdim=True), y.amax((1,2), keepdim=True)
-            y = torch.where(hi>lo, (y-lo)/(hi-lo), y)
+            y = torch.where(hi>lo, (y-lo)/(hi-lo), y)       # a constant label stays as it is
         out.append(y.argmax(0).byte())
     return torch.stack(out)
 
 # %% ../../nbs/55_evaluation.video.ipynb #56574d97
-def input_size(
-    hw,            # Height and width of the frames
-    size,          # Shorter side, or (height, width), or None to leave frames about as they are
-    multiple:int,  # Of which the sides should be multiples
-)->tuple:          # Height and width that the network sees
-    "Frames keep their size up to a multiple; a given shorter side is kept, and the longer one rounded down (DINO)"
+def input_size(hw:tuple, size:int|tuple|None, multiple:int)->tuple:
+    "(h,w) that the network sees: that of frames up to a multiple, `size`, or `size` as the shorter side (DINO)"
     if size is None: return tuple(max(1, round(n/multiple))*multiple for n in hw)
     if not isinstance(size, int): return tuple(size)
     longer = max(1, int(size*max(hw)/min(hw)//multiple))*multiple
     return (longer, size) if hw[0]>hw[1] else (size, longer)
 
 # %% ../../nbs/55_evaluation.video.ipynb #e5500002
-def network_stride(
-    model,   # What `as_feature_map` takes
-)->int:      # Pixels, 16 where nothing is known
-    "Stride of a network: what the sides of an image should be multiples of"
+def network_stride(model)->int:
+    "Stride of a network in pixels, of which the sides of an image should be multiples; 16 where nothing is known"
     net = as_feature_map(model).model
     stride, info = getattr(net, 'stride', None), getattr(net, 'feature_info', None) or ()
     if stride is None: stride = max((i['reduction'] for i in getattr(info, 'info', info)), default=16)
@@ -161,11 +142,8 @@ def propagate_video(
     video:Video,        # Its first mask is used, the others not
     size=None,          # Frames are resized to this shorter side, or (height, width); default as they are
     multiple:int=None,  # Of which the sides are multiples (`input_size`); default the model's stride
-    n_last:int=7,       # These as in `propagate_labels`
-    radius:int=12,
-    k:int=5,
-    temp:float=.1,
-    batch_size:int=8,   # Frames a forward pass
+    n_last:int=7, radius:int=12, k:int=5, temp:float=.1,  # As in `propagate_labels`
+    batch_size:int=8,   # Frames in a forward pass
     progress:bool=None, # Progress bar; default in a terminal or notebook, from ten batches on
     **kwargs,           # Arguments of `feature_batches`
 ):                      # Masks, uint8 (T,H,W), of the size of the video's; shape (D,H,W) of the features
@@ -184,40 +162,31 @@ def propagate_video(
     return upsample_labels(labels, video.masks.shape[-2:]).to(video.masks.device), tuple(shape)
 
 # %% ../../nbs/55_evaluation.video.ipynb #2e04de4a
-def _few(names):
-    "At most four different names"
-    names = sorted(set(names))
-    return ', '.join(names[:4]) + (' ...' if len(names)>4 else '')
-
 def _by_x(sides): return 'x'.join(map(str, sides))
+
+def _distinct(names): return some_names(sorted(set(names)), 4)
 
 def davis_score(
     model,                 # What `as_feature_map` takes: a DenseEncoder, a timm model, a function
     root,                  # Folder in the layout of DAVIS; or a list of `Video` or `DavisSequence`
-    split:str='val',       # These as in `davis_sequences`
-    year:str=None,
-    resolution:str=None,
-    names=None,
-    size=None,             # These as in `propagate_video`
-    multiple:int=None,
-    n_last:int=7,
-    radius:int=12,
-    k:int=5,
-    temp:float=.1,
+    split:str='val',       # File in ImageSets/<year>
+    year:str=None, resolution:str=None, names=None,       # As in `davis_sequences`
+    size=None, multiple:int=None,                         # As in `propagate_video`
+    n_last:int=7, radius:int=12, k:int=5, temp:float=.1,  # As in `propagate_labels`
     tolerance:float=.008,  # Of `contour_accuracy`
     label:str='model',     # Name of the model in tables
     data:str=None,         # Name of the data in the protocol; default that of the folder and the split
-    batch_size:int=8,      # Frames a forward pass
+    batch_size:int=8,      # Frames in a forward pass
     **kwargs,              # `progress`, and arguments of `feature_batches`
 )->list:                   # Scores J&F, J and F; their `per_class` are the objects, `classes` their names
     "Carry the first masks of DAVIS through its videos and score them; holds one video at a time"
-    _check_settings(n_last, radius, k, temp)
+    _check_settings(radius, k, temp, n_last)
     listed = isinstance(root, (list,tuple))
     videos = list(root) if listed else davis_sequences(root, split, year, resolution, names)
     if not videos: raise InputError('there is no video to score')
     if short := [v.name for v in videos if len(v)<3]:
         raise InputError(f'{short[0]} has fewer than 3 frames, so none between the first and the last: leave it out')
-    J, contours, objects, sizes, grids = [], [], [], [], []
+    values, objects, sizes, grids = [], [], [], []
     multiple = multiple or network_stride(model)
     for v in videos:
         v = v.load()
@@ -225,23 +194,20 @@ def davis_score(
             raise InputError(f'{v.name}: the first mask holds no object, there is nothing to follow')
         pred, shape = propagate_video(model, v, size, multiple, n_last, radius, k, temp, batch_size, **kwargs)
         found = video_scores(pred, v.masks, tolerance)
-        J += found.J.tolist()
-        contours += found.F.tolist()
+        values.append(torch.stack([(found.J+found.F)/2, found.J, found.F]))
         objects += [f'{v.name}/{o}' for o in found.objects]
         sizes.append(f'{_by_x(input_size(v.frames.shape[-2:], size, multiple))} mask {_by_x(v.masks.shape[-2:])}')
         grids.append(f'{_by_x(shape[1:])}x{shape[0]}')
-    if data is None:
-        data = 'videos'
-        if not listed: data = f'{Path(root).resolve().name}-{split_file(root, split, year).parent.name}-{split}'
+    if data is None and listed: data = 'videos'
+    elif data is None: data = f'{Path(root).resolve().name}-{split_file(root, split, year).parent.name}-{split}'
     if names is not None: data += f'[{", ".join(v.name for v in videos)}]'
-    data += f' ({len(videos)} sequences, {len(J)} objects, {sum(map(len, videos))} frames)'
-    protocol = make_protocol(data, _few(sizes), 'label propagation', kwargs, n_last=n_last, radius=radius, k=k,
+    data += f' ({len(videos)} sequences, {len(objects)} objects, {sum(map(len, videos))} frames)'
+    protocol = make_protocol(data, _distinct(sizes), 'label propagation', kwargs, n_last=n_last, radius=radius, k=k,
                              temp=temp, tolerance=tolerance)
     layer = kwargs.get('layer')
-    features = f"{'last' if layer is None else f'layer {layer}'} {_few(grids)}"
-    def score(name, values):
-        resampled = resampled_sums(torch.tensor(values))/len(values)   # of the objects
-        return Score(label, f'DAVIS {name}', sum(values)/len(values), tuple(values), protocol, features,
-                     tuple(objects), len(values), tuple(resampled.tolist()))
-    both = [(j+c)/2 for j,c in zip(J, contours)]
-    return [score('J&F', both), score('J', J), score('F', contours)]
+    features = f"{'last' if layer is None else f'layer {layer}'} {_distinct(grids)}"
+    def score(name, of):
+        resampled = resampled_sums(of)/len(of)   # of the objects
+        return Score(label, f'DAVIS {name}', of.mean().item(), tuple(of.tolist()), protocol, features, tuple(objects),
+                     len(of), tuple(resampled.tolist()))
+    return [score(*o) for o in zip(('J&F', 'J', 'F'), torch.cat(values, 1))]

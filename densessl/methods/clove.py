@@ -23,7 +23,7 @@ from ..theory.statistics import effective_rank
 from ..data.views import Augment, Recipe, View
 from .encoders import DenseEncoder
 from .heads import ConvProjector
-from .method import Method, MultiCropConfig, multicrop_recipe
+from .method import Method, MultiCropConfig, multicrop_recipe, scene_colors
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/47_methods.clove.ipynb #2b68d693
@@ -51,18 +51,13 @@ class CLoVEConfig(MultiCropConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, img_size='[1, inf)', local_size='[1, inf)', n_local='[0, inf)', hidden_dim='[1, inf)',
-                     out_dim='[1, inf)', num_heads='[1, inf)', attn_temp='(0, inf)', threshold='(0, inf)',
-                     lam='[0, inf)', margin='(-inf, inf)', lr='(0, inf)', warmup='[0, 1]', lr_floor='[0, 1]',
-                     wd='[0, inf)', drop_path_rate='[0, 1)')
-        if self.reduction not in ('pair', 'mean'):
-            raise InputError(f"reduction must be 'pair' or 'mean', got {self.reduction!r}")
+        check_ranges(self, hidden_dim='[1, inf)', out_dim='[1, inf)', num_heads='[1, inf)', attn_temp='(0, inf)',
+                     threshold='(0, inf)', lam='[0, inf)', margin='(-inf, inf)', lr='(0, inf)', warmup='[0, 1]',
+                     lr_floor='[0, 1]', wd='[0, inf)', drop_path_rate='[0, 1)', k='[2, inf)')
         check_ramp('momentum', self.momentum, hi=1)
-        if self.optimizer not in ('lars', 'adamw'):
-            raise InputError(f"optimizer must be 'lars' or 'adamw', got {self.optimizer!r}")
-        if not (isinstance(self.k, int) and self.k>=2):
-            raise InputError(f'k must be a whole number, at least 2, got {self.k}: '
-                             'the most similar candidate is dropped')
+        for k,(one, other) in dict(reduction=('pair', 'mean'), optimizer=('lars', 'adamw')).items():
+            value = getattr(self, k)
+            if value not in (one, other): raise InputError(f'{k} must be {one!r} or {other!r}, got {value!r}')
 
 # %% ../../nbs/47_methods.clove.ipynb #2c903453
 clove_presets = dict(
@@ -71,16 +66,11 @@ clove_presets = dict(
     official = CLoVEConfig(margin=100., reduction='mean', augment=Augment(solarize_p=0., blur_at=0)),
     scenes = CLoVEConfig(img_size=64, local_size=32, n_local=4, global_scale=(0.3,1.), hidden_dim=256, out_dim=64,
                          num_heads=4, optimizer='adamw', lr=16e-3, warmup=.1, wd=1e-4, momentum=(0.98,1.),
-                         augment=Augment(brightness=0.5, contrast=0.4, saturation=0.4, hue=0.05, gray_p=0.1,
-                                         solarize_p=0.),
-                         solarize_p=(0.,0.,0.)),
-)
+                         augment=scene_colors, solarize_p=(0.,0.,0.)))
 
 # %% ../../nbs/47_methods.clove.ipynb #03dd0577
-def clove_recipe(
-    config:CLoVEConfig=CLoVEConfig(),  # Sizes, scales and augmentations
-)->Recipe:                             # Crops 'global1', 'global2' and 'local'
-    "The views of CLoVE: each is cut from the photograph, whatever the others show (CLoVE public code)"
+def clove_recipe(config:CLoVEConfig=CLoVEConfig())->Recipe:
+    "Crops 'global1', 'global2' and 'local' of CLoVE, each cut independently from the photograph (CLoVE public code)"
     return multicrop_recipe(config)
 
 # %% ../../nbs/47_methods.clove.ipynb #5e7c4f2f
@@ -93,21 +83,17 @@ class MatchedViews(NamedTuple):
 
 # %% ../../nbs/47_methods.clove.ipynb #a1357933
 class CLoVE(StudentTeacher):
-    "Student with projector and attention, teacher with projector; views in, pairs of views out (CLoVE)"
-    def __init__(self,
-        encoder:DenseEncoder,              # Becomes the student's; the teacher starts as its copy
-        config:CLoVEConfig=CLoVEConfig(),  # Settings
-    ):
+    "Student with `encoder`, projector and attention, teacher as a copy of the first two; views in, pairs out (CLoVE)"
+    def __init__(self, encoder:DenseEncoder, config:CLoVEConfig=CLoVEConfig()):
         c = config
         for name,size in (('img_size', c.img_size), *([('local_size', c.local_size)] if c.n_local else [])):
             if encoder.grid(size, size)==(1, 1):
-                raise InputError(f'{encoder.arch} turns a view of {size} px into one cell, '
-                                 f'which leaves nothing to tell apart: raise {name}, '
-                                 'or take a network of smaller stride (output_stride)')
+                raise InputError(f'{encoder.arch} turns a view of {size} px into one cell, which has no negatives: '
+                                 f'raise {name}, or take a network of smaller stride (output_stride)')
         h, w = encoder.grid(c.img_size, c.img_size)
         if c.k>h*w:
             raise InputError(f'k is {c.k} but a global view has only {h}x{w} cells to choose negatives from: '
-                             f'use k of at most {h*w}, larger views or a network of smaller stride')
+                             f'use a k of at most {h*w}, larger views or a network of smaller stride')
         projector = ConvProjector(encoder.embed_dim, c.hidden_dim, c.out_dim)
         context = NMHSA(c.out_dim, c.num_heads, cosine=c.cosine, temp=c.attn_temp)
         super().__init__(dict(encoder=encoder, projector=projector, context=context),
@@ -126,7 +112,7 @@ class CLoVE(StudentTeacher):
     def match(self, v1, v2):
         "Which cells of two sets of views show the same place, (..., B, N, M) bool"
         grids = [self.student.encoder.grid(*v.images.shape[-2:]) for v in (v1, v2)]
-        check = not (v1.boxes.is_cuda or torch.compiler.is_compiling())   # or wait for the device, or break the graph
+        check = not (v1.boxes.is_cuda or torch.compiler.is_compiling())   # it waits for a device, it breaks a graph
         return match_cells(v1.boxes, grids[0], v2.boxes, grids[1], self.config.threshold, check=check)
 
     def forward(self, views)->list:
@@ -153,50 +139,37 @@ class CLoVELoss(nn.Module):
         return total
 
 # %% ../../nbs/47_methods.clove.ipynb #c9f5314e
-def diagnose_matches(
-    m:dict,  # Of one epoch: progress (share of training), contrast, matched (share of cells), active (of hinges), rank
-)->list:     # Sentences; empty if all is well
-    "What the monitored numbers mean, in words, and which setting to change"
+def diagnose_matches(m:dict)->list:
+    "What the numbers of one epoch (`match_state`, with the monitor's `epoch` and `progress`) mean, in sentences that name the setting to change"
     said = []
     if m['rank']<2:
         said.append(f"The local embeddings vary along {m['rank']:.1f} directions: they have collapsed. "
                     'Lower the learning rate or raise lam.')
     elif m['contrast']<.05 and m['progress']>1/3:
-        said.append(f"The contrast between matched and other cells is {m['contrast']:.2f}: "
-                    'a match is no nearer than any other cell, as it would be by chance. '
-                    'Train longer, raise the learning rate or try another margin.')
+        said.append(f"The contrast between matched and other cells is {m['contrast']:.2f}: a match is no more "
+                    'similar than any other cell. Train longer, raise the learning rate or try another margin.')
     if m['matched']<.05:
         said.append(f"Only {100*m['matched']:.1f} % of the cells have a match: "
                     'raise threshold, global_scale or local_scale.')
     if m['active']==0:
-        said.append('No hinge acts: every pair satisfies the margin, and nothing is left to learn. '
-                    'Raise margin.')
+        said.append('No hinge acts: every pair satisfies the margin, and nothing is left to learn. Raise margin.')
     return said
 
 # %% ../../nbs/47_methods.clove.ipynb #c0e4b260
 @fp32
-def _contrast(C, F, M):
-    "As `match_contrast`, a scalar on the device"
+def match_contrast(C:Tensor, F:Tensor, M:Tensor)->Tensor:
+    "Mean similarity of matched cells, `M` (..., N, M), of `C` (..., N, D) and `F` (..., M, D) less that of all others"
     S = C@F.mT
     def mean(M): return (S*M).sum()/M.sum()     # `S[M]` would wait for the device
     return mean(M)-mean(~M)
 
-def match_contrast(
-    C:Tensor,  # Contextualized embeddings, (..., N, D), unit norm
-    F:Tensor,  # Local embeddings of the other view, (..., M, D), unit norm
-    M:Tensor,  # Which cells match, bool (..., N, M)
-)->float:      # Between -2 and 2; 0 by chance, NaN if no cell or every cell matches
-    "Mean similarity of matched cells less that of all others"
-    return _contrast(C, F, M).item()
-
 # %% ../../nbs/47_methods.clove.ipynb #937a2aaf
-def match_state(
-    learn,  # Learner in the middle of a batch, whose `pred` is a list of `MatchedViews`
-)->dict:    # Scalars: the parts of the loss, contrast and effective ranks of the first pair of global views
-    "The matches and the dense embeddings of the current step"
+def match_state(learn)->dict:
+    "Parts of the loss, and contrast and effective ranks of the first pair of global views, in the current step"
     C, F, M = (t.detach()[0] for t in learn.pred[0])
     rank, context_rank = (effective_rank(o.flatten(0, 1)[:4096]) for o in (F, C))
-    return dict(**learn.loss_func.parts._asdict(), contrast=_contrast(C, F, M), rank=rank, context_rank=context_rank)
+    state = dict(contrast=match_contrast(C, F, M), rank=rank, context_rank=context_rank)
+    return learn.loss_func.parts._asdict() | state
 
 # %% ../../nbs/47_methods.clove.ipynb #d49525be
 clove_method = Method('clove', clove_presets, clove_recipe, CLoVE, CLoVELoss, metrics=('positive', 'negative', 'gap'),

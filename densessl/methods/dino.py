@@ -14,50 +14,49 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ground.core import InputError, fp32, check_ramp, check_ranges, rebuilt_from_list
-from ..theory.schedules import cosine, linear_ramp, warmup_cosine
+from ..ground.core import InputError, fp32, check_ranges, rebuilt_from_list
 from ..theory.softmask import mode_spread
 from ..theory.statistics import effective_rank
 from ..ground.ranks import mean_over_ranks
-from ..data.views import Augment, Recipe
+from ..data.views import Recipe
 from .encoders import DenseEncoder
 from .heads import PrototypeHead
-from .method import Method, MultiCropConfig, multicrop_recipe
+from .method import Method, MultiCropConfig, PrototypeConfig, multicrop_recipe, scene_colors
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48_methods.dino.ipynb #bf2f05d8
 class DINOTerms(NamedTuple):
-    "The loss and what it consists of: `loss` = `entropy` + `kl`"
-    loss:Tensor        # Cross-entropy of teacher and student, mean over pairs of views and photographs
-    entropy:Tensor     # Mean entropy of the targets, 0 (one prototype) to ln K (uniform), no gradient
-    kl:Tensor          # Mean divergence of student from target, >= 0; 0 if nothing is left to learn, no gradient
-    perplexity:Tensor  # Prototypes that the targets of this process use together, 1 to K, no gradient
-    view_perplexity:Tensor  # The same of one view's targets (geometric mean over the teacher's views), no gradient
+    "The loss and its terms, `loss` = `entropy` + `kl`; only `loss` has a gradient"
+    loss:Tensor             # Cross-entropy of teacher and student, mean over pairs of views and photographs
+    entropy:Tensor          # Mean entropy of the targets, 0 (one prototype) to ln K (uniform)
+    kl:Tensor               # Mean divergence of student from target, >= 0; 0 if nothing is left to learn
+    perplexity:Tensor       # Prototypes that the targets of this process use together, 1 to K
+    view_perplexity:Tensor  # The same of one view's targets (geometric mean over the teacher's views)
 
 # %% ../../nbs/48_methods.dino.ipynb #bd4e2d49
 @fp32
 def dino_loss(
     student_logits:Tensor,  # Scores of all views, (V, B, K); the first G views are those of the teacher, in its order
     teacher_logits:Tensor,  # Scores of the global views, (G, B, K); no gradient flows to them
-    center:Tensor,          # Taken off the teacher's scores, (K,)
+    center:Tensor,          # Subtracted from the teacher's scores, (K,)
     temp_s:float=0.1,       # Student temperature, > 0, divides (DINO)
     temp_t:float=0.04,      # Teacher temperature, > 0, divides; below `temp_s` it sharpens (DINO, first epoch)
 )->DINOTerms:               # Scalars; gradient flows to `student_logits` through `loss`
     "Cross-entropy between each global view of the teacher and every other view of the student (DINO, Eq. 3)"
     V, G, rest = len(student_logits), len(teacher_logits), student_logits.shape[1:]
     if student_logits.dim()!=3 or teacher_logits.shape[1:]!=rest or not student_logits.numel():
-        raise InputError('student and teacher logits must be (views, photographs, '
-                         'prototypes) with the same photographs and prototypes, '
+        raise InputError('student and teacher logits must be (views, photographs, prototypes), the last two equal, '
                          f'got {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}')
     if not 1<=G<=V or V<2:
-        raise InputError(f'there are no pairs of {G} teacher and {V} student views: '
-                         'the student sees the views of the teacher first, and two views at least')
+        raise InputError(f'{G} teacher and {V} student views make no pairs: '
+                         'the student needs the views of the teacher first, and at least two views')
     if center.shape!=rest[1:]:
         raise InputError(f'the center must have one number for each of the {rest[1]} prototypes, '
                          f'got shape {tuple(center.shape)}')
     for name,temp in (('temp_s',temp_s), ('temp_t',temp_t)):
         if not temp>0: raise InputError(f'{name} must be > 0, got {temp}: it divides the logits')
-    q, log_p = ((teacher_logits.detach()-center)/temp_t).softmax(-1), (student_logits/temp_s).log_softmax(-1)
+    q = ((teacher_logits.detach()-center)/temp_t).softmax(-1)
+    log_p = (student_logits/temp_s).log_softmax(-1)
     loss = ((q*log_p[:G]).sum() - (q.sum(0)*log_p.sum(0)).sum())/(G*(V-1)*len(q[0]))
     entropy = torch.special.entr(q).sum(-1).mean()
     perplexity = torch.special.entr(q.mean((0, 1))).sum().exp()
@@ -77,89 +76,57 @@ def center_update(
     return momentum*center + (1-momentum)*mean_over_ranks(teacher_logits.flatten(0, -2).mean(0))
 
 # %% ../../nbs/48_methods.dino.ipynb #36a6f608
-def view_information(
-    terms:DINOTerms,  # Of a batch
+def view_information(terms:DINOTerms, # Of a batch
 )->Tensor:            # Nats, at most ln of the number of photographs; 0 or less for any collapse; no gradient
-    "What a view tells the student of its photograph: entropy of each view's mean target less the loss"
+    "What a view tells the student about its photograph: entropy of each view's mean target less the loss"
     return (terms.view_perplexity.log()-terms.loss).detach()
 
 # %% ../../nbs/48_methods.dino.ipynb #24a0a03d
 @dataclass(frozen=True)
-class DINOConfig(MultiCropConfig):
+class DINOConfig(MultiCropConfig, PrototypeConfig):
     "Settings of DINO; the defaults are those of the paper for ViT-S/16, 300 epochs (DINO, ImageNet-1k recipe)"
     n_local:int=8                    # Local views a photograph; the paper's longest runs have 10
     global_scale:tuple=(0.4,1.)      # Area of a global view, share of the photograph; (0.14, 1) without local views
     local_scale:tuple=(0.05,0.4)     # Area of a local view, share of the photograph
     n_prototypes:int=65536           # K
-    hidden_dim:int=2048              # Width of the head's MLP
-    bottleneck_dim:int=256           # Features that meet the prototypes
     norm_last_layer:bool=False       # Prototypes of length 1; False learns their lengths
-    temp_s:float=0.1                 # Student temperature
-    temp_t:tuple=(0.04,0.07)         # Teacher temperature, first and last; below `temp_s`, or nothing is sharpened
-    temp_t_warmup:float=30/300       # Share of training over which the teacher temperature rises
-    center_momentum:float=0.9        # Weight kept from the center
-    momentum:tuple=(0.996,1.)        # Weight kept from the teacher, first and last
-    lr:float=5e-4                    # Learning rate for a batch of 256; scales with the batch
-    final_lr:float=1e-6              # Learning rate at the end; scales with the batch, as `lr` does
+    center_momentum:float=0.9        # Weight kept from the center; below 1, as a fixed center does not prevent collapse
     warmup:float=10/300              # Share of training over which the learning rate rises
-    wd:tuple=(0.04,0.4)              # Weight decay, first and last
-    clip:float=3.                    # Largest gradient norm of a single parameter
-    freeze_epochs:int=1              # Epochs in which the prototypes rest
-    drop_path_rate:float=0.1         # Stochastic depth of the student
-    pos_scale:float=1.               # Amplitude of the fixed sin-cos positions
 
     def __post_init__(self):
-        super().__post_init__()
-        check_ranges(self, img_size='[1, inf)', local_size='[1, inf)', n_local='[0, inf)', hidden_dim='[1, inf)',
-                     bottleneck_dim='[1, inf)', temp_s='(0, inf)', temp_t_warmup='[0, 1]', lr='(0, inf)',
-                     final_lr='[0, inf)', warmup='[0, 1]', clip='(0, inf]', freeze_epochs='[0, inf)',
-                     drop_path_rate='[0, 1)', pos_scale='[0, inf)')
-        for k,most in (('momentum', 1.), ('wd', math.inf), ('temp_t', math.inf)):
-            check_ramp(k, getattr(self, k), 0., most)
-        if not 0<min(self.temp_t)<=max(self.temp_t)<self.temp_s:
-            raise InputError(f'temp_t must lie between 0 and temp_s = {self.temp_s}, got {self.temp_t}: '
+        MultiCropConfig.__post_init__(self)
+        PrototypeConfig.__post_init__(self)
+        check_ranges(self, center_momentum='[0, 1)', n_prototypes='[2, inf)')
+        if not max(self.temp_t)<self.temp_s:
+            raise InputError(f'temp_t must lie below temp_s = {self.temp_s}, got {self.temp_t}: '
                              'a teacher that is not sharper than the student collapses to the uniform distribution')
-        if not 0<=self.center_momentum<1:
-            raise InputError(f'center_momentum must be in [0, 1), got {self.center_momentum}: '
-                             'a center that never moves does not prevent collapse')
-        if not (isinstance(self.n_prototypes, int) and self.n_prototypes>=2):
-            raise InputError(f'n_prototypes must be a whole number, at least 2, got {self.n_prototypes}: '
-                             'with one prototype every view has the same distribution')
 
 # %% ../../nbs/48_methods.dino.ipynb #b4a20671
 dino_presets = dict(
     paper = DINOConfig(),
     scenes = DINOConfig(img_size=64, local_size=32, n_local=4, local_scale=(0.1,0.4), n_prototypes=1024, hidden_dim=192,
                         bottleneck_dim=64, norm_last_layer=True, momentum=(0.98,1.), lr=24e-3, warmup=.1,
-                        augment=Augment(brightness=0.5, contrast=0.4, saturation=0.4, hue=0.05, gray_p=0.1,
-                                        solarize_p=0.),
-                        solarize_p=(0.,0.,0.),
-                        drop_path_rate=0., pos_scale=0.25, freeze_epochs=0, temp_t=(0.04,0.04), wd=(0.04,0.04)),
-)
+                        augment=scene_colors, solarize_p=(0.,0.,0.), drop_path_rate=0., pos_scale=0.25,
+                        freeze_epochs=0, temp_t=(0.04,0.04), wd=(0.04,0.04)))
 
 # %% ../../nbs/48_methods.dino.ipynb #946bcf0b
-def dino_recipe(
-    config:DINOConfig=DINOConfig(),  # Sizes, scales and augmentations
-)->Recipe:                           # Crops 'global1', 'global2' and 'local'
-    "The views of DINO: each is cut from the photograph, whatever the others show (DINO, multi-crop)"
+def dino_recipe(config:DINOConfig=DINOConfig())->Recipe:
+    "Crops 'global1', 'global2' and 'local' of DINO, each cut independently from the photograph (DINO, multi-crop)"
     return multicrop_recipe(config)
 
 # %% ../../nbs/48_methods.dino.ipynb #da57a943
 @rebuilt_from_list
 class DINOOutput(NamedTuple):
-    "What one step hands to the loss: V views of the student, G of them seen by the teacher too, of B photographs"
+    "The input of the loss in one step: V views of the student, G of them seen by the teacher too, of B photographs"
     student_logits:Tensor  # Scores of all views, global ones first, (V, B, K)
     teacher_logits:Tensor  # Scores of the global views before centering, (G, B, K), no gradient
     center:Tensor          # Center before this step, (K,), no gradient
-    tokens:Tensor          # The student's tokens of its first view, (B, N, D), no gradient; to look at
+    tokens:Tensor          # The student's tokens of its first view, (B, N, D), no gradient; for the monitor
 
 # %% ../../nbs/48_methods.dino.ipynb #3d15fe2c
 class DINO(StudentTeacher):
-    "Student and teacher with their heads, and the center; views in, scores out (DINO)"
-    def __init__(self,
-        encoder:DenseEncoder,            # Becomes the student's; the teacher starts as its copy
-        config:DINOConfig=DINOConfig(),  # Settings
-    ):
+    "Student with `encoder` and head, teacher as its copy, and the center; views in, scores out (DINO)"
+    def __init__(self, encoder:DenseEncoder, config:DINOConfig=DINOConfig()):
         c = config
         for size in (c.img_size, *([c.local_size] if c.n_local else [])): encoder.grid(size, size)
         head = PrototypeHead(encoder.embed_dim, c.n_prototypes, c.hidden_dim, c.bottleneck_dim,
@@ -174,19 +141,15 @@ class DINO(StudentTeacher):
         views = torch.cat([z.mean(1) for z in tokens])
         return side.head(views).unflatten(0, (-1, kinds[0].shape[1])), tokens
 
-    def move_center(self, teacher_logits):
-        "The center before this step; in training mode it then follows the scores of the teacher"
-        center = self.center.clone()
-        if self.training: self.center.copy_(center_update(center, teacher_logits, self.config.center_momentum))
-        return center
-
     def forward(self, views)->DINOOutput:
         kinds = [torch.cat([views[k].images for k in ('global1', 'global2')])]    # (V, B, 3, s, s) of each size
         with torch.no_grad(): teacher_logits, _ = self.score(self.teacher, kinds)
         if 'local' in views: kinds.append(views['local'].images)
         student_logits, tokens = self.score(self.student, kinds)
         first = tokens[0][:kinds[0].shape[1]].detach()
-        return DINOOutput(student_logits, teacher_logits, self.move_center(teacher_logits), first)
+        center = self.center.clone()    # in training mode the center then follows the scores of the teacher
+        if self.training: self.center.copy_(center_update(center, teacher_logits, self.config.center_momentum))
+        return DINOOutput(student_logits, teacher_logits, center, first)
 
     def prototype_head(self):
         "(Function from tokens (n, N, D) to centered logits (n, K), temperature), by the teacher's head"
@@ -205,21 +168,16 @@ class DINOLoss(nn.Module):
         return terms.loss
 
 # %% ../../nbs/48_methods.dino.ipynb #e04b7791
-def dino_state(
-    learn,  # Learner in the middle of a batch, whose `pred` is a `DINOOutput` and whose `loss_func` has `parts`
-)->dict:    # A number or a scalar for each name that `diagnose_dino` knows
-    "The targets and the features of the current step"
+def dino_state(learn)->dict:
+    "Targets and features of the current step, a number or a scalar for each name, and the parts of the loss"
     out, parts = learn.pred, learn.loss_func.parts
     spread, alike = mode_spread(out.tokens), mode_spread(out.tokens.float().mean(1))
     return dict(K=len(out.center), information=view_information(parts), alike=alike, spread=spread,
                 rank=effective_rank(out.tokens.flatten(0, 1)[:4096]), center=out.center.norm()) | parts._asdict()
 
 # %% ../../nbs/48_methods.dino.ipynb #c17c4a01
-def diagnose_dino(
-    m:dict,  # Numbers of one epoch: epoch, K, entropy, perplexity, view_perplexity, information, alike,
-             # spread
-)->list:     # Sentences; empty if all is well
-    "Says in words what the monitored numbers mean, and which setting to turn"
+def diagnose_dino(m:dict)->list:
+    "What the numbers of one epoch (`dino_state`, with the monitor's `epoch` and `progress`) mean, in sentences that name the setting to change"
     K, said = m['K'], []
     if m['view_perplexity']<1.5<=m['perplexity']:
         said.append(f"The targets tell the views apart, not the photographs ({m['perplexity']:.1f} of {K} prototypes "
@@ -228,26 +186,24 @@ def diagnose_dino(
     elif m['perplexity']<1.5:
         said.append(f"All photographs have the same target ({m['perplexity']:.1f} of {K} prototypes in use): "
                     'the one-hot collapse. Lower center_momentum or the learning rate, or raise momentum: '
-                    'the center must be quicker than the teacher.')
+                    'the center must move faster than the teacher.')
     elif m['epoch']>0 and m['entropy']>.99*math.log(K):
         said.append(f"The targets are uniform (entropy {m['entropy']:.2f}, ln {K} = {math.log(K):.2f}): "
                     'the other collapse. Lower temp_t, or raise the learning rate.')
     elif m['epoch']>0 and m['information']<=0:
-        said.append(f"One view tells nothing of another ({m['information']:.2f} nats): the student has not yet "
+        said.append(f"One view says nothing about another ({m['information']:.2f} nats): the student has not yet "
                     'learned to recognize a photograph. Train longer, or use milder crops and colors.')
     if m['alike']>.95:
         said.append(f"Photographs look alike to the encoder (mean cosine {m['alike']:.2f} of their average tokens): "
                     'lower the learning rate or raise momentum.')
     if m['spread']>.95:
-        said.append(f"The tokens of a view have a mean cosine of {m['spread']:.2f}: nothing dense is left in them. "
+        said.append(f"The tokens of a view have a mean cosine of {m['spread']:.2f}: they hardly differ. "
                     'Use smaller crops or a lower learning rate.')
     return said
 
 # %% ../../nbs/48_methods.dino.ipynb #e4882d1d
 dino_method = Method('dino', dino_presets, dino_recipe, DINO, DINOLoss, metrics=('entropy', 'kl', 'perplexity'),
-    schedules=lambda c: dict(lr=warmup_cosine(1., c.final_lr/c.lr, c.warmup), wd=cosine(*c.wd),
-                             temp_t=linear_ramp(*c.temp_t, c.temp_t_warmup)),
-    measure=dino_state, diagnose=diagnose_dino,
+    schedules=DINOConfig.schedules, measure=dino_state, diagnose=diagnose_dino,
     arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
     scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=32,
     describe=lambda c: ['teacher temperature {:.2g} to {:.2g}'.format(*c.temp_t)])

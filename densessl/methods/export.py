@@ -9,66 +9,54 @@ __all__ = ['plain_arguments', 'export_backbone', 'backbone_labels']
 import copy, json
 from pathlib import Path
 
-import timm, torch
+import torch
 from safetensors.torch import load_file, save
-from torch import nn
 
 from .. import __version__
-from ..ground.core import InputError
+from ..ground.core import InputError, unwrapped
 from ..ground.files import whole_file
-from .encoders import DenseEncoder, check_exportable
+from .encoders import DenseEncoder, check_exportable, empty_weights
 from .weights import load_backbone, open_backbone
 
 # %% ../../nbs/44_methods.export.ipynb #72ff2637
-def _cpu_copy(encoder):
-    "A copy of the encoder on the CPU; the device needs no memory for it"
-    memo = {id(p): nn.Parameter(p.detach().cpu().clone(), requires_grad=p.requires_grad) for p in encoder.parameters()}
-    memo |= {id(b): b.detach().cpu().clone() for b in encoder.buffers()}
-    return copy.deepcopy(encoder, memo).eval()
-
-def _timm_weights(encoder, kwargs):
-    "The tensors of timm's network with these arguments, without numbers"
-    with torch.device('meta'): return timm.create_model(encoder.arch, **kwargs).state_dict()
-
-def plain_arguments(
-    encoder:DenseEncoder,
-)->dict:                   # `model_kwargs`, for a plain ViT without those that take its class token away
+def plain_arguments(encoder:DenseEncoder)->dict:
     "The arguments with which `timm.create_model(arch, checkpoint_path=file, **arguments)` loads an exported file"
     if encoder.model_kwargs.get('class_token') is not False: return encoder.model_kwargs
-    kwargs = {k: v for k,v in encoder.model_kwargs.items() if k not in ('class_token', 'reg_tokens', 'fc_norm',
-        'global_pool')}
-    want, own = _timm_weights(encoder, kwargs).keys(), encoder.net.state_dict().keys()
+    dropped = 'class_token', 'reg_tokens', 'fc_norm', 'global_pool'
+    kwargs = {k: v for k,v in encoder.model_kwargs.items() if k not in dropped}
+    want, own = empty_weights(encoder.arch, **kwargs).keys(), encoder.net.state_dict().keys()
     return kwargs if own<=want and want-own<={'cls_token', 'reg_token'} else encoder.model_kwargs
 
 def _for_plain_name(encoder, state):
     "The weights with a class token of zeros, where timm's network of that name has one: then its plain name loads them"
-    want = _timm_weights(encoder, plain_arguments(encoder))
+    want = empty_weights(encoder.arch, **plain_arguments(encoder))
     added = {k: torch.zeros(v.shape) for k,v in want.items() if k not in state}
     n = want['pos_embed'].shape[1]-state['pos_embed'].shape[1] if 'pos_embed' in state else 0
-    if n: added['pos_embed'] = nn.functional.pad(state['pos_embed'], (0, 0, n, 0))
-    return state | added
+    if n: added['pos_embed'] = torch.nn.functional.pad(state['pos_embed'], (0, 0, n, 0))
+    return {k: v.contiguous() for k,v in (state | added).items()}
 
 # %% ../../nbs/44_methods.export.ipynb #c136f945
 _NOTE = ('Exactly the features that were trained: densessl.all.load_backbone(file), or net = timm.create_model(arch, '
-         '**model_kwargs); own = net.state_dict(); '
-         "net.load_state_dict({k: v[:,-own[k].shape[1]:] if k=='pos_embed' else v for k,v in "
-         "safetensors.torch.load_file(file).items() if k in own}). "
+         "**model_kwargs); own = net.state_dict(); net.load_state_dict({k: v[:,-own[k].shape[1]:] if k=='pos_embed' "
+         'else v for k,v in safetensors.torch.load_file(file).items() if k in own}). '
          'The plain name of a ViT adds a class token of zeros, and features differ slightly.')
 
 def _compare(encoder, state, part):
     "Read the file back; bits of the tensors, then features on the CPU. Returns the largest difference of features"
     read = load_file(part)
     if differ := [k for k in state if not torch.equal(state[k], read[k])]:
-        raise RuntimeError(f'the file does not hold the weights that were written, {differ[0]} differs: nothing was '
-                           f'written')
+        raise RuntimeError(f'the file does not hold the weights of the network ({differ[0]}): nothing was written')
     h, w = (encoder.img_size,)*2 if isinstance(encoder.img_size, int) else encoder.img_size
     x = torch.randn(2, encoder.model_kwargs.get('in_chans', 3), h, w, generator=torch.Generator().manual_seed(0))
+    # with its tensors copied first, the encoder needs no memory of its device for a copy on the CPU
+    memo = {id(t): t.detach().cpu().clone() for t in (*encoder.parameters(), *encoder.buffers())}
+    for p in encoder.parameters(): memo[id(p)] = torch.nn.Parameter(memo[id(p)], requires_grad=p.requires_grad)
     with torch.no_grad(), torch.autocast('cpu', enabled=False):
-        ours, theirs = (e.float().tokens(x) for e in (_cpu_copy(encoder), load_backbone(part)))
+        ours, theirs = (e.float().tokens(x) for e in (copy.deepcopy(encoder, memo).eval(), load_backbone(part)))
     difference, most = (ours-theirs).abs().max().item(), ours.abs().max().item()
     if not difference<=1e-4*most:
         raise RuntimeError(f'the exported backbone gives features that differ by {difference} (of at most {most}): '
-                           f'nothing was written')
+                           'nothing was written')
     return difference
 
 def export_backbone(
@@ -83,13 +71,12 @@ def export_backbone(
     if path.exists() and not overwrite:
         raise InputError(f'{str(path)!r} exists: choose another name or pass overwrite=True')
     if hasattr(model, 'dls'): mean, std, model = model.dls.recipe.mean, model.dls.recipe.std, model.model
-    for wrapper in ('_orig_mod', 'module'): model = getattr(model, wrapper, model)
+    model = unwrapped(model)
     enc = model if isinstance(model, DenseEncoder) else model.backbone
     check_exportable(enc)
     meta = dict(arch=enc.arch, model_kwargs=enc.model_kwargs, img_size=enc.img_size, mean=mean, std=std,
                 version=__version__, note=_NOTE)
     state = _for_plain_name(enc, {k: v.detach().cpu() for k,v in enc.net.state_dict().items()})
-    state = {k: v.contiguous() for k,v in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as part:
         part.write_bytes(save(state, metadata=dict(densessl=json.dumps(meta))))   # `save_file` would hide it
@@ -97,10 +84,8 @@ def export_backbone(
     return meta | dict(difference=difference)
 
 # %% ../../nbs/44_methods.export.ipynb #e97adfcd
-def backbone_labels(
-    names,  # Files that `export_backbone` wrote, or timm names
-)->list:    # The shortest ends of the paths that are all different
-    "Backbones by short names"
+def backbone_labels(names)->list:
+    "Short names of exported files and timm names: the shortest ends of the paths that are all different"
     for k in (1, 2):
         short = ['/'.join(Path(n).parts[-k:]).removesuffix('.safetensors') for n in names]
         if len(set(short))==len(names): return short

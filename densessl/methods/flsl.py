@@ -14,10 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ground.core import InputError, check_ramp, check_ranges, fp32, rebuilt_from_list
+from ..ground.core import InputError, check_ranges, fp32, rebuilt_from_list
 from ..theory.attention import mean_shift, unit_vectors
 from ..theory.pooling import query_mask
-from ..theory.schedules import cosine, linear_ramp, warmup_cosine
 from ..theory.softmask import mode_spread
 from ..theory.statistics import effective_rank, prototype_shares
 from ..theory.modes import ObjectiveParts, mode_loss
@@ -25,12 +24,12 @@ from ..theory.prototypes import prototype_objective
 from ..data.views import Augment, CropSpec, Recipe
 from .encoders import DenseEncoder
 from .heads import PrototypeHead
-from .method import Method
+from .method import Method, PrototypeConfig, scene_colors
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/46_methods.flsl.ipynb #f69a7f95
 @dataclass(frozen=True)
-class FLSLConfig:
+class FLSLConfig(PrototypeConfig):
     "Settings of FLSL; the defaults are those of the public code's README (FLSL, ImageNet-1k recipe)"
     img_size:int=224              # Side of the teacher view and of the student view, pixels
     local_size:int=96             # Side of the local views, pixels
@@ -39,47 +38,23 @@ class FLSLConfig:
     student_scale:tuple=(0.5,1.)  # Area of the student view, share of the teacher view
     local_scale:tuple=(0.05,0.4)  # Area of a local view, share of the teacher view
     flip:float=0.5                # Chance of a horizontal flip, each view on its own
-    augment:Augment|None=Augment()  # Color, blur and solarization, each view on its own; None leaves the pixels alone
+    augment:Augment|None=Augment()  # Color, blur and solarization, each view on its own; None: pixels as they are
     normalize:bool=True           # Unit tokens, as the poster has them; False: raw ones, as the public code
     beta_sa:float=2.              # Inverse temperature of the self-attention, > 0
     beta_ca:float=4.              # Inverse temperature of the cross-attention, > 0; below `beta_sa` it collapses
     window:int=2                  # Window of random pooling in the student view, tokens
     local_window:int=2            # Window of random pooling in the local views, tokens
     random_query:bool=True        # A random token of each window; False: the top-left one
-    n_prototypes:int=None         # K; None chooses it from the number of queries in a step
-    hidden_dim:int=2048           # Width of the head's MLP
-    bottleneck_dim:int=256        # Features that meet the prototypes
     upsilon:float=0.03            # Weight of the first level
     eta:float=1.                  # Weight of the second level
     gamma:float=5.                # Weight of the volume term; > `eta`, or one prototype may take all
-    temp_s:float=0.1              # Student temperature
-    temp_t:tuple=(0.04,0.07)      # Teacher temperature, first and last
-    temp_t_warmup:float=0.1       # Share of training over which the teacher temperature rises
-    momentum:tuple=(0.996,1.)     # Weight kept from the teacher, first and last
-    lr:float=5e-4                 # Learning rate for a batch of 256; scales with the batch
-    final_lr:float=1e-6           # Learning rate at the end; scales with the batch, as `lr` does
-    warmup:float=0.1              # Share of training over which the learning rate rises
-    wd:tuple=(0.04,0.4)           # Weight decay, first and last
-    clip:float=3.                 # Largest gradient norm of a single parameter
-    freeze_epochs:int=1           # Epochs in which the prototypes rest
-    drop_path_rate:float=0.1      # Stochastic depth of the student
-    pos_scale:float=1.            # Amplitude of the fixed sin-cos positions
     pos_offset:float=0.           # 0.1: resample positions as the public code does
 
     def __post_init__(self):
+        super().__post_init__()
         check_ranges(self, img_size='[1, inf)', local_size='[1, inf)', n_local='[0, inf)', beta_sa='(0, inf)',
-                     beta_ca='(0, inf)', window='[1, inf)', local_window='[1, inf)', hidden_dim='[1, inf)',
-                     bottleneck_dim='[1, inf)', upsilon='(-inf, inf)', eta='(-inf, inf)', gamma='(-inf, inf)',
-                     temp_s='(0, inf)', temp_t_warmup='[0, 1]', lr='(0, inf)', final_lr='[0, inf)', warmup='[0, 1]',
-                     clip='(0, inf]', freeze_epochs='[0, inf)', drop_path_rate='[0, 1)', pos_scale='[0, inf)',
-                     pos_offset='[0, 1)')
-        check_ramp('momentum', self.momentum, hi=1)
-        check_ramp('wd', self.wd)
-        check_ramp('temp_t', self.temp_t, lo=1e-4)
-        K = self.n_prototypes
-        if K is not None and not (isinstance(K, int) and K>=2):
-            raise InputError(f'n_prototypes must be a whole number, at least 2, got {K}: '
-                             'with one prototype every token has the same cluster')
+                     beta_ca='(0, inf)', window='[1, inf)', local_window='[1, inf)', upsilon='(-inf, inf)',
+                     eta='(-inf, inf)', gamma='(-inf, inf)', pos_offset='[0, 1)')
 
 # %% ../../nbs/46_methods.flsl.ipynb #268c5e7e
 flsl_presets = dict(
@@ -87,31 +62,22 @@ flsl_presets = dict(
     official = FLSLConfig(normalize=False, beta_sa=0.1/384**.5, beta_ca=0.2/384**.5, flip=0.,
                           augment=Augment(blur_at=0), random_query=False, pos_offset=0.1),
     scenes = FLSLConfig(img_size=64, local_size=32, local_scale=(0.1,0.4), beta_sa=10., beta_ca=20., hidden_dim=192,
-                        bottleneck_dim=64, momentum=(0.98,1.), lr=24e-3,
-                        augment=Augment(brightness=0.5, contrast=0.4, saturation=0.4, hue=0.05, gray_p=0.1,
-                                        solarize_p=0.),
-                        drop_path_rate=0., pos_scale=0.25, freeze_epochs=0, temp_t=(0.04,0.04), wd=(0.04,0.04)),
-)
+                        bottleneck_dim=64, momentum=(0.98,1.), lr=24e-3, augment=scene_colors, drop_path_rate=0.,
+                        pos_scale=0.25, freeze_epochs=0, temp_t=(0.04,0.04), wd=(0.04,0.04)))
 
 # %% ../../nbs/46_methods.flsl.ipynb #593c80e4
-def flsl_recipe(
-    config:FLSLConfig=FLSLConfig(),  # Sizes, scales and augmentations
-)->Recipe:                           # Crops 'teacher', 'student' and 'local'
-    "The views of FLSL: student views are cut from the teacher view (FLSL public code)"
+def flsl_recipe(config:FLSLConfig=FLSLConfig())->Recipe:
+    "Crops 'teacher', 'student' and 'local' of FLSL; student views are cut from the teacher view (FLSL public code)"
     c = config
-    crops = [CropSpec('teacher', c.img_size, c.teacher_scale, flip=c.flip, augment=c.augment),
-             CropSpec('student', c.img_size, c.student_scale, within='teacher', flip=c.flip, augment=c.augment)]
-    if c.n_local:
-        crops.append(CropSpec('local', c.local_size, c.local_scale, count=c.n_local, within='teacher',
-                              flip=c.flip, augment=c.augment))
+    def crop(*args, **kwargs): return CropSpec(*args, flip=c.flip, augment=c.augment, **kwargs)
+    crops = [crop('teacher', c.img_size, c.teacher_scale),
+             crop('student', c.img_size, c.student_scale, within='teacher')]
+    if c.n_local: crops.append(crop('local', c.local_size, c.local_scale, count=c.n_local, within='teacher'))
     return Recipe(tuple(crops))
 
 # %% ../../nbs/46_methods.flsl.ipynb #538e0245
-def count_queries(
-    config:FLSLConfig,     # Windows and sizes
-    encoder:DenseEncoder,  # Says how many tokens a view has
-)->int:                    # Queries of one photograph, over all its student views
-    "Queries that random pooling takes from one photograph (FLSL, random pooling)"
+def count_queries(config:FLSLConfig, encoder:DenseEncoder)->int:
+    "Queries that random pooling takes from the student views of one photograph (FLSL, random pooling)"
     def one(size, window):
         h, w = encoder.grid(size, size)
         if not 1<=window<=min(h, w):
@@ -122,18 +88,16 @@ def count_queries(
     return n + config.n_local*one(config.local_size, config.local_window) if config.n_local else n
 
 # %% ../../nbs/46_methods.flsl.ipynb #3985dc14
-def choose_prototypes(
-    n_queries:int,  # Queries in one step, over all processes
-)->int:             # K, a power of two between 2 and 4096
-    "The largest power of two that leaves eight queries for each prototype, at most the 4,096 of the recipe"
-    return min(4096, max(2, 2**int(math.log2(max(2, n_queries/8)))))
+def choose_prototypes(n_queries:int)->int:
+    "The largest power of two, 2 to 4,096, that leaves each prototype eight of a step's queries (over all processes)"
+    return min(4096, 2**int(math.log2(max(2, n_queries/8))))
 
 # %% ../../nbs/46_methods.flsl.ipynb #d58f40d9
 _matmul = fp32(torch.matmul)
 
 @rebuilt_from_list
 class FLSLOutput(NamedTuple):
-    "What one step hands to the objective; queries of all student views, photograph by photograph"
+    "The input of the objective in one step: queries of all student views, photograph by photograph"
     z:Tensor       # Query tokens, (N', D)
     mode:Tensor    # Their modes in their own view, (N', D)
     u:Tensor       # Embeddings of the modes by the student's head, (N', bottleneck_dim), unit norm
@@ -152,17 +116,9 @@ class FLSLOutput(NamedTuple):
         return _matmul(self.u_pos, self.mu_pos.mT)
 
 # %% ../../nbs/46_methods.flsl.ipynb #c63a5051
-def _query_positions(h, w, window, n, random, device):
-    "Positions of the queries of `n` views, (n, Q), ascending; drawn on `device`, without waiting for it"
-    mask = query_mask(h, w, window, n=n, random=random, device=device)
-    return torch.where(mask, torch.arange(h*w, device=device), h*w).sort(1).values[:,:(h//window)*(w//window)]
-
 class FLSL(StudentTeacher):
-    "Student and teacher with their heads; views in, tokens, modes and their embeddings out (FLSL)"
-    def __init__(self,
-        encoder:DenseEncoder,            # Becomes the student's; the teacher starts as its copy
-        config:FLSLConfig=FLSLConfig(),  # Settings, with the number of prototypes
-    ):
+    "Student with `encoder` and head, teacher as its copy; views in, tokens, modes and their embeddings out (FLSL)"
+    def __init__(self, encoder:DenseEncoder, config:FLSLConfig=FLSLConfig()):
         c = config
         if c.n_prototypes is None:
             raise InputError('n_prototypes is not set: use choose_prototypes(queries in a step), as flsl_learner does')
@@ -181,7 +137,10 @@ class FLSL(StudentTeacher):
         "Queries of student views (V, B, 3, s, s) and their modes, each (B, V*Q, D)"
         c, views = self.config, images.shape[:2]
         Z = self.encode(self.student, images.flatten(0, 1))
-        i = _query_positions(*self.student.encoder.grid(*images.shape[-2:]), window, len(Z), c.random_query, Z.device)
+        h, w = self.student.encoder.grid(*images.shape[-2:])
+        mask = query_mask(h, w, window, n=len(Z), random=c.random_query, device=Z.device)
+        at = torch.where(mask, torch.arange(h*w, device=Z.device), h*w)    # a device need not be waited for
+        i = at.sort(1).values[:,:(h//window)*(w//window)]
         z = Z.gather(1, i[...,None].expand(-1, -1, Z.shape[-1]))
         mode = mean_shift(z, Z, c.beta_sa)
         return [t.unflatten(0, views).transpose(0, 1).flatten(1, 2) for t in (z, mode)]
@@ -216,8 +175,7 @@ class FLSLLoss(nn.Module):
     def __init__(self, config:FLSLConfig=FLSLConfig()):
         super().__init__()
         self.upsilon, self.eta, self.gamma = config.upsilon, config.eta, config.gamma
-        self.temp_s, self.temp_t = config.temp_s, config.temp_t[0]
-        self.parts = None
+        self.temp_s, self.temp_t, self.parts = config.temp_s, config.temp_t[0], None
 
     def forward(self, out:FLSLOutput, *targets)->Tensor:
         intra = mode_loss(out.z, out.mode)
@@ -227,17 +185,15 @@ class FLSLLoss(nn.Module):
         return self.upsilon*intra + second
 
 # %% ../../nbs/46_methods.flsl.ipynb #32885a01
-def diagnose_prototypes(
-    m:dict,  # Numbers of one epoch: inter, entropy, target_entropy, perplexity, rank, spread (mean cosine of modes), K
-)->list:     # Sentences; empty if all is well
-    "What the monitored numbers mean, in words, and which setting to change"
+def diagnose_prototypes(m:dict)->list:
+    "What the numbers of one epoch (`prototype_state`, with the monitor's `epoch` and `progress`) mean, in sentences that name the setting to change"
     K, said = m['K'], []
     if m['inter']>.99*math.log(K) and m['entropy']>.95*math.log(K):
         said.append(f"The cross-entropy is {m['inter']:.2f}, which is ln K = {math.log(K):.2f}: "
                     'no query prefers any prototype. Train longer, lower temp_t or lower gamma.')
     elif m['target_entropy']>math.log(K)-.5:
         said.append(f"The teacher's targets are nearly uniform (entropy {m['target_entropy']:.2f}, "
-                    f'ln {K} = {math.log(K):.2f}): they tell no prototype from another. '
+                    f'ln {K} = {math.log(K):.2f}): they prefer no prototype. '
                     'Hold temp_t at its first value, as temp_t=(0.04,0.04), or lower it.')
     if m['perplexity']<max(1.5, .05*K):
         said.append(f"Only {m['perplexity']:.1f} of {K} prototypes hold almost all queries: "
@@ -247,36 +203,25 @@ def diagnose_prototypes(
                     'Raise beta_sa and beta_ca, lower upsilon or the learning rate.')
     elif m['spread']>.95:
         said.append(f"The modes of a view have a mean cosine of {m['spread']:.2f}: "
-                    'every mode is nearly the mean of its whole view, so soft masks do not see objects. '
+                    'every mode is nearly the mean of its whole view, so soft masks do not separate objects. '
                     'Raise beta_sa and beta_ca (densessl.theory.softmask.suggest_beta).')
     return said
 
 # %% ../../nbs/46_methods.flsl.ipynb #9a429487
-def _evenly(x, most=4096):
-    "At most that many rows, evenly spread"
-    return x[::math.ceil(len(x)/most)]
-
-def prototype_state(
-    learn,  # Learner in the middle of a batch, with `FLSLOutput` in `pred`, and `loss_func.parts`
-)->dict:    # A number or a scalar for each name that `diagnose_prototypes` knows, and the parts of the loss
-    "The dense tokens and the prototypes of the current step"
+def prototype_state(learn)->dict:
+    "Prototypes and tokens of the current step, a number or a scalar for each name, and the parts of the loss"
     out, f = learn.pred, learn.loss_func
-    B = learn.xb[0]['teacher'].images.shape[1]
+    photographs, step = learn.xb[0]['teacher'].images.shape[1], math.ceil(len(out.u)/4096)
     with torch.no_grad():
-        some = out._replace(u=_evenly(out.u), u_pos=_evenly(out.u_pos))
-        use = prototype_shares(some.student_logits, f.temp_s)
+        some = out._replace(u=out.u[::step], u_pos=out.u_pos[::step])
         target_entropy = prototype_shares(some.teacher_logits, f.temp_t)['entropy']
-        spread = mode_spread(out.mode.float().unflatten(0, (B, -1)))
-        return dict(K=len(out.mu), **f.parts._asdict(), **use, target_entropy=target_entropy,
-                    rank=effective_rank(out.z[:4096]), spread=spread)
+        spread = mode_spread(out.mode.float().unflatten(0, (photographs, -1)))
+        return dict(K=len(out.mu), **f.parts._asdict(), **prototype_shares(some.student_logits, f.temp_s),
+                    target_entropy=target_entropy, rank=effective_rank(out.z[:4096]), spread=spread)
 
 # %% ../../nbs/46_methods.flsl.ipynb #9c4e02a5
-def flsl_complete(
-    config:FLSLConfig,     # Settings
-    encoder:DenseEncoder,  # Says how many tokens a view has
-    photographs:int,       # In a step, over all processes
-)->FLSLConfig:             # Settings with a number of prototypes
-    "Choose the number of prototypes, or see that a step has as many queries"
+def flsl_complete(config:FLSLConfig, encoder:DenseEncoder, photographs:int)->FLSLConfig:
+    "Choose the number of prototypes for so many photographs a step (over all processes), or check that it can be used"
     queries = photographs*count_queries(config, encoder)
     if config.n_prototypes is None: return replace(config, n_prototypes=choose_prototypes(queries))
     if config.n_prototypes<=queries: return config
@@ -286,9 +231,7 @@ def flsl_complete(
 
 # %% ../../nbs/46_methods.flsl.ipynb #b2fa29e1
 flsl_method = Method('flsl', flsl_presets, flsl_recipe, FLSL, FLSLLoss, metrics=('intra', 'inter', 'volume'),
-    schedules=lambda c: dict(lr=warmup_cosine(1., c.final_lr/c.lr, c.warmup), wd=cosine(*c.wd),
-                             temp_t=linear_ramp(*c.temp_t, c.temp_t_warmup)),
-    measure=prototype_state, diagnose=diagnose_prototypes, complete=flsl_complete,
+    schedules=FLSLConfig.schedules, measure=prototype_state, diagnose=diagnose_prototypes, complete=flsl_complete,
     arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
     scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=32,
     describe=lambda c: [f'inverse temperatures {c.beta_sa:g} and {c.beta_ca:g}, {c.n_prototypes:,} prototypes',

@@ -17,53 +17,48 @@ from ..theory.attention import unit_vectors
 
 # %% ../../nbs/42_methods.heads.ipynb #b7292680
 @fp32
-def scaled_prototypes(
-    prototypes:Tensor,  # Directions of the prototypes, (K, D), any norm
-    norm:Tensor=None,   # Lengths of the prototypes, (K, 1); None is 1
-)->Tensor:              # Prototypes of length `norm`, (K, D), float32; gradient flows to both
-    "Prototypes as the logits see them: their directions, and lengths only if these are learned (FLSL)"
+def scaled_prototypes(prototypes:Tensor, norm:Tensor|None=None)->Tensor:
+    "Prototypes (K, D) as the logits see them: unit vectors, or of learned lengths `norm` (K, 1), in float32 (FLSL)"
     mu = F.normalize(prototypes, dim=-1)
     return mu if norm is None else norm*mu
 
 # %% ../../nbs/42_methods.heads.ipynb #b5b4b2c6
 @fp32
 def cosine_logits(
-    u:Tensor,           # Unit vectors, (..., D)
-    prototypes:Tensor,  # Directions of the prototypes, (K, D), any norm
-    norm:Tensor=None,   # Lengths of the prototypes, (K, 1); None is 1
-)->Tensor:              # Logits, (..., K), float32; within [-1, 1] without `norm`; gradient flows to all
+    u:Tensor,                 # Unit vectors, (..., D)
+    prototypes:Tensor,        # Directions of the prototypes, (K, D), any norm
+    norm:Tensor|None=None,    # Lengths of the prototypes, (K, 1); None is 1
+)->Tensor:                    # Logits, (..., K), float32; within [-1, 1] without `norm`; gradient flows to all
     "Similarity of each vector with each prototype; only the direction of a prototype counts (FLSL)"
     return u @ scaled_prototypes(prototypes, norm).mT
 
 # %% ../../nbs/42_methods.heads.ipynb #43b8ed62
+def _check_sizes(**sizes):
+    for k,v in sizes.items():
+        if v<1: raise InputError(f'{k} must be 1 or more, got {v}')
+
 class PrototypeHead(nn.Module):
     "MLP onto the unit sphere, then cosine similarity with `n_prototypes` prototypes (FLSL)"
     def __init__(self,
         dim:int,                    # Width of the tokens
-        n_prototypes:int=4096,      # Number of prototypes K, at most the number of queries of a step
-        hidden_dim:int=2048,        # Width of the hidden layers
-        bottleneck_dim:int=256,     # Width of the sphere the prototypes live on
+        n_prototypes:int=4096,      # K; for FLSL at most the number of queries of a step
+        hidden_dim:int=2048,        # Width of the MLP
+        bottleneck_dim:int=256,     # Dimensions of the sphere's space, D
         nlayers:int=3,              # Linear layers of the MLP, 1 or more
         norm_last_layer:bool=True,  # Prototypes of length 1; False learns a length for each
     ):
         super().__init__()
-        sizes = dict(dim=dim, n_prototypes=n_prototypes, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim,
+        _check_sizes(dim=dim, n_prototypes=n_prototypes, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim,
                      nlayers=nlayers)
-        for k,v in sizes.items():
-            if v<1: raise InputError(f'{k} must be 1 or more, got {v}')
-        self.n_prototypes = n_prototypes
         sizes, layers = [dim] + [hidden_dim]*(nlayers-1) + [bottleneck_dim], []
         for a,b in zip(sizes, sizes[1:]): layers += [nn.Linear(a, b), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
         self.prototypes = nn.Parameter(torch.empty(n_prototypes, bottleneck_dim))
         self.prototype_norm = None if norm_last_layer else nn.Parameter(torch.ones(n_prototypes, 1))
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        "Truncated normal weights of deviation 0.02, no biases; prototypes as a linear layer draws its weight"
-        for m in self.mlp:
-            if isinstance(m, nn.Linear): nn.init.trunc_normal_(m.weight, std=.02); nn.init.zeros_(m.bias)
-        nn.init.kaiming_uniform_(self.prototypes, a=math.sqrt(5))
+        for m in self.mlp[::2]:
+            nn.init.trunc_normal_(m.weight, std=.02)
+            nn.init.zeros_(m.bias)
+        nn.init.kaiming_uniform_(self.prototypes, a=math.sqrt(5))   # as a linear layer
 
     def embed(self, x:Tensor)->Tensor:
         "Modes (..., dim) as points on the unit sphere, (..., bottleneck_dim)"
@@ -73,33 +68,28 @@ class PrototypeHead(nn.Module):
         return unit_vectors(x)
 
     def scaled_prototypes(self)->Tensor:
-        "What the points of `embed` are multiplied with, (n_prototypes, bottleneck_dim)"
+        "The factor of the points of `embed` in the logits, (n_prototypes, bottleneck_dim)"
         return scaled_prototypes(self.prototypes, self.prototype_norm)
 
     def forward(self, x): return cosine_logits(self.embed(x), self.prototypes, self.prototype_norm)
 
     def last_layer(self):
-        "The parameters of the last layer, which FLSL leaves alone in the first epoch"
+        "The parameters of the last layer, which FLSL freezes in the first epoch"
         return [p for p in (self.prototypes, self.prototype_norm) if p is not None]
 
 # %% ../../nbs/42_methods.heads.ipynb #c78c669a
 class ConvProjector(nn.Module):
     "Two 1x1 convolutions with batch norm, the last without parameters: each cell is projected alone (CLoVE, projector)"
-    def __init__(self,
-        dim:int,              # Channels of the feature map
-        hidden_dim:int=4096,  # Channels in between
-        out_dim:int=256,      # Channels of the local embeddings
-    ):
+    def __init__(self, dim:int, hidden_dim:int=4096, out_dim:int=256):
         super().__init__()
-        for k,v in dict(dim=dim, hidden_dim=hidden_dim, out_dim=out_dim).items():
-            if v<1: raise InputError(f'{k} must be 1 or more, got {v}')
+        _check_sizes(dim=dim, hidden_dim=hidden_dim, out_dim=out_dim)
         self.conv1 = nn.Conv2d(dim, hidden_dim, 1, bias=False)
         self.bn1, self.act = nn.BatchNorm2d(hidden_dim), nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(hidden_dim, out_dim, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_dim, affine=False)
 
     def forward(self, x):
-        alone = isinstance(self.bn1, nn.BatchNorm2d)    # a synchronized batch norm has the cells of other processes too
+        alone = isinstance(self.bn1, nn.BatchNorm2d)    # a synchronized one sees the cells of other processes too
         if self.training and alone and x[:,0].numel()<2:
             raise InputError(f'batch norm needs at least 2 cells in training, got a map of shape {tuple(x.shape)}: '
                              'use more images or larger views')

@@ -19,7 +19,7 @@ def ema_update(
     teacher:nn.Module,   # Averaged in place
     student:nn.Module,   # Of the same architecture
     momentum:float,      # Weight kept from the teacher, in [0, 1]
-    buffers:bool=True,   # Average floating buffers (batch-norm statistics), copy others; False: the teacher has its own
+    buffers:bool=True,   # Average floating buffers (batch-norm statistics), copy others; False: leave the teacher's
 ):
     "One step of the average: teacher <- momentum*teacher + (1-momentum)*student (FLSL; CLoVE with `buffers=False`)"
     if not 0<=momentum<=1: raise InputError(f'momentum must be in [0, 1], got {momentum}')
@@ -27,8 +27,8 @@ def ema_update(
     if buffers:
         both = list(zip(teacher.buffers(), student.buffers(), strict=True))
         pairs += [(t,s) for t,s in both if t.is_floating_point()]
-        whole = [(t,s) for t,s in both if not t.is_floating_point()]
-        if whole: torch._foreach_copy_(*map(list, zip(*whole)))
+        counters = [(t,s) for t,s in both if not t.is_floating_point()]
+        if counters: torch._foreach_copy_(*map(list, zip(*counters)))
     if pairs: torch._foreach_lerp_(*map(list, zip(*pairs)), 1-momentum)
 
 # %% ../../nbs/43_methods.student_teacher.ipynb #4033a548
@@ -37,11 +37,11 @@ class StudentTeacher(nn.Module):
     mask_beta = 10.   # Inverse temperature of the soft masks in pictures of its tokens
 
     def __init__(self,
-        student:dict,              # Name -> module; 'encoder' is among them
-        teacher=True,              # Parts that the teacher has too: True for all, False for no teacher, or their names
-        teacher_mode:str='eval',   # 'eval': the teacher is always in evaluation mode; 'train': in the student's mode
-        buffers:bool=True,         # The average takes buffers too; False: the teacher's statistics are its own
-        keep:str='teacher',        # Whose encoder is the backbone, 'teacher' or 'student'
+        student:dict,             # Name -> module; 'encoder' is among them
+        teacher=True,             # Parts that the teacher has too: True for all, False for no teacher, or their names
+        teacher_mode:str='eval',  # 'eval': the teacher is always in evaluation mode; 'train': in the student's mode
+        buffers:bool=True,        # Average buffers too; False: the teacher's statistics are its own
+        keep:str='teacher',       # Whose encoder is the backbone, 'teacher' or 'student'
     ):
         super().__init__()
         names = list(student) if teacher is True else list(teacher or ())
@@ -57,12 +57,11 @@ class StudentTeacher(nn.Module):
     @property
     def sides(self):
         "'student' and, if there is one, 'teacher', each with its parts by name"
-        both = dict(student=self.student, teacher=self.teacher)
-        return {k: side for k,side in both.items() if side is not None}
+        return dict(student=self.student) | (dict(teacher=self.teacher) if self.teacher is not None else {})
 
     @property
     def backbone(self):
-        "The encoder that is worth keeping"
+        "The encoder that is scored, exported and used"
         return self.sides[self.keep]['encoder']
 
     def train(self, mode=True):
@@ -73,9 +72,4 @@ class StudentTeacher(nn.Module):
 
     def update_teacher(self, momentum):
         "One step of the moving average; nothing without a teacher"
-        if self.teacher is None: return
-        for k,part in self.teacher.items(): ema_update(part, self.student[k], momentum, self.average_buffers)
-
-    def prototype_head(self):
-        "(Function from tokens of the backbone (n, N, D) to logits (Q, K), temperature); None without prototypes"
-        return None
+        for k,part in (self.teacher or {}).items(): ema_update(part, self.student[k], momentum, self.average_buffers)

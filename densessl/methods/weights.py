@@ -6,17 +6,14 @@
 __all__ = ['load_backbone', 'read_checkpoint', 'open_backbone', 'init_backbone', 'network_of']
 
 # %% ../../nbs/41_methods.weights.ipynb #dd780f0b
-import functools, json, math, re, sys, zipfile
-from contextlib import redirect_stdout
-from io import StringIO
+import contextlib, functools, io, json, math, pickle, re, sys, zipfile
 from pathlib import Path
-from pickle import UnpicklingError
 
 import timm, torch
 from safetensors import SafetensorError, safe_open
 
 from ..ground.core import InputError
-from .encoders import LOADING_ARGUMENTS, DenseEncoder, dense_encoder
+from .encoders import LOADING_ARGUMENTS, WEIGHT_SUFFIXES, DenseEncoder, dense_encoder, empty_weights
 from ..theory.positions import resample_positions, sincos_positions
 
 # %% ../../nbs/41_methods.weights.ipynb #1fe1beac
@@ -28,57 +25,31 @@ def _first(names, n=4):
 def _is_pickle(path):
     "Was the file written by `torch.save` or pickle?"
     with open(path, 'rb') as f: head = f.read(512)
-    if head[8:9]==b'{': return False    # safetensors: eight bytes for the length, of any value, then JSON
-    return head[:4]==b'PK\x03\x04' or head[:1]==b'\x80' or head[257:262]==b'ustar'
+    # safetensors: eight bytes for the length, of any value, then JSON
+    return head[8:9]!=b'{' and (head[:4]==b'PK\x03\x04' or head[:1]==b'\x80' or head[257:262]==b'ustar')
 
 def _read(path):
-    "Header and tensors of a safetensors file, or one sentence"
+    "Header and tensors of a safetensors file"
     if _is_pickle(path):
-        raise InputError(f'{str(path)!r} is a pickle, as torch.save writes them: reading it could run code '
-                         'that it holds, so it was not opened; give a safetensors file that export_backbone wrote, '
+        raise InputError(f'{str(path)!r} is a pickle, as torch.save writes them: reading it could run code, '
+                         'so it was not opened; give a safetensors file that export_backbone wrote, '
                          'or use open_backbone, which reads the weights alone')
     with open(path, 'rb') as f: head = f.read(100)
     try:
         with safe_open(path, 'pt') as f: return f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
-        size, n = path.stat().st_size, int.from_bytes(head[:8], 'little')
-        if not size: why = 'it is empty'
-        elif head[8:9]==b'{' and n<2**27: why = 'it is cut off or damaged'
-        elif head.isascii(): why = f'it is text, {head[:30].decode()!r}, a page or a pointer in place of the file'
-        else: why = 'it is something else'
+        if not head: why = 'it is empty'
+        elif head[8:9]==b'{' and int.from_bytes(head[:8], 'little')<2**27: why = 'it is cut off or damaged'
+        elif head.isascii(): why = f'it is text, {head[:30].decode()!r}, perhaps a web page or a Git LFS pointer'
+        else: why = 'it has another format'
         raise InputError(f'{str(path)!r} is not a safetensors file, {why} ({e}): '
                          'give a file that export_backbone wrote, or copy it again') from None
 
-def _header(path, meta):
-    "arch, model_kwargs and img_size, checked"
-    if 'densessl' not in meta:
-        raise InputError(f'{str(path)!r} was not written by densessl: open it with open_backbone, '
-                         'which reads the checkpoints of others')
-    try: m = json.loads(meta['densessl'])
-    except ValueError: m = None
-    def bad(what):
-        return InputError(f'the header of {str(path)!r} is damaged or not ours, {what}: '
-                          'write the file again with export_backbone')
-    if not isinstance(m, dict): raise bad('it is no JSON object')
-    if lost := [k for k in ('arch', 'model_kwargs', 'img_size') if k not in m]: raise bad(f'it lacks {_first(lost)}')
-    arch, kwargs, size = m['arch'], m['model_kwargs'], m['img_size']
-    if not isinstance(arch, str) or not isinstance(kwargs, dict):
-        raise bad('arch must be a name and model_kwargs named values')
-    sides = size if isinstance(size, list) and len(size)==2 else [size]
-    if not all(type(o) is int and o>0 for o in sides):
-        raise bad(f'img_size must be one or two sizes in pixels, it is {size!r}')
-    if ':' in arch or not timm.is_model(arch):
-        raise InputError(f'{str(path)!r} holds a {arch!r}, which timm {timm.__version__} does not know: '
-                         'install the version of timm that wrote it')
-    if asks := [k for k in kwargs if k in LOADING_ARGUMENTS]:
-        raise bad(f'its model_kwargs would load something else ({_first(asks)})')
-    return arch, kwargs, size
-
 def _misfit(want, state):
-    "In which tensors a network and a file differ, in words; empty if they fit"
-    wrong = [k for k in want if k in state and state[k].shape!=want[k].shape]
+    "How the tensors of a file differ from those of a network, in words; empty if they fit"
     kinds = {'missing': [k for k in want if k not in state],
-             'of another shape': [f'{k} is {tuple(state[k].shape)} instead of {tuple(want[k].shape)}' for k in wrong],
+             'of another shape': [f'{k} is {tuple(state[k].shape)} instead of {tuple(v.shape)}'
+                                  for k,v in want.items() if k in state and state[k].shape!=v.shape],
              'not of this network': [k for k in state if k not in want]}
     return '; '.join(f'{len(names)} {what}: {_first(names)}' for what,names in kinds.items() if names)
 
@@ -90,6 +61,12 @@ def _without_tokens(want, state):
     if p is None or q is None or not p.ndim==q.ndim==3: return state
     return state | dict(pos_embed=p[:, -q.shape[1]:]) if 0<p.shape[1]-q.shape[1]<=8 else state
 
+def _copy(net, state, source):
+    "Copy weights that fit into a network"
+    if bad := [k for k,v in state.items() if v.is_floating_point() and not v.isfinite().all()]:
+        raise InputError(f'the weights of {source} are NaN or infinite in {_first(bad)}: take an earlier checkpoint')
+    net.load_state_dict(state)
+
 # %% ../../nbs/41_methods.weights.ipynb #97c55dd6
 def load_backbone(
     path,           # File that `export_backbone` wrote
@@ -98,75 +75,82 @@ def load_backbone(
     path = Path(path).expanduser()
     if not path.is_file(): raise InputError(f'there is no file {str(path)!r}: give the path of an exported backbone')
     meta, state = _read(path)
-    arch, kwargs, size = _header(path, meta)
+    if 'densessl' not in meta:
+        raise InputError(f'{str(path)!r} was not written by densessl: open it with open_backbone, '
+                         'which reads the checkpoints of others')
+    try: arch, kwargs, size = map(json.loads(meta['densessl']).get, ('arch', 'model_kwargs', 'img_size'))
+    except (ValueError, AttributeError): arch = kwargs = size = None
+    sides = size if isinstance(size, list) and len(size)==2 else [size]
+    no_size = any(type(o) is not int or o<=0 for o in sides)
+    loads = isinstance(kwargs, dict) and [k for k in kwargs if k in LOADING_ARGUMENTS]
+    wrong = {f'arch must be a name, it is {arch!r}': not isinstance(arch, str),
+             f'model_kwargs must be a dict, it is {kwargs!r}': not isinstance(kwargs, dict),
+             f'img_size must be one or two sizes in pixels, it is {size!r}': no_size,
+             f'its model_kwargs would load other files ({_first(loads or ())})': loads}
+    if why := next((what for what,is_so in wrong.items() if is_so), ''):
+        raise InputError(f'the header of {str(path)!r} is damaged or not ours, {why}: '
+                         'write the file again with export_backbone')
+    if ':' in arch or not timm.is_model(arch):
+        raise InputError(f'{str(path)!r} holds a {arch!r}, which timm {timm.__version__} does not know: '
+                         'install the version of timm that wrote it')
     try: net = timm.create_model(arch, **kwargs)
     except (Exception, MemoryError) as e:
         raise InputError(f'timm {timm.__version__} cannot build the {arch} that {str(path)!r} describes '
                          f'({type(e).__name__}: {e}): install the version of timm that wrote it, '
                          'or export it again') from None
-    want = net.state_dict()
-    state = _without_tokens(want, state)
-    if said := _misfit(want, state):
-        raise InputError(f'the tensors of {str(path)!r} are not those of the network that its header names; {said}')
+    state = _without_tokens(net.state_dict(), state)
+    if why := _misfit(net.state_dict(), state):
+        raise InputError(f'the tensors of {str(path)!r} are not those of the network that its header names; {why}')
     _copy(net, state, str(path))
     return DenseEncoder(net, arch, kwargs, size).eval()
 
 # %% ../../nbs/41_methods.weights.ipynb #94ce45c5
 class _Unread(dict):
-    "Stands in for an object of a class that torch does not know: its code does not run, what it held is kept"
+    "Replaces an object of a class that torch does not know: its code does not run, its contents are kept"
     def __init__(self, *args, **kwargs): super().__init__()
     def __setstate__(self, state):
         if isinstance(state, dict): self.update(state)
 
-_TRAINING = ('optimizer', 'optimizer_states', 'optim', 'opt', 'amp', 'scaler')
+_PARTS = ('_modules', '_parameters', '_buffers')
 
 def _tensors(values, at=''):
     "All tensors of nested dicts and modules, by their joined names; those of optimizers are left out"
     out = {}
     for k,v in values.items():
-        if not isinstance(k, str) or k in _TRAINING: continue
-        inside = at if k in ('_modules', '_parameters', '_buffers') else f'{at}{k}.'
+        if k in ('optimizer', 'optimizer_states', 'optim', 'opt', 'amp', 'scaler') or not isinstance(k, str): continue
         if isinstance(v, torch.Tensor): out[at+k] = v
-        elif isinstance(v, dict): out |= _tensors(v, inside)
+        elif isinstance(v, dict): out |= _tensors(v, at if k in _PARTS else f'{at}{k}.')
     return out
 
-def read_checkpoint(
-    path,    # `.pth`, `.pt`, `.ckpt`, `.bin` or `.safetensors`
-)->dict:     # Joined name -> tensor
-    "The tensors of anybody's checkpoint; nothing in the file is run"
-    path = Path(path)
+def read_checkpoint(path)->dict:
+    "Joined name -> tensor of anybody's `.pth`, `.pt`, `.ckpt`, `.bin` or `.safetensors`; nothing in the file is run"
+    path, unknown = Path(path), []
     if not _is_pickle(path): return _read(path)[1]
-    unknown = []
     try:
         if zipfile.is_zipfile(path): unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_Unread, name) for name in unknown]):
             held = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        named = re.findall(r'GLOBAL ([\w.]+)', str(e)) or isinstance(e, UnpicklingError) and unknown
-        if named:
+        if named := re.findall(r'GLOBAL ([\w.]+)', str(e)) or isinstance(e, pickle.UnpicklingError) and unknown:
             raise InputError(f'{str(path)!r} cannot be read without running code from it ({_first(named)}): '
                              'where you trust it, save the state_dict of its network with torch.save') from None
         raise InputError(f'{str(path)!r} is no checkpoint that torch reads, it is cut off, damaged or of another kind '
                          f'({type(e).__name__}): copy it again, or save the state_dict of its network') from None
-    state = _tensors(held) if isinstance(held, dict) else {}
-    if not state:
-        raise InputError(f'{str(path)!r} holds no named tensors ({type(held).__name__}): '
-                         'save the state_dict of the network')
-    return state
+    if isinstance(held, dict) and (state := _tensors(held)): return state
+    raise InputError(f'{str(path)!r} holds no named tensors ({type(held).__name__}): '
+                     'save the state_dict of the network')
 
 # %% ../../nbs/41_methods.weights.ipynb #3aa6e896
 _NAMES = (   # of ViTs (torchvision, mmseg, transformers, DINOv2 in training) and of a ResNet in a Sequential -> timm's
-    (r'\bconv_proj\.', 'patch_embed.proj.'), (r'\bpatch_embed\.projection\.', 'patch_embed.proj.'),
-    (r'\bembeddings\.patch_embeddings\.projection\.', 'patch_embed.proj.'),
+    (r'\b(?:conv_proj|patch_embed\.projection|embeddings\.patch_embeddings\.projection)\.', 'patch_embed.proj.'),
     (r'\b(?:embeddings\.position_embeddings|encoder\.pos_embedding)$', 'pos_embed'),
     (r'\b(?:embeddings\.cls_token|class_token)$', 'cls_token'), (r'\bembeddings\.register_tokens$', 'register_tokens'),
-    (r'\bencoder\.layers\.encoder_layer_(\d+)\.', r'blocks.\1.'), (r'\bencoder\.layer\.(\d+)\.', r'blocks.\1.'),
+    (r'\bencoder\.(?:layers\.encoder_layer_|layer\.)(\d+)\.', r'blocks.\1.'),
     (r'\blayers\.(\d+)\.(?=ln1|ln2|attn\.attn|ffn)', r'blocks.\1.'), (r'\bencoder\.ln\.', 'norm.'),
     (r'(blocks\.\d+)\.(?:ln_?1|layernorm_before)\.', r'\1.norm1.'),
     (r'(blocks\.\d+)\.(?:ln_?2|layernorm_after)\.', r'\1.norm2.'),
     (r'(blocks\.\d+)\.(?:self_attention|attn\.attn)\.in_proj_', r'\1.attn.qkv.'),
-    (r'(blocks\.\d+)\.(?:self_attention\.|attn\.attn\.)out_proj\.', r'\1.attn.proj.'),
-    (r'(blocks\.\d+)\.attention\.output\.dense\.', r'\1.attn.proj.'),
+    (r'(blocks\.\d+)\.(?:self_attention\.out_proj|attn\.attn\.out_proj|attention\.output\.dense)\.', r'\1.attn.proj.'),
     (r'(blocks\.\d+)\.attention\.attention\.', r'\1.attn.'),
     (r'(blocks\.\d+)\.(?:mlp\.(?:0|linear_1)|ffn\.layers\.0\.0|intermediate\.dense)\.', r'\1.mlp.fc1.'),
     (r'(blocks\.\d+)\.(?:mlp\.(?:3|linear_2)|ffn\.layers\.1|output\.dense)\.', r'\1.mlp.fc2.'),
@@ -179,19 +163,16 @@ _NAMES = (   # of ViTs (torchvision, mmseg, transformers, DINOv2 in training) an
 
 def _renamed(state):
     "Weights under timm's names"
-    out = {}
-    for k,v in state.items():
-        for old,new in _NAMES: k = re.sub(old, new, k)
-        out[k] = v
+    out = {functools.reduce(lambda name, rule: re.sub(*rule, name), _NAMES, k): v for k,v in state.items()}
     for k in [k for k in out if k.endswith(('.attn.query.weight', '.attn.query.bias'))]:
         three = [k.replace('query', n) for n in ('query', 'key', 'value')]
         if all(o in out for o in three): out[k.replace('query', 'qkv')] = torch.cat([out.pop(o) for o in three])
     return out
 
 # %% ../../nbs/41_methods.weights.ipynb #7706753f
-_HEADS = ('head', 'fc', 'classifier', 'head_dist', 'pooler', 'heads')
 _TEACHERS = ('teacher', 'ema', 'base_encoder', 'encoder_q', 'online')
 _COPIES = ('student', 'momentum', 'encoder_k', 'target')
+_ADVICE = 'give arch and model_kwargs of the weights, or arch=None to take them from the weights'
 
 def _places(state, want):
     "Prefixes under which the network's tensors are, the one that is evaluated first"
@@ -199,9 +180,7 @@ def _places(state, want):
     places = [k[:-len(anchor)] for k in state if k==anchor or k.endswith('.'+anchor)]
     found = {p: sum(p+k in state for k in want) for p in places}
     def is_whole(p): return not any(p.startswith(q) and found[q]>found[p] for q in found)   # no block of another place
-    def rank(p):
-        if any(o in p for o in _COPIES): return 2
-        return 0 if any(o in p for o in _TEACHERS) else 1
+    def rank(p): return 2*any(o in p for o in _COPIES) or int(not any(o in p for o in _TEACHERS))
     return sorted(filter(is_whole, places), key=lambda p: (rank(p), len(p), p))
 
 def _grid_side(state):
@@ -215,20 +194,23 @@ def _grid_side(state):
 
 def _under(state, place): return {k[len(place):]: v for k,v in state.items() if k.startswith(place)}
 
-def _fitted(state, encoder):
+def _body(state, want):
+    "Weights that stand inside a network, without heads and decoders; a file may lack the counters of its batch norms"
+    heads = {'head', 'fc', 'classifier', 'head_dist', 'pooler', 'heads'}
+    roots = {k.partition('.')[0] for k in want if '.' in k} - heads
+    counters = {k: v for k,v in want.items() if k.endswith('num_batches_tracked')}
+    return counters | {k: v for k,v in state.items() if k in want or k.partition('.')[0] in roots}
+
+def _fitted(state, net, want):
     "Weights as the network needs them, and what was left out; positions are resampled to its grid"
-    net, side = encoder.net, _grid_side(state)
-    want = net.state_dict()
+    side = _grid_side(state)
     if 'fc_norm.weight' in state and 'fc_norm.weight' not in want and 'norm.weight' not in state:
         state = {re.sub('^fc_norm', 'norm', k): v for k,v in state.items()}
-    roots = {k.partition('.')[0] for k in want if '.' in k} - set(_HEADS)
-    left = [k for k in state if k not in want and k.partition('.')[0] not in roots]
-    state = {k: v for k,v in state.items() if k not in left}
-    p, q = state.get('pos_embed'), want.get('pos_embed')
+    body = _body(state, want)
+    p, q = body.get('pos_embed'), want.get('pos_embed')
     if side and q is not None and p.shape!=q.shape and p.shape[2]==q.shape[2]:
-        state['pos_embed'] = resample_positions(p[:, -side*side:].float(), (side, side), net.patch_embed.grid_size)
-    state |= {k: v for k,v in want.items() if k.endswith('num_batches_tracked') and k not in state}
-    return _without_tokens(want, state), left
+        body['pos_embed'] = resample_positions(p[:, -side*side:].float(), (side, side), net.patch_embed.grid_size)
+    return _without_tokens(want, body), [k for k in state if k not in body]
 
 def _by_timm(state, encoder):
     "Weights under timm's names, where timm can rewrite those of the authors"
@@ -236,166 +218,116 @@ def _by_timm(state, encoder):
     rewrite = getattr(sys.modules[type(encoder.net).__module__], 'checkpoint_filter_fn', None)
     if rewrite is None or encoder.model_kwargs.get('class_token') is False: return {}   # of a plain ViT: `_NAMES`
     try:
-        with redirect_stdout(StringIO()): return rewrite(dict(state), encoder.net)
+        with contextlib.redirect_stdout(io.StringIO()): return rewrite(dict(state), encoder.net)
     except Exception: return {}
 
-def _copy(net, state, source):
-    "Copy weights that fit into a network"
-    bad = [k for k,v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if bad:
-        raise InputError(f'the weights of {source} are NaN or infinite in {_first(bad)}: take an earlier checkpoint')
-    net.load_state_dict(state)
+def _keep_fixed(encoder):
+    "Sine-cosine positions stay as they are, whatever their amplitude; learned ones train"
+    p = getattr(encoder.net, 'pos_embed', None)
+    if not isinstance(p, torch.Tensor) or encoder.layout!='tokens' or p.shape[-1]%4: return
+    grid = encoder.net.patch_embed.grid_size
+    if p.shape[1]!=math.prod(grid): return
+    t = sincos_positions(p.shape[-1], grid).to(p)
+    p.requires_grad_(torch.cosine_similarity(p.detach().flatten(), t.flatten(), dim=0).item()<.999)
 
-def _fill(encoder, state, source):
-    "Copy the weights of a checkpoint into an encoder; returns in words what was read"
-    want, why = encoder.net.state_dict(), ''
-    for named in (state, _renamed(state), _by_timm(state, encoder)):
+def _fill(encoder, state, source, whole=False):
+    "Copy weights into an encoder; says in words what was read. `whole`: nothing may be left out"
+    want, misfits = encoder.net.state_dict(), []
+    for named in (state,) if whole else (state, _renamed(state), _by_timm(state, encoder)):
         places = _places(named, want)
         for place in places:
             held = _under(named, place)
-            fitted, left = _fitted(held, encoder)
-            said = _misfit(want, fitted)
-            why = why or said
-            if said: continue
+            fitted, left = _fitted(held, encoder.net, want)
+            misfits.append(_misfit(want, fitted) or (f'not of this network: {_first(left)}' if whole and left else ''))
+            if misfits[-1]: continue
             _copy(encoder.net, fitted, source)
-            if 'pos_embed' in fitted: _keep_fixed(encoder)
+            _keep_fixed(encoder)
             return _what_was_read(encoder, source, held, left, place, [p for p in places if p!=place])
-    why = why or 'none of its tensors has a name of this network'
-    raise InputError(f'the weights of {source} are not those of {encoder.arch} with {encoder.model_kwargs}; {why}')
+    why = misfits[0] if misfits else 'none of its tensors has a name of this network'
+    raise InputError(f'the weights of {source} do not fit {encoder.arch} with {encoder.model_kwargs}; {why}; {_ADVICE}')
 
 def _what_was_read(encoder, source, held, left, place, others):
     "Source, network, place, what else is in the file"
+    tokens = dict(cls_token='class', reg_token='register', register_tokens='register')
     said = f'{source}: {encoder.arch}'
     if place: said += f', its weights from {place.rstrip(".")!r}'
     if others: said += f', not from {_first(repr(p.rstrip(".")) for p in others)}'
-    tokens = {'cls_token': 'class', 'reg_token': 'register', 'register_tokens': 'register'}
     if heads := [k for k in left if k not in tokens]: said += f'; left out: {_first(heads, 3)}'
     dropped = [tokens[k] for k in held if k in tokens and k not in encoder.net.state_dict()]
     if dropped: said += f'; the {" and ".join(dropped)} token{"s are" if len(dropped)>1 else " is"} dropped'
     return said
 
-def _keep_fixed(encoder):
-    "Sine-cosine positions stay as they are, whatever their amplitude; learned ones train"
-    p = encoder.net.pos_embed
-    if encoder.layout!='tokens' or p.shape[-1]%4 or p.shape[1]!=math.prod(encoder.net.patch_embed.grid_size): return
-    t = sincos_positions(p.shape[-1], encoder.net.patch_embed.grid_size).to(p)
-    p.requires_grad_(torch.cosine_similarity(p.detach().flatten(), t.flatten(), dim=0).item()<.999)
-
 # %% ../../nbs/41_methods.weights.ipynb #56fb466c
 _VITS = {(64, 6): 'test_vit', (192, 12): 'vit_tiny_patch16_224', (384, 12): 'vit_small_patch16_224',   # width and depth
          (768, 12): 'vit_base_patch16_224', (1024, 24): 'vit_large_patch16_224', (1280, 32): 'vit_huge_patch14_224'}
-_CNNS = ('test_resnet', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'wide_resnet50_2',
-         'resnext50_32x4d', 'convnext_tiny', 'convnext_small', 'convnext_base', 'efficientnet_b0',
-         'mobilenetv3_large_100', 'swin_tiny_patch4_window7_224')
+_CNNS = ('test_resnet resnet18 resnet34 resnet50 resnet101 resnet152 wide_resnet50_2 resnext50_32x4d convnext_tiny '
+         'convnext_small convnext_base efficientnet_b0 mobilenetv3_large_100 swin_tiny_patch4_window7_224').split()
+_PATCHES = 'patch_embed.proj.weight'
 
-def _guess_vit(state):
-    "timm name and arguments of the ViT in a checkpoint, or None"
-    first = 'patch_embed.proj.weight'
-    places = [k[:-len(first)] for k in state if k.endswith(first)]
-    if not places: return None
-    held = _under(state, places[0])
-    patch, fc1 = held[first], held.get('blocks.0.mlp.fc1.weight')
-    depth = len({k.split('.')[1] for k in held if k.startswith('blocks.')})
-    arch = _VITS.get((patch.shape[0], depth))
-    if arch is None or patch.ndim!=4 or fc1 is None: return None
-    kwargs = {}
-    if patch.shape[-1]!=(14 if 'patch14' in arch else 16): kwargs['patch_size'] = patch.shape[-1]
-    if fc1.shape[0]!=(3 if arch=='test_vit' else 4)*patch.shape[0]: kwargs['mlp_ratio'] = fc1.shape[0]/patch.shape[0]
-    if 'blocks.0.attn.qkv.bias' not in held: kwargs['qkv_bias'] = False
-    if 'blocks.0.ls1.gamma' in held: kwargs['init_values'] = 1e-5
-    if 'norm_pre.weight' in held: kwargs['pre_norm'] = True
-    if arch=='vit_small_patch16_224' and any('base_encoder' in p for p in places): kwargs['num_heads'] = 12   # MoCo v3
-    return arch, kwargs
+def _vits(state):
+    "Weights of the ViTs in a checkpoint, under timm's names"
+    return [_under(named, k.removesuffix(_PATCHES))
+            for named in (state, _renamed(state)) for k in named if k.endswith(_PATCHES)]
 
-@functools.lru_cache
-def _shapes(arch):
-    "Name -> shape of the tensors of a network of timm without classifier"
-    with torch.device('meta'): net = timm.create_model(arch, num_classes=0)
-    return {k: v.shape for k,v in net.state_dict().items()}
+def _guess_vit(held, is_moco):
+    "timm name and arguments of a ViT, or None"
+    patch, fc1 = held[_PATCHES], held.get('blocks.0.mlp.fc1.weight')
+    width, side, depth = len(patch), patch.shape[-1], len({k.split('.')[1] for k in held if k.startswith('blocks.')})
+    arch = _VITS.get((width, depth))
+    if arch is None or fc1 is None or patch.ndim!=4: return None
+    asked = dict(   # argument -> what the shapes say, what timm's name stands for
+        patch_size=(side, 14 if 'patch14' in arch else 16), mlp_ratio=(len(fc1)/width, 3 if arch=='test_vit' else 4),
+        qkv_bias=('blocks.0.attn.qkv.bias' in held, True), pre_norm=('norm_pre.weight' in held, False),
+        init_values=(1e-5 if 'blocks.0.ls1.gamma' in held else None, None),
+        num_heads=(12 if is_moco and arch=='vit_small_patch16_224' else None, None))
+    return arch, {k: v for k,(v, usual) in asked.items() if v!=usual}
 
-def _guess_cnn(state):
-    "timm names of the usual networks that have these tensors"
-    found = []
-    for arch in _CNNS:
-        want = _shapes(arch)
-        anchor = next(iter(want))
-        for place in (k[:-len(anchor)] for k in state if k==anchor or k.endswith('.'+anchor)):
-            have = {k: v.shape for k,v in _under(state, place).items()}
-            roots = {k.partition('.')[0] for k in want} - set(_HEADS)
-            body = {k for k in have if k.partition('.')[0] in roots}
-            counted = {k for k in want if not k.endswith('num_batches_tracked')}
-            if body<=set(want) and all(have.get(k)==want[k] for k in counted): found.append(arch)
-    return list(dict.fromkeys(found))
+_shapes = functools.cache(empty_weights)
 
 def _guess(state, path):
     "timm name and arguments of the network in a checkpoint"
-    found = []
+    is_moco = any('base_encoder' in k for k in state)     # MoCo v3
+    if vit := next(filter(None, (_guess_vit(held, is_moco) for held in _vits(state))), None): return vit
+    def is_in(named, want): return any(not _misfit(want, _body(_under(named, p), want)) for p in _places(named, want))
     for named in (state, _renamed(state)):
-        vit = _guess_vit(named)
-        if vit: return vit
-        found = found or _guess_cnn(named)
+        if found := [arch for arch in _CNNS if is_in(named, _shapes(arch, num_classes=0))]: break
     if len(found)==1: return found[0], {}
     why = f'it may be {" or ".join(found)}' if found else f'it holds {_first(state, 3)}'
     raise InputError(f'which network {str(path)!r} holds cannot be told from its tensors, {why}: '
                      f'name it, as {str(path)+"@vit_small_patch16_224"!r}')
 
-def _size_of(state):
-    "Image size for which the positions of a ViT were made, or None"
-    for named in (state, _renamed(state)):
-        for k in named:
-            place = k[:-len('pos_embed')]
-            if not k.endswith('pos_embed') or place+'patch_embed.proj.weight' not in named: continue
-            return _grid_side(_under(named, place))*named[place+'patch_embed.proj.weight'].shape[-1] or None
-
-def _foreign(path, arch=None, size=None, **model_kwargs):
-    "Encoder with the weights of another project's checkpoint, and one line about it"
-    state = read_checkpoint(path)
-    if arch is None:
-        arch, guessed = _guess(state, path)
-        model_kwargs = guessed | model_kwargs
-    size = size or _size_of(state)
-    with torch.random.fork_rng(devices=[]):
-        encoder = dense_encoder(arch, img_size=size, positions='learned', **model_kwargs)
-    return encoder, _fill(encoder, state, str(path))
-
 # %% ../../nbs/41_methods.weights.ipynb #53fc284a
 _IMAGENET = dict(mean=(0.485,0.456,0.406), std=(0.229,0.224,0.225))
-_SUFFIXES = ('.safetensors', '.pth', '.pt', '.ckpt', '.bin', '.tar')
-
-def _of_timm(folder):
-    "Does the folder hold a network as timm writes them for the Hugging Face Hub?"
-    try: return 'architecture' in json.loads((folder/'config.json').read_text())
-    except (OSError, ValueError): return False
 
 def _file_of(name):
-    "The file that a name means, or None, the network named after an @, and what else the name could mean"
-    path, arch, said = Path(name).expanduser(), None, ''
+    "The file that a name means, or None for a name of timm; the network named after an @; a note on the choice"
+    path, arch = Path(name).expanduser(), None
     if '@' in name and not path.exists() and ':' not in name.split('@')[0]:
         head, _, arch = name.rpartition('@')
         path = Path(head).expanduser()
-    known = arch is None and timm.is_model(name)
-    if known and path.exists():
-        kind = 'folder' if path.is_dir() else 'file'
-        said = f'note: {name!r} is read as the timm network; there is also a {kind} of that name: write ./{name} for it'
-        return None, None, said
+    if arch is None and timm.is_model(name):
+        note = f'note: {name!r} is read as the timm network; for the file or folder of that name write ./{name}'
+        return None, None, note if path.exists() else ''
+    if path.is_file(): return path, arch, ''
     if path.is_dir():
         names = 'backbone.safetensors', 'model.safetensors', 'pytorch_model.bin'
-        inside = next((n for n in names if (path/n).is_file()), None)
-        if inside and not _of_timm(path):
-            return path/inside, arch, f'note: {str(path)!r} is a folder; its {inside} is read'
-        also = f', or local-dir:{name}, which timm reads' if _of_timm(path) else ''
+        inside = next((path/n for n in names if (path/n).is_file()), None)
+        also = ''
+        with contextlib.suppress(OSError, ValueError):    # of a network as timm writes them for the Hugging Face Hub
+            if 'architecture' in json.loads((path/'config.json').read_text()):
+                also = f', or local-dir:{name}, which timm reads'
+        if inside and not also: return inside, arch, f'note: {str(path)!r} is a folder; its {inside.name} is read'
         raise InputError(f'{name!r} is a folder, not a backbone: give a file in it{also}')
-    if path.is_file(): return path, arch, ''
-    if known or re.match(r'(hf-hub|hf_hub|local-dir):', name): return None, None, ''
-    if arch is not None or path.suffix in _SUFFIXES or '/' in name:
-        like_hub = re.fullmatch(r'[\w.-]+/[\w.-]+', name) and path.suffix not in _SUFFIXES
+    is_file = path.suffix in (*WEIGHT_SUFFIXES, '.tar')
+    if not re.match(r'(hf-hub|hf_hub|local-dir):', name) and (arch is not None or is_file or '/' in name):
+        like_hub = re.fullmatch(r'[\w.-]+/[\w.-]+', name) and not is_file
         hub = f', or hf-hub:{name} for the Hugging Face Hub' if like_hub else ''
         raise InputError(f'there is no file {str(path)!r}: give the path of a backbone, or a timm name{hub}')
     return None, None, ''
 
-def _is_ours(path):
-    "Did `export_backbone` write the file?"
-    return not _is_pickle(path) and 'densessl' in _read(path)[0]
+def _card(path):
+    "The header that `export_backbone` wrote into the file, JSON; None: another wrote it"
+    return None if _is_pickle(path) else _read(path)[0].get('densessl')
 
 def open_backbone(
     name,           # A file of ours; a checkpoint of others, as FILE or FILE@ARCH; a timm name; `hf-hub:owner/name`
@@ -405,58 +337,51 @@ def open_backbone(
     **model_kwargs, # For timm, with a checkpoint of others or a timm name
 ):                  # DenseEncoder in evaluation mode; dict(mean, std) of its input
     "A frozen backbone and how its input is normalized"
-    name = str(name)
-    path, named, said = _file_of(name)
-    if said and verbose: print(said, flush=True)
+    path, named, note = _file_of(str(name))
+    if note and verbose: print(note, flush=True)
     if path is None:
-        encoder = dense_encoder(name, img_size=size, pretrained=True, **model_kwargs).eval()
+        encoder = dense_encoder(str(name), img_size=size, pretrained=True, **model_kwargs).eval()
         return encoder, {k: tuple(encoder.net.pretrained_cfg[k]) for k in ('mean', 'std')}
-    if _is_ours(path):
-        if arch or named or model_kwargs:
+    arch = arch or named
+    if (card := _card(path)) is not None:
+        if arch or model_kwargs:
             raise InputError(f'{str(path)!r} says itself which network it holds: leave the architecture out')
-        encoder = load_backbone(path)
-        with safe_open(path, 'pt') as f: card = json.loads(f.metadata()['densessl'])
-        return encoder, {k: tuple(card.get(k) or _IMAGENET[k]) for k in ('mean', 'std')}
-    encoder, said = _foreign(path, arch or named, size, **model_kwargs)
+        return load_backbone(path), {k: tuple(json.loads(card).get(k) or _IMAGENET[k]) for k in ('mean', 'std')}
+    state = read_checkpoint(path)
+    if arch is None:
+        arch, guessed = _guess(state, path)
+        model_kwargs = guessed | model_kwargs
+    sizes = (_grid_side(held)*held[_PATCHES].shape[-1] for held in _vits(state) if 'pos_embed' in held)
+    size = size or next(sizes, None) or None    # for which the positions of a ViT were made
+    with torch.random.fork_rng(devices=[]):
+        encoder = dense_encoder(arch, img_size=size, positions='learned', **model_kwargs).eval()
+    said = _fill(encoder, state, str(path))
     if verbose: print(f"{said}. Its input is normalized with ImageNet's mean and standard deviation.", flush=True)
-    return encoder.eval(), dict(_IMAGENET)
+    return encoder, dict(_IMAGENET)
 
 # %% ../../nbs/41_methods.weights.ipynb #1df62221
-def _heads(net): return [m.num_heads for m in net.modules() if hasattr(m, 'num_heads')]
-
 def init_backbone(
     encoder:DenseEncoder,  # Gets the weights
     init,                  # What `open_backbone` takes
 )->dict:                   # mean and std of the input for which the weights were trained
     "Copy the weights of a backbone into an encoder"
-    init = str(init)
-    path = _file_of(init)[0]
-    if path is not None and not _is_ours(path):
+    path = _file_of(str(init))[0]
+    if path is not None and _card(path) is None:
         print(_fill(encoder, read_checkpoint(path), str(path)), flush=True)
         return dict(_IMAGENET)
-    adapts, size = {}, None
-    if path is None:     # timm fits its weights to these
-        adapts = {k: v for k,v in encoder.model_kwargs.items() if k in ('in_chans', 'patch_size', 'output_stride')}
-        size = encoder.img_size
-    source, norm = open_backbone(init, size, **adapts)
-    fitted, left = _fitted(source.net.state_dict(), encoder)
-    why = _misfit(encoder.net.state_dict(), fitted) or (f'not of this network: {_first(left)}' if left else '')
-    if not why and _heads(source.net)!=_heads(encoder.net): why = 'the numbers of attention heads differ'
-    if why:
-        raise InputError(f'the weights of {init} ({source.arch}) do not fit {encoder.arch} with '
-                         f'{encoder.model_kwargs}; {why}; give arch and model_kwargs of the weights, '
-                         'or arch=None to take them from the weights')
-    _copy(encoder.net, fitted, init)
-    if 'pos_embed' in fitted: _keep_fixed(encoder)
+    # timm fits its weights to these
+    adapts = {k: v for k,v in encoder.model_kwargs.items() if k in ('in_chans', 'patch_size', 'output_stride')}
+    source, norm = open_backbone(init, encoder.img_size, **adapts) if path is None else open_backbone(init)
+    heads = [[m.num_heads for m in net.modules() if hasattr(m, 'num_heads')] for net in (source.net, encoder.net)]
+    if any(theirs!=ours for theirs,ours in zip(*heads)):
+        raise InputError(f'the numbers of attention heads differ between {init} ({source.arch}) and {encoder.arch} '
+                         f'with {encoder.model_kwargs}; {_ADVICE}')
+    _fill(encoder, source.net.state_dict(), init, whole=True)
     return norm
 
 # %% ../../nbs/41_methods.weights.ipynb #30ed46a4
-_OWN = ('num_classes', 'class_token', 'reg_tokens', 'fc_norm', 'global_pool',
-        'dynamic_img_size', 'strict_img_size', 'img_size')
-
-def network_of(
-    init,       # What `open_backbone` takes
-)->tuple:       # timm name, arguments for `dense_encoder`
-    "The network in which weights were trained"
+def network_of(init)->tuple:
+    "timm name and arguments for `dense_encoder` of the network whose weights `open_backbone` would read"
     source, _ = open_backbone(init, verbose=False)
-    return source.arch, {k: v for k,v in source.model_kwargs.items() if k not in _OWN}
+    own = 'num_classes class_token reg_tokens fc_norm global_pool dynamic_img_size strict_img_size img_size'.split()
+    return source.arch, {k: v for k,v in source.model_kwargs.items() if k not in own}

@@ -9,19 +9,17 @@ __all__ = ['log_density', 'mode_equation', 'unit_vectors', 'attention_weights', 
 # %% ../../nbs/20_theory.attention.ipynb #61e98dbb
 import math
 
-import torch
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import Tensor
 
-from ..ground.core import InputError, fp32
+from ..ground.core import InputError, check_positive, fp32
 
 # %% ../../nbs/20_theory.attention.ipynb #0d883200
 def _log_components(x, Z, beta, weights, precision):
     "log of pi_i N(x; z_i, Sigma_i), (..., N, M)"
     diff, D = x.unsqueeze(-2) - Z.unsqueeze(-3), Z.shape[-1]
     if precision is None:
-        if not beta>0:
-            raise InputError(f'beta must be > 0, got {beta}: it is an inverse variance')
+        check_positive(beta=beta)
         logdet, d = D*math.log(beta), beta * diff.square().sum(-1)
     else:
         L, info = torch.linalg.cholesky_ex(precision)
@@ -48,13 +46,9 @@ def log_density(
 
 # %% ../../nbs/20_theory.attention.ipynb #cfd664eb
 @fp32
-def mode_equation(
-    x:Tensor,             # Points, (..., N, D)
-    Z:Tensor,             # Tokens that define the density, (..., M, D)
-    precision:Tensor,     # Inverse covariances, (M, D, D), or (D, D) for one that all share
-    weights:Tensor=None,  # Mixing weights, (M,), >= 0; default all equal
-)->Tensor:                # F(x), (..., N, D); gradient flows to all
-    "One fixed-point step of generalized mean-shift, every token with a covariance of its own (FLSL, mode equation)"
+def mode_equation(x:Tensor, Z:Tensor, precision:Tensor, weights:Tensor=None)->Tensor:
+    """One fixed-point step of generalized mean-shift, every token with a covariance of its own (FLSL, mode equation)
+    Returns F(x), (..., N, D); arguments as in `log_density`, and gradient flows to all"""
     r = _log_components(x, Z, None, weights, precision).softmax(-1)
     P = precision.expand(Z.shape[-2], -1, -1)
     A, b = torch.einsum('...nm,mde->...nde', r, P), torch.einsum('...nm,mde,...me->...nd', r, P, Z)
@@ -62,17 +56,14 @@ def mode_equation(
 
 # %% ../../nbs/20_theory.attention.ipynb #adae5bda
 @fp32
-def unit_vectors(
-    z:Tensor,   # Vectors, (..., D)
-)->Tensor:      # The same with unit norm, (..., D); a zero vector stays zero and passes its gradient on as it is
-    "l2-normalize along the last axis"
+def unit_vectors(z:Tensor)->Tensor:
+    "Vectors (..., D) of unit norm; a zero vector stays zero and passes its gradient on as it is"
     length = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
     return z / torch.where(length>1e-12, length, 1.)
 
 # %% ../../nbs/20_theory.attention.ipynb #fcda9571
 def _check_queries(q, Z, beta):
-    if not beta>0:
-        raise InputError(f'beta must be > 0, got {beta}: it is an inverse temperature')
+    check_positive(beta=beta)
     if q.shape[-1]!=Z.shape[-1]:
         raise InputError(f'queries have {q.shape[-1]} features and references {Z.shape[-1]}: both need the same number')
 
@@ -123,14 +114,9 @@ def generalized_mean_shift(
 # %% ../../nbs/20_theory.attention.ipynb #ff6a2630
 @torch.no_grad()
 @fp32
-def iterate_modes(
-    q:Tensor,         # Start points, (..., N, D)
-    Z:Tensor,         # References, (..., M, D), unit norm
-    beta:float,       # Inverse temperature, > 0
-    n_iter:int=100,   # Most steps taken
-    tol:float=1e-6,   # Stop once no coordinate moves more than this
-)->Tensor:            # The modes reached, (..., N, D), without gradient
-    "Repeat `mean_shift` against fixed references until the points rest (FLSL, fixed point of the mode equation)"
+def iterate_modes(q:Tensor, Z:Tensor, beta:float, n_iter:int=100, tol:float=1e-6)->Tensor:
+    """Repeat `mean_shift` against fixed references until no coordinate moves more than `tol`, `n_iter` times at most
+    Returns the modes reached, (..., N, D), without gradient (FLSL, fixed point of the mode equation)"""
     for _ in range(n_iter):
         new = mean_shift(q, Z, beta)
         rest = (new - q).abs().max() <= tol
@@ -140,13 +126,10 @@ def iterate_modes(
 
 # %% ../../nbs/20_theory.attention.ipynb #251d94f3
 @fp32
-def merge_modes(
-    modes:Tensor,   # Points, (..., N, D)
-    radius:float,   # Points closer than this belong together, > 0; chains of them too
-)->tuple:           # Labels (..., N) from 0 in order of appearance, and how many there are, (...)
-    "Number the distinct modes: connected groups of points that are closer than `radius`"
-    if not radius>0:
-        raise InputError(f'radius must be > 0, got {radius}')
+def merge_modes(modes:Tensor, radius:float)->tuple:
+    """Number the distinct modes (..., N, D): groups connected by distances below `radius`
+    Returns labels (..., N) from 0 in order of appearance, and how many there are, (...)"""
+    check_positive(radius=radius)
     N = modes.shape[-2]
     near = torch.cdist(modes, modes, compute_mode='donot_use_mm_for_euclid_dist') < radius
     first = torch.arange(N, device=modes.device).expand(modes.shape[:-1])

@@ -53,12 +53,8 @@ def _width_and_height(hw, boxes):
 
 # %% ../../nbs/25_theory.matching.ipynb #84bcca3c
 @fp32
-def cell_diagonal(
-    boxes:Tensor,  # Boxes (..., 4) in [0,1] of the photograph, mirrored or not
-    grid,          # Rows and columns of the feature map, (H, W)
-    hw=None,       # Height and width of the photographs, (..., 2) or one pair; None: measure in the unit square
-)->Tensor:         # (...), in pixels of the photograph, or in the unit square without `hw`
-    "Length of the diagonal of one cell (CLoVE, public code)"
+def cell_diagonal(boxes:Tensor, grid, hw=None)->Tensor:
+    "Length (...) of the diagonal of one cell, in pixels given `hw`, else in the unit square (CLoVE, public code)"
     H, W = _rows_and_columns(grid)
     boxes = _checked_boxes(boxes)
     start, end = boxes.split(2, -1)
@@ -66,9 +62,6 @@ def cell_diagonal(
     if hw is not None: size = size*_width_and_height(hw, boxes)
     w, h = size.unbind(-1)
     return torch.hypot(w/W, h/H)
-
-# %% ../../nbs/25_theory.matching.ipynb #4753a400
-_UNITS = ('cell', 'square', 'pixel')
 
 # %% ../../nbs/25_theory.matching.ipynb #0a6411be
 def _check_values(boxes, hw):
@@ -86,19 +79,10 @@ def _check_values(boxes, hw):
 
 # %% ../../nbs/25_theory.matching.ipynb #78567d13
 @fp32
-def cell_distances(
-    boxes1:Tensor,     # Boxes of the first views, (..., 4), mirrored or not
-    grid1,             # Rows and columns of their maps, N = rows * columns
-    boxes2:Tensor,     # Boxes of the second views, (..., 4); leading dimensions broadcast against those of `boxes1`
-    grid2,             # Rows and columns of their maps, M = rows * columns
-    unit:str='cell',   # 'cell': in diagonals of the larger cell; 'square': in the unit square; 'pixel': in pixels
-    hw=None,           # Height and width of the photographs, (..., 2) or one pair; 'cell' without it measures in the
-                       # unit square, 'square' never needs it
-    check:bool=True,   # Look at the values of the boxes; on an accelerator that waits: a training loop does not
-)->Tensor:             # (..., N, M); no gradient is wanted here
-    "Distance of every cell of one map from every cell of the other (CLoVE, pixel matching)"
-    if unit not in _UNITS:
-        raise InputError(f'unit must be one of {", ".join(_UNITS)}, got {unit!r}')
+def cell_distances(boxes1:Tensor, grid1, boxes2:Tensor, grid2, unit:str='cell', hw=None, check:bool=True)->Tensor:
+    "Distances (..., N, M) of all cells of one map from all of the other; arguments as in `match_cells` (CLoVE)"
+    if unit not in ('cell', 'square', 'pixel'):
+        raise InputError(f'unit must be one of cell, square, pixel, got {unit!r}')
     if unit=='pixel' and hw is None:
         raise InputError("unit 'pixel' needs the height and width of the photographs: pass hw=(height, width) or a "
                          "tensor (..., 2)")
@@ -122,8 +106,8 @@ def match_cells(
     threshold:float=.7,  # T_pos, > 0, in `unit`; 0.7 is the public code's
     unit:str='cell',     # 'cell': in diagonals of the larger cell (public code); 'square': of the unit square; 'pixel'
     hw=None,             # Height and width of the photographs, (..., 2) or one pair; without it 'cell' measures in the
-                         # unit square (public code)
-    check:bool=True,     # Look at the values of the boxes
+                         # unit square (public code); 'square' never needs it
+    check:bool=True,     # Look at the values of the boxes; on an accelerator that waits: a training loop does not
 )->Tensor:               # bool (..., N, M)
     "Which cells of two feature maps look at the same place of the photograph (CLoVE, M)"
     if not 0<threshold<math.inf:
@@ -132,8 +116,6 @@ def match_cells(
     return cell_distances(boxes1, grid1, boxes2, grid2, unit, hw, check) < threshold
 
 # %% ../../nbs/25_theory.matching.ipynb #c47d579d
-def matched_share(
-    matches:Tensor,  # Bool (..., N, M)
-)->Tensor:           # (...), from 0 (the views share nothing) to 1
-    "Share of the first view's cells that match some cell of the second"
+def matched_share(matches:Tensor)->Tensor:
+    "Share of the first view's cells that match some cell of the second, (...), from bool (..., N, M)"
     return matches.any(-1).float().mean(-1)

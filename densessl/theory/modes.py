@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['PrototypeLoss', 'ObjectiveParts', 'mode_loss', 'safe_log', 'log_prior', 'volume_kl', 'kmeans_objective',
-           'check_temperatures', 'prototype_loss', 'flsl_objective']
+           'prototype_loss', 'flsl_objective']
 
 # %% ../../nbs/23_theory.modes.ipynb #4a414e29
 import math
 from collections import namedtuple
 
-import torch
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from torch import Tensor
 
-from ..ground.core import InputError, fp32
+from ..ground.core import InputError, check_positive, fp32
 from ..ground.ranks import mean_over_ranks
 from .attention import unit_vectors
 
@@ -30,18 +29,13 @@ def mode_loss(
     return (unit_vectors(z)-unit_vectors(mode)).square().sum(-1).mean()
 
 # %% ../../nbs/23_theory.modes.ipynb #f26c2796
-def safe_log(
-    p:Tensor,  # Shares, >= 0, any shape
-)->Tensor:     # log p; at 0 the log of the smallest number of the type, with a gradient that is finite
-    "Logarithm of shares, some of which may be 0"
+def safe_log(p:Tensor)->Tensor:
+    "Logarithm of shares; at 0 that of the smallest number of the type, with a gradient that is finite"
     return p.clamp_min(torch.finfo(p.dtype).tiny).log()
 
 # %% ../../nbs/23_theory.modes.ipynb #fb00f503
-def log_prior(
-    prior:Tensor|None,  # Share that each prototype should have, (K,), > 0; None: uniform
-    K:int,              # Number of prototypes
-):                      # log pi_k, (K,); one number if the prior is uniform
-    "Logarithm of the prior of the volume term, checked"
+def log_prior(prior:Tensor|None, K:int):
+    "Logarithm of the prior of the volume term, (K,), checked; without a prior the number -log K"
     if prior is None: return -math.log(K)
     if prior.shape!=(K,):
         raise InputError(f'prior must hold one probability for each of the {K} prototypes, got shape '
@@ -63,16 +57,11 @@ def volume_kl(
 
 # %% ../../nbs/23_theory.modes.ipynb #6811fc3c
 @fp32
-def kmeans_objective(
-    u:Tensor,              # Modes after the head, (N, D)
-    mu:Tensor,             # Prototypes, (K, D)
-    positive:Tensor=None,  # The positive of each mode, (N, D); without it plain k-means
-    prior:Tensor=None,     # Share that each cluster should have, (K,); default uniform
-)->Tensor:                 # Scalar; gradient flows through the distances, the assignments are constants
-    "Constrained k-means of modes and their positives on hard assignments (FLSL, second level before its relaxation)"
-    sq_dist = lambda x: (x[:,None]-mu).square().sum(-1)  # (N, K)
-    k = sq_dist(u).argmin(-1)
-    cost = sq_dist(u).gather(1, k[:,None])[:,0]
+def kmeans_objective(u:Tensor, mu:Tensor, positive:Tensor=None, prior:Tensor=None)->Tensor:
+    """Constrained k-means of modes and positives (N, D) on prototypes (K, D) (FLSL, second level before its relaxation)
+    Without positives plain k-means; gradient flows through the distances, the assignments are constants"""
+    def sq_dist(x): return (x[:,None]-mu).square().sum(-1)  # (N, K)
+    cost, k = sq_dist(u).min(-1)
     if positive is not None:
         d = sq_dist(positive)
         cost = cost + (d.argmin(-1)!=k) * d.gather(1, k[:,None])[:,0]
@@ -81,15 +70,6 @@ def kmeans_objective(
 
 # %% ../../nbs/23_theory.modes.ipynb #7fac8f6f
 PrototypeLoss = namedtuple('PrototypeLoss', 'ce kl')
-
-# %% ../../nbs/23_theory.modes.ipynb #e60d83e7
-def check_temperatures(
-    **temps,  # Temperatures by their names
-):
-    "Raises an `InputError` unless all are > 0"
-    for name,temp in temps.items():
-        if not temp>0:
-            raise InputError(f'{name} must be > 0, got {temp}: it divides the logits')
 
 # %% ../../nbs/23_theory.modes.ipynb #a9f5f1cd
 @fp32
@@ -104,7 +84,7 @@ def prototype_loss(
     if student_logits.shape!=teacher_logits.shape or student_logits.dim()<2 or not student_logits.numel():
         raise InputError('student and teacher logits need the same shape (queries, prototypes), got '
                          f'{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}')
-    check_temperatures(temp_s=temp_s, temp_t=temp_t)
+    check_positive(temp_s=temp_s, temp_t=temp_t)
     log_p, q = (student_logits/temp_s).log_softmax(-1), (teacher_logits.detach()/temp_t).softmax(-1)
     p_bar = mean_over_ranks(log_p.exp().flatten(0,-2).mean(0))
     c = safe_log(p_bar) - log_prior(prior, len(p_bar))

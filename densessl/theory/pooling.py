@@ -38,10 +38,8 @@ def query_mask(
     return torch.zeros(n, H*W, dtype=torch.bool, device=dev).scatter_(1, y*W + x, True).to(device or dev)
 
 # %% ../../nbs/21_theory.pooling.ipynb #40e8ecf2
-def query_index(
-    mask:Tensor,  # Queries, (n, N) bool, equally many in each row
-)->Tensor:        # Their positions, (n, Q) int64, ascending
-    "Positions of the queries of each mask, for `gather`"
+def query_index(mask:Tensor)->Tensor:
+    "Positions (n, Q) of the queries of each mask (n, N), for `gather`; all masks must have equally many"
     count = mask.sum(1)
     if (count!=count[0]).any():
         raise InputError(f'every row of a query mask needs as many queries, got {count.tolist()}')

@@ -9,9 +9,9 @@ __all__ = ['prototype_objective']
 import torch
 from torch import Tensor
 
-from ..ground.core import InputError, fp32
+from ..ground.core import InputError, check_positive, fp32
 from ..ground.ranks import mean_over_ranks
-from .modes import PrototypeLoss, check_temperatures, log_prior, safe_log
+from .modes import PrototypeLoss, log_prior, safe_log
 
 # %% ../../nbs/24_theory.prototypes.ipynb #eb50a877
 # numbers in one block of rows: near the size of the cache, or work enough for a GPU
@@ -60,11 +60,7 @@ def prototype_objective(
     mu:Tensor,           # Prototypes of the student, (K, D); of unit norm unless their lengths are learned
     u_pos:Tensor,        # Embeddings of the positives by the teacher, (..., D); no gradient flows to them
     mu_pos:Tensor,       # Prototypes of the teacher, (K, D); no gradient flows to them
-    eta:float=1.,        # Weight of the cross-entropy (FLSL public code)
-    gamma:float=5.,      # Weight of the volume term, > `eta` (FLSL public code)
-    temp_s:float=0.1,    # Student temperature, > 0, divides
-    temp_t:float=0.04,   # Teacher temperature, > 0, divides
-    prior:Tensor=None,   # Share that each prototype should have, (K,), > 0; default uniform
+    eta:float=1., gamma:float=5., temp_s:float=0.1, temp_t:float=0.04, prior:Tensor=None, # As in `flsl_objective`
 )->tuple:                # eta*ce + gamma*kl, once differentiable in `u` and `mu`; its `PrototypeLoss` (no gradient)
     "`prototype_loss` of the logits `u@mu.T` and `u_pos@mu_pos.T`, weighted, without keeping them (FLSL, second level)"
     alike = u.shape==u_pos.shape and mu.shape==mu_pos.shape and u.shape[-1]==mu.shape[-1]
@@ -72,7 +68,7 @@ def prototype_objective(
         raise InputError('embeddings (queries, features) and prototypes (prototypes, features) need the same shapes '
                          'in student and teacher, got '
                          f'{", ".join(str(tuple(x.shape)) for x in (u, mu, u_pos, mu_pos))}')
-    check_temperatures(temp_s=temp_s, temp_t=temp_t)
+    check_positive(temp_s=temp_s, temp_t=temp_t)
     learn = torch.is_grad_enabled() and (u.requires_grad or mu.requires_grad)
     positives = u_pos.detach().flatten(0,-2), mu_pos.detach()/temp_t
     total, *parts = _PrototypeObjective.apply(u.flatten(0,-2), mu/temp_s, *positives, eta, gamma, prior, learn)

@@ -14,10 +14,7 @@ from ..ground.core import InputError
 # %% ../../nbs/39_theory.schedules.ipynb #bda0eb94
 def _half_cosine(start, end, pct): return start + (1+math.cos(math.pi*(1-pct)))*(end-start)/2
 
-def cosine(
-    start:float,  # Value at the start of training
-    end:float,    # Value at its end
-):                # Function of progress in [0, 1]
+def cosine(start:float, end:float):
     "Half a cosine from `start` to `end`; level at both ends (FLSL: momentum, weight decay, weights of the loss)"
     return partial(_half_cosine, start, end)
 

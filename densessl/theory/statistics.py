@@ -11,14 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..ground.core import InputError, fp32, in_numbers
+from ..ground.core import check_positive, fp32, python_numbers
 
 # %% ../../nbs/28_theory.statistics.ipynb #210e39ee
 @fp32
-def effective_rank(
-    z:Tensor,  # Tokens, (..., D)
-)->Tensor:     # As `token_rank`, a scalar on the device
-    "Exponential of the entropy of the tokens' variance over directions"
+def effective_rank(z:Tensor)->Tensor:
+    "`token_rank` as a scalar on the device: exp of the entropy of the tokens' variance over directions"
     z = z.flatten(0, -2)
     d = (z - z.mean(0)).double()
     products = d.mT@d if len(d)>d.shape[1] else d@d.mT     # the smaller one; both have the variances as eigenvalues
@@ -29,21 +27,15 @@ def effective_rank(
     return torch.where(finite, rank, math.nan).to(z.dtype)
 
 # %% ../../nbs/28_theory.statistics.ipynb #f5a4d12e
-def token_rank(
-    z:Tensor,  # Tokens, (..., D)
-)->float:      # Between 1 and min(D, number of tokens - 1); 0 if all tokens are equal, NaN if one is not finite
-    "Effective rank of the tokens"
+def token_rank(z:Tensor)->float:
+    "Effective rank of the tokens, from 1 to min(D, number of tokens - 1); 0 if all are equal, NaN if one is not finite"
     return effective_rank(z).item()
 
 # %% ../../nbs/28_theory.statistics.ipynb #6a8f969f
 @fp32
-def prototype_shares(
-    logits:Tensor,  # Prototype logits, (N, K)
-    temp:float,     # Temperature that divides them, > 0
-)->dict:            # As `prototype_use`, scalars on the device
-    "How many prototypes a batch of queries uses, and how sure each query is, without waiting for the numbers"
-    if not temp>0:
-        raise InputError(f'temp must be > 0, got {temp}: it divides the logits')
+def prototype_shares(logits:Tensor, temp:float)->dict:
+    "`prototype_use` as scalars on the device, without waiting for the numbers"
+    check_positive(temp=temp)
     p = (logits/temp).softmax(-1)
     used = torch.zeros(logits.shape[-1], dtype=torch.long, device=logits.device).scatter_(0, logits.argmax(-1), 1)
     perplexity, entropy = torch.special.entr(p.mean(0)).sum().exp(), torch.special.entr(p).sum(-1).mean()
@@ -55,4 +47,4 @@ def prototype_use(
     temp:float,     # Temperature that divides them, > 0
 )->dict:            # used (count), perplexity (1 to K), entropy (mean over queries, 0 to ln K)
     "How many prototypes a batch of queries uses, and how sure each query is"
-    return in_numbers(prototype_shares(logits, temp))
+    return python_numbers(prototype_shares(logits, temp))

@@ -27,30 +27,24 @@ class RanksBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.drop, self.act = nn.Identity(), nn.Identity()
     def _check_input_dim(self, x): pass
     def forward(self, x):
-        if not self.training or n_ranks()==1: y = super().forward(x)
-        else:
-            dims, z = [0, *range(2, x.dim())], x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            def wide(v): return v.view(1, -1, *[1]*(x.dim()-2))
-            mean = mean_over_ranks(z.mean(dims), exchange_gradient=True)
-            var = mean_over_ranks((z-wide(mean)).square().mean(dims), exchange_gradient=True)
-            if self.running_mean is not None:
-                n = x.numel()//x.shape[1]*n_ranks()
-                with torch.no_grad():
-                    self.num_batches_tracked.add_(1)
-                    m = self.momentum if self.momentum is not None else 1/self.num_batches_tracked.item()
-                    self.running_mean.lerp_(mean, m)
-                    self.running_var.lerp_(var*n/max(n-1, 1), m)
-            y = (z-wide(mean))*wide((var+self.eps).rsqrt())
-            if self.affine: y = y*wide(self.weight) + wide(self.bias)
-            y = y.to(x.dtype)
-        return self.act(self.drop(y))
+        if not self.training or n_ranks()==1: return self.act(self.drop(super().forward(x)))
+        dims, z = [0, *range(2, x.dim())], x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        mean = mean_over_ranks(z.mean(dims, keepdim=True), exchange_gradient=True)
+        var = mean_over_ranks((z-mean).square().mean(dims, keepdim=True), exchange_gradient=True)
+        if self.running_mean is not None:
+            n = x.numel()//x.shape[1]*n_ranks()
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                m = self.momentum if self.momentum is not None else 1/self.num_batches_tracked.item()
+                self.running_mean.lerp_(mean.flatten(), m)
+                self.running_var.lerp_(var.flatten()*n/max(n-1, 1), m)
+        y = (z-mean)*(var+self.eps).rsqrt()
+        if self.affine: y = y*self.weight.view_as(mean) + self.bias.view_as(mean)
+        return self.act(self.drop(y.to(x.dtype)))
 
 # %% ../../nbs/67_training.distributed.ipynb #1822ad55
-def sync_batchnorm(
-    model:nn.Module,     # Changed in place, parameters and buffers are kept
-    device:str='cuda',   # Type of device it runs on
-)->nn.Module:            # The model
-    "Every batch norm over all processes, activations that sit in it included (timm)"
+def sync_batchnorm(model:nn.Module, device:str='cuda')->nn.Module:
+    "Every batch norm of `model`, in place, over all processes; parameters, buffers and activations in it are kept"
     for name,m in list(model.named_children()):
         if isinstance(m, nn.modules.batchnorm._BatchNorm): setattr(model, name, _synced(m, device))
         else: sync_batchnorm(m, device)
@@ -60,27 +54,24 @@ def _synced(m, device):
     "One layer"
     if isinstance(m, (nn.SyncBatchNorm, RanksBatchNorm)): return m
     from timm.layers.norm_act import SyncBatchNormAct
-    cls = RanksBatchNorm if device=='cpu' else SyncBatchNormAct if hasattr(m, 'act') else nn.SyncBatchNorm
+    on_gpu = SyncBatchNormAct if hasattr(m, 'act') else nn.SyncBatchNorm
+    cls = RanksBatchNorm if device=='cpu' else on_gpu
     new = cls(m.num_features, m.eps, m.momentum, m.affine, m.track_running_stats)
-    for k in ('act', 'drop'):
-        if hasattr(m, k) and cls is not nn.SyncBatchNorm: setattr(new, k, getattr(m, k))
-    for k in ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'): setattr(new, k, getattr(m, k))
+    for k in ('act', 'drop', 'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'):
+        if hasattr(m, k): setattr(new, k, getattr(m, k))
     return new.train(m.training)
 
 # %% ../../nbs/67_training.distributed.ipynb #e8ae42b7
 class RankLoader(DataLoader):
-    "The part of a loader that belongs to one process; one step takes consecutive photographs, `bs` for each process"
-    def __init__(self,
-        dl,          # A loader of fastai, its `bs` is for one process
-        rank=None,   # This process; None: from the environment
-        world=None,  # Processes in all
-    ):
+    "The part of a loader that belongs to process `rank` of `world`: in each step `bs` consecutive photographs"
+    def __init__(self, dl, rank=None, world=None):
         self.rank,self.world = rank_distrib() if rank is None else rank, num_distrib() if world is None else world
         if dl.drop_last and not dl.shuffle and dl.n<dl.bs*self.world:    # validation with fewer than one step of all
             dl = copy.copy(dl)
             dl.drop_last = False
         self.dl,fake = dl,dl.fake_l
-        for k in ('bs', 'drop_last', 'dataset', 'n', 'num_workers', 'offs', 'pin_memory'):
+        for k in ('bs', 'drop_last', 'dataset', 'n', 'num_workers', 'offs', 'pin_memory',
+                  'create_batches', 'after_batch', 'before_iter', 'after_iter', 'randomize', 'wif'):
             setattr(self, k, getattr(dl, k))
         self._device = dl.device
         self.fake_l = _FakeLoader(self, fake.pin_memory, fake.num_workers, fake.timeout,
@@ -104,16 +95,7 @@ class RankLoader(DataLoader):
         if hasattr(self.dl, 'spare_processes'): self.dl.spare_processes(self.fake_l, mine)
         return mine
 
-    @property
-    def rng(self): return self.dl.rng
-    @rng.setter
-    def rng(self, rng): self.dl.rng = rng
-    def create_batches(self, samps): return self.dl.create_batches(samps)
-    def after_batch(self, b): return self.dl.after_batch(b)
-    def before_iter(self): self.dl.before_iter()
-    def after_iter(self): self.dl.after_iter()
-    def randomize(self): self.dl.randomize()
-    def wif(self): self.dl.wif()
+    rng = property(lambda self: self.dl.rng, lambda self, rng: setattr(self.dl, 'rng', rng))
 
 # %% ../../nbs/67_training.distributed.ipynb #2740ee56
 class ManyProcesses(Callback):
@@ -131,34 +113,14 @@ class ManyProcesses(Callback):
             raise InputError(f'there are {world} processes but they cannot communicate, as there is no GPU: '
                              'on a CPU write `learn.distrib_ctx(cpu=True)`')
         self._check(world)
-        device = trainer.accelerator.device
-        self.learn.dls.to(device)
+        self.learn.dls.to(trainer.accelerator.device)
         if trainer.sync_bn: self._synchronize(trainer.accelerator)
-        trainer.sync_bn,trainer._wrap_dl = False,self.share
+        trainer.sync_bn = False            # fastai would drop activations
+        trainer._wrap_dl = lambda dl: dl if isinstance(dl, RankLoader) else RankLoader(dl)
         if rank:
             torch.manual_seed(torch.randint(2**62, ()).item() + rank)
             for cb in self.learn.cbs:
                 if isinstance(cb, CollapseMonitor): cb.run = False     # until the end of the fit
-
-    def _synchronize(self, accelerator):
-        "Batch norms over all processes; buffers are then the same in all, and are not sent before each forward pass"
-        from accelerate.utils import DistributedDataParallelKwargs
-        sync_batchnorm(self.learn.model, accelerator.device.type)
-        if accelerator.ddp_handler is None:
-            accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)
-
-    def before_batch(self):
-        "Accumulated gradients are exchanged once a step, with its last batch"
-        acc = next((cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
-        if acc is None or not self.training or n_ranks()<2: return
-        last = acc.count+find_bs(self.learn.yb)>=acc.n_acc
-        self.learn.model.require_backward_grad_sync = last      # as `no_sync` does
-
-    def share(self, dl):
-        "The part of this process of a loader; a loader that can say so itself (`for_rank`) is asked"
-        if isinstance(dl, RankLoader): return dl
-        f = getattr(dl, 'for_rank', None)
-        return RankLoader(dl) if f is None else f(rank_distrib(), num_distrib())
 
     def _check(self, world):
         "Do all processes have the same data, and enough?"
@@ -174,6 +136,20 @@ class ManyProcesses(Callback):
         if n<bs*world:
             raise InputError(f'bs is {bs} in each of {world} processes, {bs*world} in all, '
                              f'but there are only {n} photographs: choose bs of at most {n//world} or fewer processes')
+
+    def _synchronize(self, accelerator):
+        "Batch norms over all processes; buffers are then the same in all, and are not sent before each forward pass"
+        from accelerate.utils import DistributedDataParallelKwargs
+        sync_batchnorm(self.learn.model, accelerator.device.type)
+        if accelerator.ddp_handler is None:
+            accelerator.ddp_handler = DistributedDataParallelKwargs(broadcast_buffers=False)
+
+    def before_batch(self):
+        "Accumulated gradients are exchanged once a step, with its last batch"
+        acc = next((cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
+        if acc is None or not self.training or n_ranks()<2: return
+        last = acc.count+find_bs(self.learn.yb)>=acc.n_acc
+        self.learn.model.require_backward_grad_sync = last      # as `no_sync` does
 
 # %% ../../nbs/67_training.distributed.ipynb #6848c2e8
 def share_batch(

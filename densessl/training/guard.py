@@ -12,19 +12,15 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelStepException
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.training import GradientAccumulation
-from fastai.torch_core import get_model
+from fastai.basics import Callback, CancelBatchException, CancelFitException, CancelStepException
+from fastai.callback.all import GradientAccumulation, MixedPrecision
 
-from ..ground.core import InputError
+from ..ground.core import InputError, unwrapped
 from ..ground.ranks import gather_objects, n_ranks, ranks_where, this_rank
 
 # %% ../../nbs/65_training.guard.ipynb #0a1aeaf0
-def holds_bad_numbers(
-    o,         # Tensor, or lists, tuples, dictionaries and objects of them
-)->bool:       # True if any floating number in it is not finite
-    "Does it hold a NaN or an infinity?"
+def holds_bad_numbers(o)->bool:
+    "Does a tensor, or a list, tuple, dictionary or object of tensors, hold a NaN or an infinity?"
     if isinstance(o, Tensor): return o.is_floating_point() and not torch.isfinite(o).all().item()
     if isinstance(o, dict): o = o.values()
     elif not isinstance(o, (list,tuple)):
@@ -34,17 +30,14 @@ def holds_bad_numbers(
 
 # %% ../../nbs/65_training.guard.ipynb #c35fed41
 @torch.no_grad()
-def first_bad_module(
-    model:nn.Module,  # Run once more, as it stands (train or eval)
-    *inputs,          # What it was given
-)->str:               # Its name in the model and its class; '' if all outputs are finite
-    "The first module, in the order in which they finish, whose output is not finite; buffers are restored"
+def first_bad_module(model:nn.Module, *inputs)->str:
+    "Name and class of the first module to finish with a bad output when `model` runs again; '' if there is none"
     found = []
     def hook(name):
-        def _look(m, args, out):
+        def look(m, args, out):
             kind = type(m).__name__
             if not found and holds_bad_numbers(out): found.append(f'{name} ({kind})' if name else f'the {kind} itself')
-        return _look
+        return look
     hooks = [m.register_forward_hook(hook(n)) for n,m in model.named_modules()]
     kept = [(b, b.clone()) for b in model.buffers()]
     try: model(*inputs)
@@ -55,49 +48,36 @@ def first_bad_module(
     return found[0] if found else ''
 
 # %% ../../nbs/65_training.guard.ipynb #3b7fdb52
-def finite_gradients(
-    params,         # Parameters; those without gradient are passed over
-)->Tensor:          # bool scalar on their device
-    "Are the norms of all gradients finite? Without waiting for the device"
+def finite_gradients(params)->Tensor:
+    "Are the norms of all gradients finite? A bool on their device, which is not waited for"
     grads = [p.grad for p in params if p.grad is not None]
     return torch.isfinite(torch.stack(torch._foreach_norm(grads))).all() if grads else torch.tensor(True)
 
 # %% ../../nbs/65_training.guard.ipynb #92a952dd
-def first_bad_gradient(
-    model:nn.Module,
-)->str:              # '' if all are finite
-    "Name of the first parameter, in the order of the model, whose gradient has no finite norm"
+def first_bad_gradient(model:nn.Module)->str:
+    "Name of the first parameter of the model whose gradient has no finite norm; '' if there is none"
     return next((n for n,p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad.norm())), '')
 
 # %% ../../nbs/65_training.guard.ipynb #7a1c0f3e
 class FailureReport:
     "Why a loss or a gradient is not finite, in one sentence: where it began and which setting to change"
-    def __init__(self,
-        learn,   # Learner in the middle of the batch
-        cast,    # Context of the precision in which the batch was run
-    ):
-        self.learn, self.cast, self.model = learn, cast, get_model(learn.model)
-
-    def terms(self):
-        "The terms of the loss, name -> number; none if it has no parts"
-        parts = getattr(getattr(self.learn, 'loss_func', None), 'parts', None)
-        return {} if parts is None else {k: float(v) for k,v in parts._asdict().items()}
-
-    def bad_terms(self):
-        "Names of the terms that are NaN or infinite"
-        return [k for k,v in self.terms().items() if not math.isfinite(v)]
+    def __init__(self, learn, cast):
+        "In the middle of a batch, which was run in the context `cast` of a precision"
+        self.learn, self.cast, self.model = learn, cast, unwrapped(learn.model)
+        parts = getattr(learn.loss_func, 'parts', None)
+        self.terms = {} if parts is None else {k: float(v) for k,v in parts._asdict().items()}
+        self.bad_terms = [k for k,v in self.terms.items() if not math.isfinite(v)]
 
     def of_loss(self, where):
         "The sentence for a loss"
-        values, bad = self.terms(), self.bad_terms()
-        terms = f' ({", ".join(f"{k} {v:.4g}" for k,v in values.items())})' if values else ''
-        if bad: terms = f', from {"its term" if len(bad)==1 else "its terms"} {" and ".join(bad)}' + terms
-        return f'the loss is {self.learn.loss.item()} at {where}{terms}: {self.origin()}'
+        terms = f' ({", ".join(f"{k} {v:.4g}" for k,v in self.terms.items())})' if self.terms else ''
+        its = 'its term' if len(self.bad_terms)==1 else 'its terms'
+        origin = f', from {its} {" and ".join(self.bad_terms)}' if self.bad_terms else ''
+        return f'the loss is {self.learn.loss.item()} at {where}{origin}{terms}: {self.origin()}'
 
     def of_gradient(self, where):
         "The sentence for a gradient"
-        name = first_bad_gradient(self.model)
-        return (f'the gradient is not finite at {where}, first in the parameter {name}, '
+        return (f'the gradient is not finite at {where}, first in the parameter {first_bad_gradient(self.model)}, '
                 f'though the loss is {self.learn.loss.item():.4g}: {self.remedy()}')
 
     def remedy(self):
@@ -122,31 +102,27 @@ class FailureReport:
 class StopIfNotFinite(Callback):
     "Stop before a loss or a gradient that is NaN or infinite reaches the weights, or skip such a step"
     order,run_valid = MixedPrecision.order+.5,False   # after gradients are unscaled, before they are clipped
-    def __init__(self,
-        skip:int=0,  # Bad steps in a row that are skipped; one more stops. 0 stops at the first
-    ):
-        super().__init__()
+    device_type, one_look = 'cpu', False              # `before_fit` knows better
+    def __init__(self, skip:int=0):  # Bad steps in a row that are skipped; one more stops. 0 stops at the first
         if not isinstance(skip, int) or skip<0:
             raise InputError(f'skip must be a whole number of steps, 0 or more, got {skip}')
         self.skip,self.skipped,self.row,self.kept,self.cast = skip,[],0,[],nullcontext()
-        self.one_look = False
 
     def state_dict(self): return dict(skipped=list(self.skipped), row=self.row)
     def load_state_dict(self, state): self.skipped,self.row = list(state['skipped']),state['row']
 
     def before_fit(self):
         "Where a check waits for the device, the loss is checked together with the gradients"
+        self.device_type = torch.device(getattr(self.dls, 'device', None) or 'cpu').type
         apart = any(isinstance(cb, (GradientAccumulation, MixedPrecision)) for cb in self.learn.cbs)
-        self.one_look = not apart and (n_ranks()>1 or self._device()=='cuda')
-
-    def _device(self): return torch.device(getattr(self.dls, 'device', None) or 'cpu').type
+        self.one_look = not apart and (n_ranks()>1 or self.device_type=='cuda')
 
     def before_batch(self):
         "Note the precision, and the buffers if they may have to be restored"
-        device = self._device()
-        half = torch.is_autocast_enabled(device)
-        self.cast = torch.autocast(device, dtype=torch.get_autocast_dtype(device)) if half else nullcontext()
-        if self.skip: self.kept = [(b, b.clone()) for b in get_model(self.learn.model).buffers()]
+        half = torch.is_autocast_enabled(self.device_type)
+        self.cast = nullcontext()
+        if half: self.cast = torch.autocast(self.device_type, dtype=torch.get_autocast_dtype(self.device_type))
+        if self.skip: self.kept = [(b, b.clone()) for b in unwrapped(self.learn.model).buffers()]
 
     def after_loss(self):
         "Check the loss"
@@ -176,7 +152,7 @@ class StopIfNotFinite(Callback):
         report = FailureReport(self.learn, self.cast)
         if self.row<=self.skip:
             for b,was in self.kept: b.data.copy_(was)
-            step = dict(step=self.train_iter, epoch=self.epoch+1, what=what, terms=report.bad_terms(), ranks=ranks)
+            step = dict(step=self.train_iter, epoch=self.epoch+1, what=what, terms=report.bad_terms, ranks=ranks)
             self.skipped.append(step)
             if what=='loss': self.learn.yb = ()      # the recorder skips it
             raise cancel()
@@ -193,48 +169,34 @@ class StopIfNotFinite(Callback):
         warnings.warn(f'epoch {self.epoch+1}: {n} steps were skipped because the loss or a gradient was not finite')
 
 # %% ../../nbs/65_training.guard.ipynb #38a6a9f7
-def is_out_of_memory(
-    e:BaseException,
-)->bool:
+def is_out_of_memory(e:BaseException)->bool:
     "Does this error say that memory ran out, on a GPU or on a CPU?"
     if isinstance(e, (torch.OutOfMemoryError, MemoryError)): return True
     said = str(e).lower()
     return isinstance(e, RuntimeError) and ('out of memory' in said or "can't allocate memory" in said)
 
 # %% ../../nbs/65_training.guard.ipynb #0ac0b4dd
-def memory_advice(
-    bs:int,         # Photographs in a batch
-    img_size=None,  # Side of the large views, pixels
-    n_local=None,   # Local views a photograph
-    n_acc=None,     # Photographs in a step, if gradients are accumulated
-    half=False,     # Trained in half precision?
-)->str:             # The end of a sentence
-    "Which setting to lower, the cheapest first, with its present value"
+def memory_advice(bs:int, img_size=None, n_local=None, n_acc=None, half=False)->str:
+    "Which setting to lower, the cheapest first, with its present value; `n_acc` photographs are accumulated to a step"
     keep = f'with GradientAccumulation({bs}) a step stays as large'
     if n_acc: keep = f'gradients are accumulated to {n_acc} all the same'
     said = [] if half else ['pass bf16=True']
     said.append(f'lower bs (now {bs}; {keep})')
-    if n_local: said.append(f'lower n_local (now {n_local})')
-    if img_size: said.append(f'lower img_size (now {img_size})')
+    said += [f'lower {k} (now {v})' for k,v in dict(n_local=n_local, img_size=img_size).items() if v]
     return ' or '.join(filter(None, (', '.join(said[:-1]), said[-1])))
 
 # %% ../../nbs/65_training.guard.ipynb #cf1376f7
 class OutOfMemory(Callback):
     "Turn an allocation error into one sentence that says which setting to lower"
-    def before_fit(self):
-        "Watch the loop over batches"
-        self.learn.all_batches = self.all_batches
-
-    def after_fit(self):
-        "Restore fastai's own loop"
-        self.learn.__dict__.pop('all_batches', None)
+    def before_fit(self): self.learn.all_batches = self.all_batches       # watches the loop over batches
+    def after_fit(self): vars(self.learn).pop('all_batches', None)        # fastai's own loop again
 
     def all_batches(self):
-        "The loop over batches, fastai's own"
+        "fastai's loop over batches; what it has computed is released if memory runs out"
         try: return type(self.learn).all_batches(self.learn)
         except Exception as e:
             if not is_out_of_memory(e): raise
-        self.learn.__dict__.pop('all_batches', None)
+        self.after_fit()
         text = self.advice()
         self.learn.opt.zero_grad()
         self.learn._end_cleanup()
@@ -243,10 +205,10 @@ class OutOfMemory(Callback):
 
     def advice(self):
         "The sentence, with the settings of the learner"
-        config = getattr(get_model(self.learn.model), 'config', None)
+        config = getattr(unwrapped(self.learn.model), 'config', None)
         acc = next((cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
         half = any(isinstance(cb, MixedPrecision) or type(cb).__name__=='AutocastBF16' for cb in self.learn.cbs)
-        img_size, n_local = (getattr(config, k, None) for k in ('img_size', 'n_local'))
-        advice = memory_advice(self.dls.bs, img_size, n_local, acc, half)
+        sizes = {k: getattr(config, k, None) for k in ('img_size', 'n_local')}
+        advice = memory_advice(self.dls.bs, **sizes, n_acc=acc, half=half)
         device = next(self.learn.model.parameters()).device
         return f'{device} is out of memory at step {self.train_iter} of epoch {self.epoch+1}: {advice}'

@@ -14,8 +14,8 @@ from torch import Tensor
 from fastai.callback.core import Callback
 from fastai.learner import Metric
 
-from ..ground.core import in_numbers
-from ..ground.ranks import mean_over_ranks
+from ..ground.core import python_numbers
+from ..ground.ranks import mean_over_ranks, n_ranks
 
 # %% ../../nbs/64_training.monitor.ipynb #22ae7456
 def _column(values):
@@ -25,26 +25,20 @@ def _column(values):
     if kinds=={int}: return torch.tensor(values, dtype=torch.int64)
     return values
 
-def pack_rows(
-    rows:list,  # Dictionaries
-)->list:        # Blocks: name -> column, a tensor or a list
-    "A history as columns, for a checkpoint"
+def pack_rows(rows:list)->list:
+    "A history as columns, for a checkpoint: a dictionary of tensors or lists for each block"
     blocks = [list(b) for _,b in groupby(rows, key=tuple)]
     return [{k: _column([r[k] for r in b]) for k in b[0]} for b in blocks]
 
 # %% ../../nbs/64_training.monitor.ipynb #9395b361
-def unpack_rows(
-    blocks:list,  # From `pack_rows`
-)->list:          # The rows, bit for bit
-    "The history again"
+def unpack_rows(blocks:list)->list:
+    "The rows of `pack_rows` again, bit for bit"
     columns = [{k: c.tolist() if isinstance(c, Tensor) else c for k,c in b.items()} for b in blocks]
     return [dict(zip(b, values)) for b in columns for values in zip(*b.values())]
 
 # %% ../../nbs/64_training.monitor.ipynb #2dd3fd41
-def in_fit(
-    learn,   # Learner, in `before_fit`
-)->bool:     # False in `lr_find` and `validate`
-    "Is this a real fit? fastai calls `before_fit` for the others too"
+def in_fit(learn)->bool:
+    "Is this a real fit, and not `lr_find` or `validate`? For a callback's `before_fit`"
     return not hasattr(learn, 'lr_finder') and not learn.lock.locked()
 
 # %% ../../nbs/64_training.monitor.ipynb #eb2782d2
@@ -54,7 +48,7 @@ class CollapseMonitor(Callback):
     def __init__(self,
         measure,    # Function of the learner: numbers, or scalars that may lie on the device
         diagnose,   # Function of their means over an epoch: sentences
-        every=10,   # Steps between two looks
+        every=10,   # Steps between two readings
     ): self.measure,self.diagnose,self.every,self.history,self._said,self.whole = measure,diagnose,every,[],set(),False
 
     def before_fit(self):
@@ -72,7 +66,7 @@ class CollapseMonitor(Callback):
         whole, self.whole = self.whole, False
         if not due or not whole: return
         place = dict(step=self.train_iter, epoch=self.epoch+1, progress=float(self.pct_train))
-        row = in_numbers(place | dict(loss=self.learn.loss) | self.measure(self.learn))     # the one copy of a reading
+        row = python_numbers(place | dict(loss=self.learn.loss) | self.measure(self.learn))  # the one copy of a reading
         if math.isfinite(row['loss']): self.history.append(row)
 
     def _rows(self):
@@ -91,19 +85,11 @@ class CollapseMonitor(Callback):
             if s[:12] not in self._said: warnings.warn(f'epoch {self.epoch+1}: {s}')
             self._said.add(s[:12])
 
-    def state_dict(self):
-        "The history and what was said, for a checkpoint"
-        return dict(history=pack_rows(self.history), said=sorted(self._said))
+    def state_dict(self): return dict(history=pack_rows(self.history), said=sorted(self._said))
     def load_state_dict(self, state):
-        "Restore both"
         self.history, self._said = unpack_rows(state['history']), set(state['said'])
 
 # %% ../../nbs/64_training.monitor.ipynb #e341175b
-def _exchangeable(x):
-    "A number where processes can exchange it: nccl exchanges no tensors on the CPU, where a resumed sum may be"
-    nccl = dist.is_available() and dist.is_initialized() and dist.get_backend()=='nccl'
-    return x.cuda() if nccl else x
-
 class LossPart(Metric):
     "Column of fastai's table: the mean over an epoch of one part of the loss"
     def __init__(self, part): self.part = part
@@ -115,6 +101,8 @@ class LossPart(Metric):
     @property
     def value(self):
         if not self.count: return None
-        return float(mean_over_ranks(_exchangeable(torch.as_tensor(self.total/self.count))))
+        mean = torch.as_tensor(self.total/self.count)
+        if n_ranks()>1 and dist.get_backend()=='nccl': mean = mean.cuda()    # which exchanges nothing on the CPU
+        return float(mean_over_ranks(mean))
     @property
     def name(self): return self.part

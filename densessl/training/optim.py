@@ -19,24 +19,22 @@ from ..ground.core import InputError
 from ..methods.heads import PrototypeHead
 
 # %% ../../nbs/61_training.optim.ipynb #1f1e62a3
-def split_decay(
-    model:nn.Module,  # A model; frozen parameters are left out
-)->list:              # [parameters without weight decay, parameters with]
-    "Parameter groups for fastai: one-dimensional parameters and biases do not decay (FLSL)"
+def split_decay(model:nn.Module)->list:
+    "Trainable parameters in two groups for fastai: those of one dimension and biases, then those that decay (FLSL)"
     named = [(k,p) for k,p in model.named_parameters() if p.requires_grad]
     bare = {k for k,p in named if p.ndim<2 or k.rpartition('.')[2]=='bias'}
     return [[p for k,p in named if k in bare], [p for k,p in named if k not in bare]]
 
 # %% ../../nbs/61_training.optim.ipynb #1509e7a1
 class DecayWrapper(OptimWrapper):
-    "fastai's wrapper of a torch optimizer, whose weight decay goes to the last parameter group only"
+    "fastai's wrapper of a torch optimizer; weight decay goes to the last parameter group only"
     @property
     def hypers(self):
         "As fastai's, without those that are not set: `TensorBoardCallback` writes every one as a number"
         return [{k: v for k,v in h.items() if v is not None} for h in super().hypers]
 
     def set_hyper(self, k, v):
-        "As fastai's; a slice is refused, a single number for `wd` leaves the groups before the last without decay"
+        "As fastai's; slices are refused, and a single `wd` leaves the groups before the last without decay"
         if isinstance(v, slice):
             raise InputError(f'{k} must be one number, got {v}: '
                              'the groups of parameters are those without and with weight decay, not layers')
@@ -49,29 +47,19 @@ def _wrap(opt, params, wd, **kwargs):
     "`opt` over groups of parameters, or over plain parameters as one group"
     params = list(params)
     groups = [params] if isinstance(params[0], Tensor) else params
-    res = DecayWrapper([dict(params=list(g)) for g in groups], opt, convert_groups=False, **kwargs)
-    res.set_hyper('wd', wd)
-    return res
+    wrapped = DecayWrapper([dict(params=list(g)) for g in groups], opt, convert_groups=False, **kwargs)
+    wrapped.set_hyper('wd', wd)
+    return wrapped
 
 # %% ../../nbs/61_training.optim.ipynb #4807bcd4
-def adamw(
-    params,               # Parameter groups as `split_decay` gives them, or plain parameters
-    lr:float=5e-4,        # Learning rate, times batch/256 in FLSL
-    wd:float=0.04,        # Weight decay of the last group; FLSL raises it to 0.4
-    mom:float=0.9,        # First beta
-    sqr_mom:float=0.999,  # Second beta
-    eps:float=1e-8,       # Added to the denominator
-)->DecayWrapper:
-    "torch's AdamW as a fastai `opt_func` (FLSL)"
+def adamw(params, lr:float=5e-4, wd:float=0.04, mom:float=0.9, sqr_mom:float=0.999, eps:float=1e-8)->DecayWrapper:
+    "torch's AdamW as a fastai `opt_func`, for parameters or their groups; `wd` is that of the last group (FLSL)"
     return _wrap(torch.optim.AdamW, params, wd, lr=lr, betas=(mom, sqr_mom), eps=eps)
 
 # %% ../../nbs/61_training.optim.ipynb #a72808af
 @torch.no_grad()
-def clip_per_parameter_(
-    params,              # Parameters; those without gradient are skipped
-    max_norm:float=3.,   # Largest norm a gradient may keep
-):
-    "Scale each gradient by itself down to `max_norm`, in place, without waiting for the device (FLSL public code)"
+def clip_per_parameter_(params, max_norm:float=3.):
+    "Scale each gradient by itself down to a norm of `max_norm`, in place, without waiting for the device (FLSL)"
     grads = [p.grad for p in params if p.grad is not None]
     if not grads: return
     scale = torch._foreach_add(torch._foreach_norm(grads), 1e-6)
@@ -82,18 +70,16 @@ def clip_per_parameter_(
 
 # %% ../../nbs/61_training.optim.ipynb #b2586f51
 class ClipGrad(Callback):
-    "Clip gradients before the step, each parameter by itself (FLSL) or all together"
+    "Clip the gradient of each parameter before the step (FLSL); fastai's `GradientClip` clips all together"
     order, run_valid = MixedPrecision.order+1, False   # gradients are unscaled by then
-    def __init__(self, max_norm:float=3., per_parameter:bool=True):
+    def __init__(self, max_norm:float=3.):
         super().__init__()
         if not max_norm>0:
             raise InputError(f'max_norm must be > 0, got {max_norm}: leave the callback out to train without clipping')
-        self.max_norm, self.per_parameter = max_norm, per_parameter
+        self.max_norm = max_norm
     def before_step(self):
         "Scale the gradients"
-        ps = [p for g in self.opt.param_lists for p in g]
-        if self.per_parameter: clip_per_parameter_(ps, self.max_norm)
-        else: nn.utils.clip_grad_norm_(ps, self.max_norm)
+        clip_per_parameter_((p for g in self.opt.param_lists for p in g), self.max_norm)
 
 # %% ../../nbs/61_training.optim.ipynb #9a92bd93
 class FreezeLastLayer(Callback):
@@ -114,21 +100,14 @@ class FreezeLastLayer(Callback):
 # %% ../../nbs/61_training.optim.ipynb #e54ca358
 class Lars(torch.optim.Optimizer):
     "SGD with momentum, its steps proportional to the norm of each weight; one-dimensional ones neither adapt nor decay"
-    def __init__(self,
-        params,                         # Parameters or groups
-        lr:float=1.,                    # Learning rate
-        momentum:float=0.9,             # Momentum of the buffer
-        weight_decay:float=0.,          # Added to the gradient before its norm is taken
-        trust_coefficient:float=0.001,  # Step length over weight norm, at lr 1
-        eps:float=1e-8,                 # Added to the gradient's norm; FLSL's public code has 0
-    ):
+    def __init__(self, params, lr:float=1., momentum:float=0.9, weight_decay:float=0., trust_coefficient:float=0.001,
+                 eps:float=1e-8):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay,
                                       trust_coefficient=trust_coefficient, eps=eps))
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         "One step of all parameters that have a gradient"
-        loss = None if closure is None else torch.enable_grad()(closure)()
         for g in self.param_groups:
             ps = [p for p in g['params'] if p.grad is not None]
             if not ps: continue
@@ -144,15 +123,8 @@ class Lars(torch.optim.Optimizer):
             torch._foreach_mul_(m, g['momentum'])
             torch._foreach_add_(m, list(d.values()))
             torch._foreach_add_(ps, m, alpha=-g['lr'])
-        return loss
 
 # %% ../../nbs/61_training.optim.ipynb #f030fc46
-def lars(
-    params,          # Parameter groups as `split_decay` gives them, or plain parameters
-    lr:float=1.,     # Learning rate, times batch/256 in CLoVE
-    wd:float=1e-5,   # Weight decay of the last group
-    mom:float=0.9,   # Momentum
-    eps:float=1e-8,  # Added to the gradient's norm
-)->DecayWrapper:
-    "`Lars` as a fastai `opt_func` (CLoVE)"
+def lars(params, lr:float=1., wd:float=1e-5, mom:float=0.9, eps:float=1e-8)->DecayWrapper:
+    "`Lars` as a fastai `opt_func`, for parameters or their groups; `wd` is that of the last group (CLoVE)"
     return _wrap(Lars, params, wd, lr=lr, momentum=mom, eps=eps)

@@ -30,16 +30,13 @@ class AutocastBF16(Callback):
         for m in self.plain: m.fused_attn = False
         self.context = torch.autocast(self.kind, dtype=torch.bfloat16)
         self.context.__enter__()
-    def after_loss(self):
-        "Leave it before the backward pass"
-        self.leave()
-    def after_cancel_batch(self): self.leave()
     def leave(self):
-        "Leave autocast, once; fused attention again"
+        "Leave autocast, before the backward pass; fused attention again"
         if self.context is None: return
         self.context.__exit__(None, None, None)
         self.context = None
         for m in self.plain: m.fused_attn = True
+    after_loss = after_cancel_batch = leave
 
 # %% ../../nbs/60_training.precision.ipynb #3d6ae08d
 def autocast_depth()->int:
@@ -48,18 +45,14 @@ def autocast_depth()->int:
     return torch.autocast_decrement_nesting()
 
 # %% ../../nbs/60_training.precision.ipynb #a4603b68
-def has_bf16(
-    device,
-)->bool:      # On other devices it is slower than float32
-    "Is it a GPU with bfloat16?"
+def has_bf16(device)->bool:
+    "Is it a GPU with bfloat16? On others it is slower than float32"
     return torch.device(device).type=='cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
 
 # %% ../../nbs/60_training.precision.ipynb #c8abb58c
 @contextmanager
-def tf32_beside_bf16(
-    learn,   # Learner
-):
-    "Inside, what `AutocastBF16` leaves in float32 is multiplied in TF32 on a GPU"
+def tf32_beside_bf16(learn):
+    "Inside, a GPU multiplies in TF32 what the learner's `AutocastBF16` leaves in float32"
     was = torch.get_float32_matmul_precision()
     on_gpu = torch.device(learn.dls.device).type=='cuda'
     if was=='highest' and on_gpu and learn._grab_cbs(AutocastBF16): torch.set_float32_matmul_precision('high')
@@ -68,10 +61,8 @@ def tf32_beside_bf16(
 
 # %% ../../nbs/60_training.precision.ipynb #1304e8af
 @contextmanager
-def precision_of_a_batch(
-    learn,   # Learner, before a batch
-):
-    "Mixed precision that was switched on inside is off again at the end, also after an error"
+def precision_of_a_batch(learn):
+    "Mixed precision that a batch switched on is off again at its end, also after an error"
     depth = autocast_depth()
     try: yield
     finally:
@@ -91,7 +82,7 @@ class _TensorDropPath(DropPath):
         return x/self.keep if self.scale_by_keep else x
 
 def _same_depths(net):
-    "One kind of stochastic depth in all blocks, also in those that timm gives none because their rate is 0"
+    "The same kind of stochastic depth in all blocks, also in those where timm has none because the rate is 0"
     if not any(type(m) is DropPath for m in net.modules()): return
     like = next(net.parameters())
     for m in list(net.modules()):
@@ -100,7 +91,7 @@ def _same_depths(net):
                 setattr(m, k, _TensorDropPath(getattr(drop, 'drop_prob', 0.), like).train(drop.training))
 
 def _repeated(net):
-    "The blocks or stages that a network is a sequence of"
+    "The blocks or stages of which a network is a sequence"
     found = []
     for m in net.children():
         parts = list(m.children())
@@ -109,11 +100,8 @@ def _repeated(net):
     return found
 
 # %% ../../nbs/60_training.precision.ipynb #1fe0ca90
-def compile_blocks(
-    model:nn.Module,         # A method (`StudentTeacher`); changed in place
-    backend:str='inductor',  # Of `torch.compile`; 'aot_eager' needs no compiler of C++
-)->list:                     # The modules that are compiled at their first call
-    "Compile the blocks of all encoders in place; the weights keep their names"
+def compile_blocks(model:nn.Module, backend:str='inductor')->list:
+    "Compile the blocks of a method's encoders in place, at their first call; 'aot_eager' needs no compiler of C++"
     nets = [side['encoder'].net for side in model.sides.values()]
     for net in nets: _same_depths(net)
     blocks = [b for net in nets for b in _repeated(net)]

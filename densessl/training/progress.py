@@ -11,31 +11,18 @@ from collections import deque
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import psutil
-import torch
-from fastai.callback.core import Callback
+import psutil, torch
+from fastai.basics import IN_NOTEBOOK, Callback, Learner, noop, num_distrib, patch, rank_distrib
 from fastai.callback.progress import ProgressCallback
-from fastai.imports import noop
-from fastai.learner import Learner
-from fastai.torch_core import num_distrib, rank_distrib
-from fastcore.basics import patch
-from fastcore.foundation import L
-from fastcore.imports import IN_NOTEBOOK
 from fastprogress.fastprogress import format_time
 
 # %% ../../nbs/66_training.progress.ipynb #2606bc60
 class StepTimes:
-    "Running means over the last steps: seconds of a step and the share of them that was waiting for data"
-    def __init__(self,
-        n:int=100,  # Steps to remember
-    ):
-        self.steps = deque(maxlen=n)
+    "Running means over the last `n` steps: seconds of a step and the share of them that was waiting for data"
+    def __init__(self, n:int=100): self.steps = deque(maxlen=n)
 
-    def add(self,
-        waited:float,   # Seconds until the batch was there
-        seconds:float,  # Seconds of the whole step, waiting included
-    ):
-        "One more step"
+    def add(self, waited:float, seconds:float):
+        "One more step: seconds until the batch was there, and those of the whole step"
         self.steps.append((waited, seconds))
 
     @property
@@ -50,28 +37,14 @@ class StepTimes:
         return sum(w for w,_ in self.steps)/total if total else None
 
 # %% ../../nbs/66_training.progress.ipynb #222fb86f
-def seconds_left(
-    epoch:int,            # Epochs that are done
-    n_epochs:int,         # Epochs in all
-    batch:int,            # Batches of this epoch that are done
-    n_batches:int,        # Batches of an epoch
-    step:float,           # Seconds of a step
-    epoch_end:float=0.,   # Seconds between the last step of an epoch and the first of the next
-)->float:
-    "Time until the end of the run, at the pace measured"
+def seconds_left(epoch:int, n_epochs:int, batch:int, n_batches:int, step:float, epoch_end:float=0.)->float:
+    "Seconds until the end, after `epoch` epochs and `batch` batches, each of `step` seconds; an epoch adds `epoch_end`"
     epochs = n_epochs - epoch
     return (epochs*n_batches - batch)*step + epochs*epoch_end
 
 # %% ../../nbs/66_training.progress.ipynb #1aa110fc
-def bar_line(
-    title:str,     # What is going on, as 'epoch 3 of 30'
-    done:int,      # Batches done
-    total:int,     # Batches in all
-    numbers:list,  # Texts, the most important first
-    extra:str='',  # One more, if there is room beside the bar
-    width:int=79,  # Columns
-)->str:            # At most `width` characters, ASCII
-    "A progress bar on one line, numbers first"
+def bar_line(title:str, done:int, total:int, numbers:list, extra:str='', width:int=79)->str:
+    "A progress bar of at most `width` ASCII characters, texts in `numbers` first; `extra` only where the bar has room"
     count, parts = f'{done}/{total}', []
     for n in numbers:
         if len('  '.join([f'{title} {count}', *parts, n]))>width: break
@@ -86,14 +59,8 @@ def bar_line(
     return '  '.join([title + middle + count, *parts])[:width]
 
 # %% ../../nbs/66_training.progress.ipynb #8ac646c7
-def epoch_line(
-    epoch:int,         # Counted from 1
-    n_epochs:int,      # Epochs in all
-    values:dict,       # Name in fastai's table, as 'train_loss', 'valid_loss', 'time' -> value; None is left out
-    numbers:list=(),   # More texts
-    width:int=None,    # Columns; None: as long as it gets
-)->str:
-    "What an epoch came to, on one line; what does not fit is left out from the end"
+def epoch_line(epoch:int, n_epochs:int, values:dict, numbers:list=(), width:int=None)->str:
+    "A row of fastai's table, name -> value, and the texts `numbers` on one line; what does not fit is dropped"
     texts = {}
     for k,v in values.items():
         if v is not None and k not in ('epoch', 'time'):
@@ -108,7 +75,7 @@ def epoch_line(
 
 # %% ../../nbs/66_training.progress.ipynb #6b464c80
 class _Above:
-    "A stream that takes the last line away before it writes"
+    "A stream that removes the last line before it writes"
     def __init__(self, stream, line): self.stream, self.line = stream, line
     def __getattr__(self, k): return getattr(self.stream, k)
     def write(self, text):
@@ -116,11 +83,8 @@ class _Above:
         return self.stream.write(text)
 
 class LastLine:
-    "A line that is drawn again and again at the bottom of a terminal, below what others print"
-    def __init__(self,
-        out=None,        # Stream of a terminal; default standard output
-        every:float=.2,  # Least number of seconds between two drawings
-    ):
+    "A line that is redrawn, at most once in `every` seconds, at the bottom of a terminal, below what others print"
+    def __init__(self, out=None, every:float=.2):
         self.out, self.every = out or sys.stdout, every
         self.length, self.drawn_at = 0, None
         self.streams = sys.stdout, sys.stderr
@@ -138,12 +102,12 @@ class LastLine:
         self.length, self.drawn_at = len(text), time.monotonic()
 
     def clear(self):
-        "Take the line away"
+        "Remove the line"
         if self.length: self.out.write('\r' + ' '*self.length + '\r')
         self.length, self.drawn_at = 0, None
 
     def close(self):
-        "Take the line away and give the streams back"
+        "Remove the line and restore the streams"
         self.clear()
         self.out.flush()
         for name,stream in zip(('stdout', 'stderr'), self.streams):
@@ -151,9 +115,7 @@ class LastLine:
             if isinstance(now, _Above) and now.line is self: setattr(sys, name, stream)
 
 # %% ../../nbs/66_training.progress.ipynb #ceed200e
-def memory_in_use(
-    device,  # torch.device of the model
-)->str:
+def memory_in_use(device)->str:
     "Peak of the GPU's memory, or the memory of this process"
     if torch.device(device).type=='cuda': used = torch.cuda.max_memory_allocated(device)
     else: used = psutil.Process().memory_info().rss
@@ -166,36 +128,34 @@ class _StepEnd(Callback):
     def __init__(self, progress): self.progress = progress
     def after_batch(self): self.progress.step_is_over()
 
+def _columns(): return shutil.get_terminal_size().columns-1   # a full line would wrap
+
 class Progress(ProgressCallback):
     "Progress of a fit outside notebooks: a bar in a terminal, and a line for each finished epoch"
     order = 59   # before `CSVLogger`, which writes its row and then calls the logger it found
     def __init__(self):
-        self.line, self.own_logger = None, False
-        self.step_end = _StepEnd(self)
+        self.line, self.step_end = None, _StepEnd(self)
         self.mbar = SimpleNamespace(update_graph=noop, write=print)   # what other callbacks of fastai ask for
 
     def before_fit(self):
         "Begin to measure; the first process alone shows anything, and only of a fit"
-        if rank_distrib() or self.learn.lock.locked():   # locked: validate, get_preds
-            self.run = False
-            return
+        self.run = not (rank_distrib() or self.learn.lock.locked())   # locked: validate, get_preds
+        if not self.run: return
         self.close()
         self.times, self.epoch_ends = StepTimes(), []
         self.epoch_ended, self.warm = None, False
         self.learn.add_cb(self.step_end)
-        self.own_logger = self.learn.logger!=noop        # fastai's `no_logging`
-        if self.own_logger: self.old_logger,self.learn.logger = self.learn.logger,self.log_epoch
+        self.old_logger = self.learn.logger
+        if self.old_logger!=noop: self.learn.logger = self.log_epoch      # `noop` is fastai's `no_logging`
         if sys.stdout.isatty() and os.environ.get('TERM')!='dumb': self.line = LastLine()
 
     def before_train(self):
-        "An epoch begins; what was since the last step is the end of the epoch before"
+        "An epoch begins; the time since the last step was the end of the epoch before"
         self.mark = time.perf_counter()
         if self.epoch_ended is not None: self.epoch_ends.append(self.mark - self.epoch_ended)
         self.batch, self.n_batches = 0, len(self.dls.train)
 
-    def before_batch(self):
-        "The batch is there"
-        self.arrived = time.perf_counter()
+    def before_batch(self): self.arrived = time.perf_counter()       # the batch is there
 
     def after_batch(self):
         "Draw the bar, if it is time"
@@ -214,17 +174,13 @@ class Progress(ProgressCallback):
         if self.warm: self.times.add(self.arrived - self.mark, now - self.mark)
         self.mark, self.warm = now, True
 
-    def after_train(self):
-        "The end of the epoch begins"
-        self.epoch_ended = time.perf_counter()
+    def after_train(self): self.epoch_ended = time.perf_counter()    # the end of the epoch begins
 
-    def rates(self,
-        epochs_done:int,  # Of this fit
-    )->dict:              # Texts; without a measurement only memory
-        "Pace and what is left"
+    def rates(self, epochs_done:int)->dict:
+        "Texts on the pace and the time that is left; without a measurement only on memory"
         texts, step = dict(memory=memory_in_use(next(self.model.parameters()).device)), self.times.seconds
         if step is None: return texts
-        epoch_end = sum(self.epoch_ends)/len(self.epoch_ends) if self.epoch_ends else 0.
+        epoch_end = sum(self.epoch_ends)/max(1, len(self.epoch_ends))
         batch = self.batch if epochs_done==self.epoch else 0
         left = seconds_left(epochs_done, self.n_epoch, batch, self.n_batches, step, epoch_end)
         pace = (self.dls.bs or 1)*max(1, num_distrib())/step
@@ -238,15 +194,14 @@ class Progress(ProgressCallback):
         now = self.rates(self.epoch+1)
         words = dict(speed='', waiting='waiting for ', memory='memory ', left='')
         numbers = [before+now[k] for k,before in words.items() if k in now]
-        width = _columns() if self.line is not None else None
         values = dict(zip(self.recorder.metric_names, log))
         for cb in self.learn.cbs:                     # one that prints its scores on a line of its own
             if getattr(type(cb), 'own_line', False) and cb.verbose:
                 for name in cb.columns: values.pop(name, None)
-        print(epoch_line(self.epoch+1, self.n_epoch, values, numbers, width), flush=True)
+        print(epoch_line(self.epoch+1, self.n_epoch, values, numbers, self.line and _columns()), flush=True)
 
     def close(self):
-        "Give terminal and callbacks back; the next fit does it if an error ended this one"
+        "Restore terminal and callbacks; the next fit does it if an error ended this one"
         if self.line is not None: self.line.close()
         self.line = None
         if self.step_end in self.learn.cbs: self.learn.remove_cb(self.step_end)
@@ -254,35 +209,25 @@ class Progress(ProgressCallback):
     def after_fit(self):
         "As it was before the fit"
         self.close()
-        if self.own_logger: self.learn.logger = self.old_logger
-        self.own_logger = False
+        self.learn.logger = self.old_logger
 
-    def skip_epochs(self, epochs, seconds):
-        "A resumed run was there before: the learner's own count says where it is"
-
-    # events in which fastai's bar does something else
-    def before_epoch(self): pass
-    def before_validate(self): pass
-    def after_validate(self): pass
-
-def _columns(): return shutil.get_terminal_size().columns-1   # a full line would wrap
+    def before_epoch(self): pass       # fastai's bar does something in these events
+    before_validate = after_validate = before_epoch
 
 # %% ../../nbs/66_training.progress.ipynb #f9db7303
 @patch
 @contextmanager
 def no_bar(self:Learner):
     "Without a progress bar for a while; the same bar comes back"
-    bars = L(cb for cb in self.cbs if isinstance(cb, ProgressCallback))
+    bars = [cb for cb in self.cbs if isinstance(cb, ProgressCallback)]
     self.remove_cbs(bars)
     try: yield self
     finally: self.add_cbs(bars)
 
 # %% ../../nbs/66_training.progress.ipynb #e1458081
-def show_progress(
-    learn:Learner,  # Changed in place
-)->Learner:
+def show_progress(learn:Learner)->Learner:
     "Replace fastai's progress bar, outside notebooks"
-    bars = L(cb for cb in learn.cbs if isinstance(cb, ProgressCallback))
+    bars = [cb for cb in learn.cbs if isinstance(cb, ProgressCallback)]
     if bars and not IN_NOTEBOOK:
         learn.remove_cbs(bars)
         learn.add_cb(Progress())

@@ -11,39 +11,27 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from fastai.callback.core import Callback, CancelFitException
-from fastai.learner import Learner
-from fastcore.basics import patch
+from fastai.basics import Callback, CancelFitException, Learner
 
 from ..ground.core import InputError
 from ..ground.ranks import from_first_rank, gather_objects, n_ranks, ranks_where, this_rank
 from ..data.order import inner_loader, random_states, rest_of_epoch, set_random_states
+from .monitor import in_fit
 from .runfile import RunFolder, newest_checkpoint, read_checkpoint
 from .runstate import (check_same_run, gather_state, generators_of_this_rank, json_settings,
-                                        place_in_words, restore_state, run_header, run_settings, set_clock,
-                                        show_skipped)
+    place_in_words, restore_state, run_header, run_settings, set_clock, show_skipped)
 
 # %% ../../nbs/71_training.resume.ipynb #19ee8822
 class RunStopped(SystemExit):
     "The run was told to stop by a signal, and its state is saved; `code` is 128 plus the signal"
-    def __init__(self, signum):
-        super().__init__(128+signum)
-        self.signum = signum
 
 # %% ../../nbs/71_training.resume.ipynb #6c816099
-def _inside_fit(frame):
-    "Is a fit running in this frame?"
-    while frame is not None:
-        if frame.f_code is Learner._do_fit.__code__: return True
-        frame = frame.f_back
-    return False
-
 class StopSignals:
-    "Hears the signals that end a process, and leaves it to the run when to obey"
+    "Notes the signals that end a process; the run obeys them at the end of a step"
     def __init__(self): self.heard, self.handlers, self.held = None, {}, False
 
     def listen(self):
-        "Hear them from now on, but for those that the process was started to ignore, as by nohup"
+        "Note them from now on, but for those that the process was started to ignore, as by nohup"
         self.heard, self.pid = None, os.getpid()
         if threading.current_thread() is not threading.main_thread(): return
         named = (getattr(signal, name, None) for name in ('SIGTERM', 'SIGINT', 'SIGHUP'))    # Windows has no SIGHUP
@@ -53,7 +41,8 @@ class StopSignals:
     def hear(self, signum, frame):
         "Remember the first signal, obey the second"
         if os.getpid()!=self.pid: return               # a worker that is about to start
-        if self.heard is not None or not _inside_fit(frame):
+        while frame is not None and frame.f_code is not Learner._do_fit.__code__: frame = frame.f_back
+        if self.heard is not None or frame is None:    # outside of a fit
             self.close()
             signal.raise_signal(signum)
             return
@@ -62,29 +51,25 @@ class StopSignals:
         with suppress(OSError): os.write(2, said.encode())     # the terminal may be closed
 
     def hold(self, on):
-        "Let a SIGTERM wait while workers start, which inherit that"
+        "Hold SIGTERM back while workers start, which inherit that"
         if on==self.held or not self.handlers or not hasattr(signal, 'pthread_sigmask'): return
         signal.pthread_sigmask(signal.SIG_BLOCK if on else signal.SIG_UNBLOCK, {signal.SIGTERM})
         self.held = on
 
     def close(self):
-        "Give the signals back to whoever heard them before"
+        "Restore the handlers that were there before"
         for s,h in self.handlers.items():
             if h is not None: signal.signal(s, h)
         self.handlers = {}
 
 # %% ../../nbs/71_training.resume.ipynb #aef1bce6
-def _lives(pid):
-    "Is there a process with this number?"
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    return True
-
 def _await_term(parent):
     "End this process when its parent, and no other, says so, or is gone"
-    while _lives(parent):
-        said = signal.sigtimedwait({signal.SIGTERM}, 2)
-        if said and said.si_pid==parent: break
+    with suppress(ProcessLookupError):
+        while True:
+            os.kill(parent, 0)     # is it there?
+            said = signal.sigtimedwait({signal.SIGTERM}, 2)
+            if said and said.si_pid==parent: break
     os._exit(0)
 
 def _shielded(wif, parent):
@@ -96,28 +81,21 @@ def _shielded(wif, parent):
         threading.Thread(target=_await_term, args=(parent,), daemon=True).start()
     wif()
 
-def shield_workers(
-    loaders,      # fastai `DataLoader`s, changed in place
-    on:bool=True, # False: as they were before
-):
-    "Workers that start from now on leave signals to this process, and end with it"
+def shield_workers(loaders, on:bool=True):
+    "Workers that start from now on leave signals to this process, and end with it; not `on`: as they were before"
     for dl in loaders:
-        shielded = getattr(dl.wif, 'func', None) is _shielded
         if on: dl.wif = partial(_shielded, dl.wif, os.getpid())
-        elif shielded: dl.wif = dl.wif.args[0]
+        elif getattr(dl.wif, 'func', None) is _shielded: dl.wif = dl.wif.args[0]
 
 # %% ../../nbs/71_training.resume.ipynb #862fda0e
 class _RestOfEpoch:
     "Stands in for the training loader: the batches of the interrupted epoch from the `k`-th on"
-    def __init__(self, dl, saver, k, state, own):
-        self.dl, self.saver, self.k, self.state, self.own = dl, saver, k, state, own
-
+    def __init__(self, dl, run, k, state, now): self.dl, self.run, self.k, self.state, self.now = dl, run, k, state, now
     def __len__(self): return len(self.dl)
-
     def __getattr__(self, k): return getattr(self.dl, k)
 
     def __iter__(self):
-        learn, start = self.saver.learn, self.own['start']
+        learn, start = self.run.learn, self.run.start
         inner_loader(self.dl).rng.setstate(start['loader'])
         set_random_states(start['random'])
         learn.one_batch = lambda i,b: type(learn).one_batch(learn, i+self.k, b)
@@ -125,11 +103,74 @@ class _RestOfEpoch:
         finally: vars(learn).pop('one_batch', None)
 
     def as_at_the_checkpoint(self):
-        "Put the state back once more, as the events that begin an epoch set sums and progress back"
-        learn, state, self.state = self.saver.learn, self.state, None
-        restore_state(state, learn, self.saver)
-        set_random_states(self.own['now'])
-        for cb in learn.cbs: set_clock(cb, time.time()-self.saver.began, state['recorder']['seconds'])
+        "Restore the state once more, as the events that begin an epoch reset sums and progress"
+        learn, state, self.state = self.run.learn, self.state, None
+        restore_state(state, learn)
+        set_random_states(self.now)
+        for cb in learn.cbs: set_clock(cb, time.time()-self.run.began, state['recorder']['seconds'])
+
+# %% ../../nbs/71_training.resume.ipynb #0ecf086f
+class _RunOnDisk:
+    "The run of a learner in its folder of checkpoints: resumed or begun, and saved"
+    def __init__(self, learn, folder, settings):
+        self.learn, self.folder, self.settings = learn, folder, settings
+        self.first_epoch, self.rows, self.began, self.rest = 0, [], time.time(), None
+
+    def begin(self, resume):
+        "Lock the folder, and continue from its newest checkpoint or write the first"
+        path = from_first_rank(partial(self.open, resume))
+        if path is None: self.save(0, 0, must=True)
+        else: self.resume(path)
+
+    def open(self, resume):
+        "Path of the checkpoint to resume, or None; an error if the folder is not for this run"
+        if self.folder.open(resume):
+            path, *self.loaded = newest_checkpoint(self.folder.path)
+            return str(path)
+        if resume: print(f'no checkpoint in {self.folder.path}: starting at the beginning', flush=True)
+
+    def resume(self, path):
+        "Restore everything as it was at the checkpoint"
+        learn = self.learn
+        try: header, state = read_checkpoint(path) if this_rank() else vars(self).pop('loaded')
+        except OSError as e:
+            raise InputError(f'process {this_rank()} cannot read {path!r} ({e.strerror}): '
+                             'give a folder that all processes see') from e
+        check_same_run(path, header, state, learn, self.settings)
+        if not this_rank():
+            self.folder.remove_parts()
+            print(f'resuming {path}, {place_in_words(header)}', flush=True)
+        own = generators_of_this_rank(state['ranks'])
+        restore_state(state, learn)
+        if state['bad_files']: learn.dls.bad_files.load_state_dict(state['bad_files'])
+        for dl,s in zip(learn.dls.loaders, own['loaders']): inner_loader(dl).rng.setstate(s)
+        set_random_states(own['now'])
+        self.first_epoch, self.saved = header['epoch'], (Path(path), header)
+        self.rows, self.began = state.get('rows', []), time.time()-state.get('seconds', 0.)
+        show_skipped(learn, self.first_epoch, time.time()-self.began, self.rows)
+        if header['batch']:                            # another number of processes may have other epochs
+            n = len(learn.dls.train)
+            self.rest = min(n, header['batch']*n//header['batches']), state, own
+
+    def loader(self, dl):
+        "The loader of an epoch, or of its rest; notes where its order and the workers' seeds come from"
+        if self.rest is None:
+            self.start = dict(loader=inner_loader(dl).rng.getstate(), random=random_states())
+            return dl
+        (k, state, own), self.rest = self.rest, None
+        self.start = own['start']
+        return _RestOfEpoch(dl, self, k, state, own['now'])
+
+    def save(self, epoch, batch, must=False):
+        "Write a checkpoint; the first process writes for all"
+        learn = self.learn
+        loaders = [inner_loader(dl).rng.getstate() for dl in learn.dls.loaders]
+        ranks = gather_objects(dict(now=random_states(), loaders=loaders, start=self.start if batch else None))
+        if this_rank(): return
+        bad_files = learn.dls.bad_files.state_dict() if hasattr(learn.dls, 'bad_files') else {}
+        own = dict(ranks=ranks, bad_files=bad_files, rows=self.rows, seconds=time.time()-self.began)
+        header = run_header(learn, self.settings, epoch, batch)
+        if path := self.folder.write(header, gather_state(learn) | own, must): self.saved = path, header
 
 # %% ../../nbs/71_training.resume.ipynb #d1bdedf4
 class SaveRun(Callback):
@@ -144,42 +185,55 @@ class SaveRun(Callback):
         settings:dict=None,   # More settings that must be the same, e.g. dict(seed=0)
         command:str=None,     # What resumes the run, printed when it is stopped; None: the call of Python
     ):
-        super().__init__()
         for k,v in dict(minutes=minutes, every=every).items():
             if v is not None and not v>0: raise InputError(f'{k} must be > 0, got {v}: None leaves it out')
         self.checkpoints, self.minutes, self.every = RunFolder(folder, keep), minutes, every
-        self.resume, self.more_settings = resume, settings or {}
+        self.resume, self.more_settings, self.signals = resume, settings or {}, StopSignals()
         self.command = command or f'the same fit with SaveRun({str(folder)!r}, resume=True)'
-        self.signals, self.pending, self.seconds = StopSignals(), None, []
         self.granted = None    # what processes have agreed on in this step: the guard's exchange takes the wishes along
 
     def before_fit(self):
         "Resume or begin, and listen for signals"
-        other = hasattr(self.learn, 'lr_finder') or self.learn.lock.locked()   # lr_find; validate, get_preds
-        self.run = not other
+        self.run = in_fit(self.learn)
         if not self.run: return
-        self.pending, self.granted, self.first_epoch, self.rows, self.began = None, None, 0, [], time.time()
-        self.settings = run_settings(self.learn) | json_settings(self.more_settings)
-        try: self._resume_or_begin()
+        self.granted = None
+        settings = run_settings(self.learn) | json_settings(self.more_settings)
+        self.on_disk = _RunOnDisk(self.learn, self.checkpoints, settings)
+        try: self.on_disk.begin(self.resume)
         except BaseException:
             self.checkpoints.close()
             raise
+        self.began = self.on_disk.began        # earlier by the seconds that were run before a resume
+        self.last = self.train_iter, time.monotonic()
         self.learn._with_events = self._events
         shield_workers(self.dls.loaders)
         self.signals.listen()
 
     def before_train(self):
-        "Remember where the epoch's order and the workers' seeds come from; of an interrupted epoch, train the rest"
-        if self.pending:
-            self.learn.dl, self.pending = _RestOfEpoch(self.learn.dl, self, *self.pending), None
-            self.start = self.learn.dl.own['start']
-        else: self.start = dict(loader=inner_loader(self.learn.dl).rng.getstate(), random=random_states())
+        "Train the rest of an interrupted epoch"
+        self.learn.dl = self.on_disk.loader(self.learn.dl)
         self.signals.hold(True)
 
-    def before_batch(self): self.signals.hold(False)
-    def after_train(self): self.signals.hold(False)
     def before_validate(self): self.signals.hold(True)
-    def after_validate(self): self.signals.hold(False)
+    def before_batch(self): self.signals.hold(False)
+    after_train = after_validate = before_batch
+
+    def after_batch(self): self._save_or_stop(self.epoch, self.iter+1)
+
+    def after_epoch(self):
+        "Keep the row of the table, for a file that is written again; save if it is time"
+        self.on_disk.rows = [*self.on_disk.rows, list(self.learn.recorder.log)]
+        self._save_or_stop(self.epoch+1, 0, self.epoch+1==self.n_epoch)
+
+    def after_fit(self):
+        "Restore everything as it was before the fit; after a signal, exit with its code"
+        self._leave()
+        if self.signals.heard is None: return
+        if not this_rank():
+            path, header = self.on_disk.saved
+            print(f'stopped; the state {place_in_words(header)} is in {path}. To resume: {self.command}', flush=True)
+        self.learn._end_cleanup()
+        raise RunStopped(128+self.signals.heard)
 
     def wishes(self, step):
         "At the end of that step, is a checkpoint due, and was this process told to stop?"
@@ -188,115 +242,33 @@ class SaveRun(Callback):
         by_time = self.minutes is not None and time.monotonic()-moment>=60*self.minutes
         return by_steps or by_time, self.signals.heard is not None
 
-    def after_batch(self): self._save_or_stop(self.epoch, self.iter+1)
+    def _save_or_stop(self, epoch, batch, must=False):
+        "Save if it is time, stop if told to; in all processes alike"
+        agreed, self.granted = self.granted, None
+        if not agreed:
+            agreed = self.wishes(self.train_iter)
+            # not the device of the loss, which is a zero on the CPU before the first batch
+            if n_ranks()>1: agreed = ranks_where(agreed, next(self.learn.model.parameters()).device)
+        due, stop = agreed
+        if due or stop or must:
+            self.last = self.train_iter, time.monotonic()
+            self.on_disk.save(epoch, batch)
+        if stop:
+            if self.signals.heard is None: self.signals.heard = signal.SIGTERM     # another process was told
+            raise CancelFitException    # ends the fit as fastai does
 
-    def after_epoch(self):
-        "Keep the row of the table, for a file that is written again; save if it is time"
-        self.rows = [*self.rows, list(self.learn.recorder.log)]
-        self._save_or_stop(self.epoch+1, 0, self.epoch+1==self.n_epoch)
+    def _events(self, f, event_type, ex, final=lambda: None):
+        "The learner's `_with_events`: epochs that were trained cause no events; an error undoes all, as the end does"
+        if event_type=='epoch' and self.epoch<self.on_disk.first_epoch: return
+        try: type(self.learn)._with_events(self.learn, f, event_type, ex, final)
+        except BaseException as e:
+            if event_type=='epoch' and not isinstance(e, CancelFitException): self._leave()
+            raise
 
-    def after_fit(self):
-        "Everything as it was before the fit; after a signal, leave with its code"
-        self._leave()
-        if self.signals.heard is None: return
-        if not this_rank():
-            path, header = self.saved
-            print(f'stopped; the state {place_in_words(header)} is in {path}. To resume: {self.command}', flush=True)
-        self.learn._end_cleanup()
-        raise RunStopped(self.signals.heard)
-
-# %% ../../nbs/71_training.resume.ipynb #347f006a
-@patch
-def _resume_or_begin(self:SaveRun):
-    "Lock the folder, and continue from its newest checkpoint or write the first"
-    path = from_first_rank(self._open)
-    if path is None: self._save(0, 0, must=True)
-    else: self._resume(path)
-
-@patch
-def _open(self:SaveRun):
-    "Path of the checkpoint to resume, or None; an error if the folder is not for this run"
-    folder = self.checkpoints.path
-    if self.checkpoints.open(self.resume):
-        self.loaded = newest_checkpoint(folder)
-        return str(self.loaded[0])
-    if self.resume: print(f'no checkpoint in {folder}: starting at the beginning', flush=True)
-
-@patch
-def _read(self:SaveRun, path):
-    "Header and state; the first process has them already"
-    if not this_rank(): return self.loaded[1:]
-    try: return read_checkpoint(path)
-    except OSError as e:
-        raise InputError(f'process {this_rank()} cannot read {path!r} ({e.strerror}): '
-                         'give a folder that all processes see') from e
-
-@patch
-def _resume(self:SaveRun, path):
-    "Everything as it was at the checkpoint"
-    header, state = self._read(path)
-    self.loaded = None
-    check_same_run(path, header, state, self.learn, self.settings)
-    if not this_rank():
-        self.checkpoints.remove_parts()
-        print(f'resuming {path}, {place_in_words(header)}', flush=True)
-    own = generators_of_this_rank(state['ranks'])
-    restore_state(state, self.learn, self)
-    if state['bad_files']: self.dls.bad_files.load_state_dict(state['bad_files'])
-    for dl,s in zip(self.dls.loaders, own['loaders']): inner_loader(dl).rng.setstate(s)
-    set_random_states(own['now'])
-    self.first_epoch, self.last, self.saved = header['epoch'], (state['step'], time.monotonic()), (Path(path), header)
-    self.rows, self.began = state.get('rows', []), time.time()-state.get('seconds', 0.)
-    show_skipped(self.learn, self.first_epoch, time.time()-self.began, self.rows)
-    if header['batch']:                            # another number of processes may have other epochs
-        n = len(self.dls.train)
-        self.pending = min(n, header['batch']*n//header['batches']), state, own
-
-# %% ../../nbs/71_training.resume.ipynb #0ecf086f
-@patch
-def _save_or_stop(self:SaveRun, epoch, batch, must=False):
-    "Save if it is time, stop if told to; in all processes alike"
-    agreed, self.granted = self.granted, None
-    if not agreed:
-        agreed = self.wishes(self.train_iter)
-        device = next(self.learn.model.parameters()).device  # the loss is a zero on the CPU before the first batch
-        if n_ranks()>1: agreed = ranks_where(agreed, device)
-    due, stop = agreed
-    if due or stop or must: self._save(epoch, batch)
-    if stop:
-        if self.signals.heard is None: self.signals.heard = signal.SIGTERM     # another process was told
-        raise CancelFitException    # ends the fit as fastai does
-
-@patch
-def _save(self:SaveRun, epoch, batch, must=False):
-    "Write a checkpoint; the first process writes for all"
-    learn, began = self.learn, time.perf_counter()
-    self.last = learn.train_iter, time.monotonic()
-    loaders = [inner_loader(dl).rng.getstate() for dl in learn.dls.loaders]
-    ranks = gather_objects(dict(now=random_states(), loaders=loaders, start=self.start if batch else None))
-    if this_rank(): return
-    bad_files = learn.dls.bad_files.state_dict() if hasattr(learn.dls, 'bad_files') else {}
-    own = dict(ranks=ranks, bad_files=bad_files, rows=self.rows, seconds=time.time()-self.began)
-    header = run_header(learn, self.settings, epoch, batch)
-    path = self.checkpoints.write(header, gather_state(learn, self) | own, must)
-    if path is None: return
-    self.saved, self.seconds = (path, header), [*self.seconds[-99:], time.perf_counter()-began]
-
-@patch
-def _events(self:SaveRun, f, event_type, ex, final=lambda: None):
-    "The learner's `_with_events`: epochs that were trained cause no events, and an error leaves no signal unheard"
-    if event_type=='epoch' and self.learn.epoch<self.first_epoch: return
-    try: type(self.learn)._with_events(self.learn, f, event_type, ex, final)
-    except BaseException as e:
-        if event_type=='epoch' and not isinstance(e, CancelFitException): self._leave()
-        raise
-
-@patch
-def _leave(self:SaveRun):
-    "Give back signals, workers, folder and learner"
-    self.signals.hold(False)
-    self.signals.close()
-    self.checkpoints.close()
-    shield_workers(self.dls.loaders, on=False)
-    for k in ('_with_events', 'one_batch'): vars(self.learn).pop(k, None)
-    self.pending = None
+    def _leave(self):
+        "Give back signals, workers, folder and learner"
+        self.signals.hold(False)
+        self.signals.close()
+        self.checkpoints.close()
+        shield_workers(self.dls.loaders, on=False)
+        for k in ('_with_events', 'one_batch'): vars(self.learn).pop(k, None)

@@ -11,23 +11,19 @@ import hashlib, io, json, os, pickle, re, time, warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
-import torch
+import numpy as np, torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from .. import __version__
 from ..ground.core import InputError
+from ..ground.files import whole_file
 
 # %% ../../nbs/69_training.runfile.ipynb #a900d38b
-def as_plain(
-    o,              # Nested dictionaries, lists and tuples
-    name='state',   # What to call it in an error
-):                  # None, bool, int, float, str, bytes, tensors, and lists, tuples, dictionaries of them
-    "The same in plain Python and tensors, so that it can be read with `weights_only=True`; else a `TypeError`"
+def as_plain(o, name='state'):
+    "Nested values in plain Python and tensors, which `weights_only=True` reads; a `TypeError` says where in `name`"
     if o is None or type(o) in (bool, int, float, str, bytes): return o
-    if isinstance(o, Tensor):
-        o = o.detach().as_subclass(Tensor)
+    if isinstance(o, torch.Tensor):
+        o = o.detach().as_subclass(torch.Tensor)
         is_view = o.untyped_storage().nbytes()>o.numel()*o.element_size()
         return o.clone() if is_view else o     # of a view, torch would write the whole storage
     if isinstance(o, np.generic): return as_plain(o.item(), name)
@@ -49,104 +45,67 @@ class DamagedCheckpoint(InputError):
 class _Hashed:
     "A file that keeps a hash of what is written to it, and the error of a write"
     def __init__(self, f): self.f, self.sha, self.error = f, hashlib.sha256(), None
-
     def write(self, b):
         self.sha.update(b)
         try: return self.f.write(b)
         except BaseException as e:
             self.error = e
             raise
-
     def flush(self): self.f.flush()
 
-def _write_body(f, header, state):
-    "First line, state and checksum, on the disk when it returns"
-    out = _Hashed(f)
-    out.write(_MAGIC + b' ' + json.dumps(dict(format=_FORMAT)|header).encode() + b'\n')
-    try: torch.save(as_plain(state), out)
-    except RuntimeError as e:          # torch hides the error of the file, or Ctrl-C, behind one of its own
-        raise out.error or e
-    f.write(out.sha.digest())
-    f.flush()
-    os.fsync(f.fileno())
-
-def _sync_folder(path):
-    "Force the entries of a folder to the disk, where a system can"
-    if not hasattr(os, 'O_DIRECTORY'): return
-    folder = os.open(path, os.O_DIRECTORY)
-    try: os.fsync(folder)
-    finally: os.close(folder)
-
 # %% ../../nbs/69_training.runfile.ipynb #9d0a9a93
-def write_checkpoint(
-    path,         # File; it is replaced only when the new one is complete and on the disk
-    header:dict,  # What JSON can hold: the first line
-    state:dict,   # Tensors, numbers, text, lists, tuples, dictionaries
-):
-    "Write a checkpoint wholly or not at all"
-    path = Path(path)
-    part = path.with_name(path.name+'.part')
-    try:
-        with open(part, 'wb') as f: _write_body(f, header, state)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+def write_checkpoint(path, header:dict, state:dict):
+    "Write a `header` that JSON can hold, and a `state` for `as_plain`, wholly or not at all"
+    with whole_file(path) as part, open(part, 'wb') as f:
+        out = _Hashed(f)
+        out.write(_MAGIC + b' ' + json.dumps(dict(format=_FORMAT)|header).encode() + b'\n')
+        try: torch.save(as_plain(state), out)
+        except RuntimeError as e:          # torch hides the error of the file, or Ctrl-C, behind one of its own
+            raise out.error or e
+        f.write(out.sha.digest())
 
 # %% ../../nbs/69_training.runfile.ipynb #e9c206e8
-def read_header(
-    path,  # File of `write_checkpoint`
-)->dict:   # Its first line
-    "What a checkpoint says of itself, without reading the rest"
-    path = Path(path)
+def read_header(path)->dict:
+    "What a checkpoint says of itself in its first line"
     with open(path, 'rb') as f: line = f.readline(2**24)
+    path = str(path)
     if not line.startswith(_MAGIC+b' ') or not line.endswith(b'\n'):
-        raise DamagedCheckpoint(f'{str(path)!r} is not a checkpoint of a run, or its beginning is lost')
+        raise DamagedCheckpoint(f'{path!r} is not a checkpoint of a run, or its beginning is lost')
     try: header = json.loads(line[len(_MAGIC):])
-    except ValueError: raise DamagedCheckpoint(f'the first line of {str(path)!r} cannot be read') from None
+    except ValueError: raise DamagedCheckpoint(f'the first line of {path!r} cannot be read') from None
     if header['format']!=_FORMAT:
         writer = header.get('version', 'of unknown version')
-        raise InputError(f'{str(path)!r} has format {header["format"]}, written by densessl {writer}, '
+        raise InputError(f'{path!r} has format {header["format"]}, written by densessl {writer}, '
                          f'but this densessl {__version__} reads format {_FORMAT}: use the version that wrote it')
     return header
 
 # %% ../../nbs/69_training.runfile.ipynb #be86ad27
-def read_checkpoint(
-    path,    # File of `write_checkpoint`
-)->tuple:    # Header and state, tensors on the CPU
-    "Read a checkpoint after its checksum was compared; no code in it is run"
-    path, header = Path(path), read_header(path)
-    data = path.read_bytes()
+def read_checkpoint(path)->tuple:
+    "Header and state, tensors on the CPU, after the checksum was compared; no code in the file is run"
+    header, data = read_header(path), Path(path).read_bytes()
     if hashlib.sha256(memoryview(data)[:-32]).digest()!=data[-32:]:
         raise DamagedCheckpoint(f'{str(path)!r} is damaged: its checksum does not match its {len(data):,} bytes')
     content = io.BytesIO(memoryview(data)[data.index(b'\n')+1:-32])
-    try: state = torch.load(content, map_location='cpu', weights_only=True)
+    try: return header, torch.load(content, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         raise InputError(f'{str(path)!r} holds code where only tensors and numbers belong, and was not opened: '
                          'do not use it') from e
-    return header, state
 
 # %% ../../nbs/69_training.runfile.ipynb #6694d358
 @contextmanager
-def without_stopping(
-    what:str,  # Name of what is written, for the warning
-):
-    "A file that cannot be written causes a warning and does not end the run"
+def without_stopping(what:str):
+    "If the file named `what` cannot be written, there is a warning and the run continues"
     try: yield
     except (OSError, SafetensorError) as e:
         reason = getattr(e, 'strerror', None) or e
         warnings.warn(f'{what} could not be written ({reason}), and training continues: make room for the next time')
 
 # %% ../../nbs/69_training.runfile.ipynb #6c2e9c81
-def writable_folder(
-    path,    # A folder, or the name of one that will be made
-)->Path:     # The same
-    "The path of a folder that can be written to; an `InputError` says why it cannot"
+def writable_folder(path)->Path:
+    "The path of a folder that can be written to, or made; an `InputError` says why it cannot"
     path = Path(path).expanduser()
     there = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
-    if not there.is_dir():
-        raise InputError(f'{str(there)!r} is a file: choose a folder that can be made')
+    if not there.is_dir(): raise InputError(f'{str(there)!r} is a file: choose a folder that can be made')
     if not os.access(there, os.W_OK|os.X_OK):
         raise InputError(f'{str(there)!r} cannot be written to (no permission, or a file system that is read-only): '
                          f'choose another folder than {str(path)!r}')
@@ -166,18 +125,14 @@ def _forget_locks():
 if fcntl: os.register_at_fork(after_in_child=_forget_locks)
 
 def _lock(handle):
-    "Lock an open folder; False if another process has it"
+    "Lock an open folder; False if another process has it, True also on a file system without locks"
     try: fcntl.flock(handle, fcntl.LOCK_EX|fcntl.LOCK_NB)
-    except BlockingIOError: return False
-    except OSError: pass           # a file system without locks
+    except OSError as e: return not isinstance(e, BlockingIOError)
     return True
 
 @contextmanager
-def one_process(
-    folder,        # Of a run
-    patience=10.,  # Seconds to wait: a process that was stopped takes a few to end
-):
-    "Only one process at a time inside, or an error; however a process ends, it is no longer inside"
+def one_process(folder, patience=10.):
+    "Only one process at a time inside; the lock of a process that was killed is gone. Waits `patience` seconds"
     if fcntl is None:
         yield
         return
@@ -196,28 +151,23 @@ def one_process(
             os.close(handle)
 
 # %% ../../nbs/69_training.runfile.ipynb #280649b9
-def run_checkpoints(
-    folder,  # Folder of `SaveRun`
-)->list:     # Paths, newest first
-    "The checkpoints of a run"
+def run_checkpoints(folder)->list:
+    "Paths of the checkpoints of a run, newest first"
     found = [p for p in Path(folder).glob('step-*.run') if re.fullmatch(r'step-\d+\.run', p.name)]
     return sorted(found, key=lambda p: int(p.name[5:-4]), reverse=True)
 
 # %% ../../nbs/69_training.runfile.ipynb #98612515
-def newest_checkpoint(
-    folder,     # Folder of `SaveRun`
-)->tuple:       # Path, header and state
-    "The newest checkpoint that is whole; damaged ones are named in a warning and renamed"
+def newest_checkpoint(folder)->tuple:
+    "Path, header and state of the newest checkpoint that is whole; damaged ones are named in a warning and renamed"
     damaged = []
     for path in run_checkpoints(folder):
-        try: header, state = read_checkpoint(path)
-        except DamagedCheckpoint as e:
-            damaged.append((path, e))
-            continue
-        for p,e in damaged:
-            warnings.warn(f'{e}; going back to {path.name}')
-            p.rename(p.with_name(p.name+'.damaged'))
-        return path, header, state
+        try: found = path, *read_checkpoint(path)
+        except DamagedCheckpoint as e: damaged.append((path, e))
+        else:
+            for p,e in damaged:
+                warnings.warn(f'{e}; going back to {path.name}')
+                p.rename(p.with_name(p.name+'.damaged'))
+            return found
     why = f': {damaged[0][1]}' if damaged else ''
     raise InputError(f'{str(folder)!r} holds no checkpoint that can be read{why}. Start again in another folder')
 
@@ -228,19 +178,15 @@ def first_names(names, n=6):
     return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
 
 # %% ../../nbs/69_training.runfile.ipynb #49d1d2a7
-class RunFolder:
-    "The folder of a run's checkpoints, locked from `open` to `close`"
-    def __init__(self,
-        path,        # Holds the checkpoints, and nothing else
-        keep:int=2,  # Checkpoints to keep, the newest
-    ):
+class RunFolder(ExitStack):
+    "The folder of a run and of nothing else, locked from `open` to `close`; the newest `keep` checkpoints stay"
+    def __init__(self, path, keep:int=2):
         if keep<1: raise InputError(f'keep must be at least 1, got {keep}')
-        self.path, self.keep, self.lock = writable_folder(path), keep, ExitStack()
+        super().__init__()
+        self.path, self.keep = writable_folder(path), keep
 
-    def open(self,
-        resume:bool,  # Resume the run in the folder; False: it must hold none
-    )->list:          # Its checkpoints, newest first; empty at the beginning of a run
-        "Make the folder if need be, and lock it; an error if it is not for this run"
+    def open(self, resume:bool)->list:
+        "Make the folder if need be, and lock it; its checkpoints, or an error if it is not for this run"
         d, found = self.path, run_checkpoints(self.path)
         strange = sorted(p.name for p in d.iterdir() if not p.name.startswith('step-')) if d.exists() else []
         if strange and not found:
@@ -252,33 +198,24 @@ class RunFolder:
         try: d.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise InputError(f'{str(d)!r} cannot be made ({e.strerror}): choose another folder') from e
-        self.lock.enter_context(one_process(d))
+        self.enter_context(one_process(d))
         return found
 
     def remove_parts(self):
         "Remove what writes that were killed have left"
         for p in self.path.glob('step-*.run.part'): p.unlink()
 
-    def write(self,
-        header:dict,      # With the number of its `step`
-        state:dict,       # As `write_checkpoint` takes it
-        must:bool=False,  # An error if it cannot be written; False: a warning
-    ):                    # Path, or None if it could not be written
-        "Write a checkpoint and remove old ones"
+    def write(self, header:dict, state:dict, must:bool=False):
+        "Write a checkpoint and remove old ones: its path. If it fails, None and a warning, or an error if it `must` be"
         path = self.path/f'step-{header["step"]:08}.run'
         try: write_checkpoint(path, header, state)
         except OSError as e:
             if must:
                 raise InputError(f'no checkpoint can be written to {str(self.path)!r} ({e.strerror}): '
                                  'choose another folder') from e
-            last = run_checkpoints(self.path)[0].name
             warnings.warn(f'the checkpoint of step {header["step"]} could not be written ({e.strerror}); '
-                          f'{last} is whole, and training continues. '
+                          f'{run_checkpoints(self.path)[0].name} is whole, and training continues. '
                           'Make room: a checkpoint is kept until the next one is complete')
             return None
         for p in run_checkpoints(self.path)[self.keep:]: p.unlink(missing_ok=True)
         return path
-
-    def close(self):
-        "Release the lock"
-        self.lock.close()

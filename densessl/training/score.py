@@ -9,22 +9,107 @@ __all__ = ['DenseScore']
 import copy, warnings
 from dataclasses import asdict, replace
 
-from fastai.callback.core import Callback
+from fastai.basics import Callback, Learner, patch
 from fastai.callback.tracker import TrackerCallback
-from fastai.learner import Learner
-from fastcore.basics import patch
 
 from ..ground.core import InputError, unwrapped
 from ..ground.ranks import from_first_rank
 from ..methods.encoders import DenseEncoder
 from ..evaluation.gauges import GAUGES
-from ..evaluation.network import PROBES, NetworkScorer, checked_labels, prototype_head
-from ..evaluation.scores import Score, scores_table, write_scores
+from ..evaluation.network import NetworkScorer, checked_labels, prototype_head
+from ..evaluation.scores import Score, scores_table
 from ..evaluation.verdict import Verdict, has_batch_norm, random_start, training_verdict
-from .curve import ScoreFiles, curves_plot, gain, remarks, training_trouble
+from .curve import ScoreCurve, curves_plot, training_trouble
+from .monitor import in_fit
+
+# %% ../../nbs/77_training.score.ipynb #5c0f1e9a
+class _Scoring(ScoreCurve, Callback):
+    "What `DenseScore` counts (epochs, steps, losses of the first steps and of this epoch) and how it scores"
+    def after_loss(self):
+        "Remember the loss; a canceled batch has none"
+        if not self.training: return
+        loss = self.learn.loss.detach()
+        if len(self.first_losses)<8 and self.done[1]<8: self.first_losses.append(loss)
+        self.epoch_losses.append(loss)
+
+    def after_batch(self):
+        "Count the step"
+        if self.training: self.done = self.base[0]+self.epoch, self.base[1]+self.train_iter
+
+    def after_train(self): self.trained = True     # an epoch was trained, not skipped
+
+    def _names(self): return self.scorer.names(prototype_head(self.method) is not None)
+
+    def _default_best(self): return self.best_by or ('nearest neighbor' if self.scorer.labelled else 'correspondence')
+
+    def _gathers(self):
+        "Does the backbone have batch norm, whose statistics can be gathered without training?"
+        return isinstance(self.method.backbone, DenseEncoder) and has_batch_norm(self.method.backbone)
+
+    def _open(self):
+        "Open photographs and labels; the name of the score that chooses the best"
+        self.scorer.open(self.dls)
+        by, there = self._default_best(), self._names()
+        if by not in there:
+            raise InputError(f'best_by is {by!r}, which this run does not score: use one of {", ".join(there)}')
+        return by
+
+    def _score_start(self):
+        if self.history: return      # by a fit that was broken off before its first step
+        backbone = self.method.backbone
+        published = getattr(backbone, 'published', False) if self.published is None else self.published
+        trained_before = getattr(getattr(self.learn, 'collapse_monitor', None), 'history', [])
+        if published: self.start_name = 'published weights'
+        elif trained_before: self.start_name = 'the start of this fit'
+        fresh = self.start_name=='random start' and self._gathers()
+        start = self.scorer.gathered(backbone) if fresh else copy.deepcopy(backbone)
+        self._start = start.cpu().eval().requires_grad_(False)
+        self.files.export('start', self._start, getattr(self.dls, 'recipe', None))
+        self._score()
+        self._print_line()
+
+    def _print_line(self):
+        if self.line: print(self.line, flush=True)
+        self.line = ''
+
+    def _score(self):
+        "Score the backbone, or the frozen start before training, whose statistics are gathered; keep the best"
+        (epoch, step), backbone = self.done, self.method.backbone
+        label = f'epoch {epoch}' if epoch else 'before training'
+        net = backbone if epoch else copy.deepcopy(self._start).to(next(backbone.parameters()).device)
+        new = self.score_network(net, label, head=prototype_head(self.method))
+        better = self.add(epoch, step, label, new)
+        if better:
+            self.files.export('best', backbone, getattr(self.dls, 'recipe', None))
+            self.write_best()
+        if not self.verbose: return
+        when = f'epoch {epoch} of {self.base[0]+self.n_epoch}, scores' if epoch else label
+        self.line = f'{when}: ' + ', '.join(f'{s.probe} {100*s.value:.1f}' for s in new) + ' %'
+        if better: self.line += f'; best {self.best_by}'
+
+    def _trouble(self):
+        return training_trouble(getattr(self.learn, 'collapse_monitor', None), self.first_losses, self.epoch_losses)
+
+    def _score_others(self):
+        "Scores of the other starts: other seeds; or of published weights with gathered statistics"
+        backbone, gathers = self.method.backbone, self._gathers()
+        if self.others or not isinstance(backbone, DenseEncoder): return
+        self.scorer.open(self.dls)
+        if self.start_name=='random start': nets = [random_start(backbone, 7001+i) for i in range(self.n_starts-1)]
+        else: nets = [self.start] if gathers and self.start is not None else []
+        for net in nets:
+            net = self.scorer.gathered(net) if gathers else net
+            self.others += self.score_network(net.to(self.dls.device), self.start_name, ordering=True)
+
+    def _say(self):
+        "The verdict as a warning if something is wrong, else as a line"
+        if len(self.history)<2: return
+        words = self.conclude()
+        if self.conclusion.answer=='harmed' or any(self._trouble().values()): warnings.warn(words)
+        elif self.verbose: print(words, flush=True)
 
 # %% ../../nbs/77_training.score.ipynb #fa12e1fb
-class DenseScore(Callback):
+class DenseScore(_Scoring):
     "Scores the backbone of the model before training, every few epochs and at the end, and keeps the best"
     order,run_valid = 66,False   # after the monitors, before checkpoints; validation is no training
     own_line = True              # scores are printed below the line of the epoch
@@ -38,72 +123,50 @@ class DenseScore(Callback):
         n_photos:int=64,    # Photographs for the gauges
         probe:dict=None,    # Arguments of the labelled probes, as dict(k=30, memory=100_000)
         gauges:dict=None,   # Arguments of the gauges, as dict(n_segments=4, beta=10.)
-        verbose:bool=True,  # Print a line a scoring
-        starts:int=5,       # Random starts to compare with, the own one included
+        verbose:bool=True,  # Print a line for each scoring
+        starts:int=5,       # Random starts to compare with, the run's own included
         published:bool=None, # Training starts from published weights, to compare with; default as the learner says
-        say:bool=True,      # Say the verdict at the end of a fit; False leaves it to `conclude`
+        say:bool=True,      # Give the verdict at the end of a fit; False leaves it to `conclude`
     ):
-        super().__init__()
         if not isinstance(every, int) or every<1:
             raise InputError(f'every must be a whole number of epochs, at least 1, got {every}')
-        if best_by is not None and best_by not in PROBES:
-            raise InputError(f'best_by must be one of {", ".join(PROBES)}, got {best_by!r}')
         if not isinstance(starts, int) or not 1<=starts<=8:
             raise InputError(f'starts must be a whole number from 1 to 8, got {starts}')
-        self.scorer, self.files = NetworkScorer(photos, n_photos, labelled, linear, probe, gauges), ScoreFiles(out)
-        self.every, self.best_by, self.verbose, self.say = every, best_by, verbose, say
-        self.n_starts, self.published, self.start_name = starts, published, 'random start'
-        self.scores, self.history, self.best, self._start = [], [], None, None
-        self.base, self.done = (0,0), (0,0)                        # (epochs, steps) of earlier fits, and of all
+        super().__init__(out, best_by)
+        self.scorer = NetworkScorer(photos, n_photos, labelled, linear, probe, gauges)
+        self.every, self.verbose, self.n_starts, self.published, self.say = every, verbose, starts, published, say
+        self.start_name, self._start = 'random start', None
+        self.base, self.done = (0,0), (0,0)                 # (epochs, steps) of earlier fits, and of all
         self.others, self.conclusion, self.line = [], None, ''
-        self.first_losses, self.epoch_losses = [], []              # of the first steps, and of the epoch
+        self.first_losses, self.epoch_losses = [], []       # of the first steps, and of the epoch
 
     def before_fit(self):
-        "See that everything is there before the first step"
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
+        "Open all that the scores need, before the first step"
+        self.run = in_fit(self.learn)
         if not self.run: return
         self.learn._dense_score = self   # given to `fit`, it is gone afterwards; the report asks for it
         self.base, self.trained = self.done, False
-        self.best_by = from_first_rank(self._chosen)
+        self.best_by = from_first_rank(self._open)
 
     def before_train(self):
         "Score the start"
         self.epoch_losses = []
         if self.epoch==0 and self.done==(0,0): from_first_rank(self._score_start)
 
-    def after_loss(self):
-        "Remember the loss; a batch that is canceled has none"
-        if not self.training: return
-        loss = self.learn.loss.detach()
-        if len(self.first_losses)<8 and self.done[1]<8: self.first_losses.append(loss)
-        self.epoch_losses.append(loss)
-
-    def after_batch(self):
-        "Count"
-        if self.training: self.done = self.base[0]+self.epoch, self.base[1]+self.train_iter
-
-    def after_train(self):
-        "An epoch was trained, not skipped"
-        self.trained = True
-
     def after_epoch(self):
-        "Score the backbone, if it is time, and say so below the line of the epoch"
+        "Score the backbone, if it is time, and print the scores below the line of the epoch"
         self.score_epoch()
         self._print_line()
 
     def score_epoch(self):
-        "Score the backbone, if it is time"
-        if not self.trained: return   # `learn.validate()` and skipped epochs come by here, too
+        "Score the backbone, if it is time; not after `learn.validate()` or a skipped epoch"
+        if not self.trained: return
         self.trained, self.done = False, (self.base[0]+self.epoch+1, self.base[1]+self.train_iter)
         if self.done[0]%self.every==0 or self.epoch+1==self.n_epoch: from_first_rank(self._score)
 
     def after_fit(self):
-        "Say what it came to, if it has come to its end"
+        "Give the verdict, if the fit has come to its end"
         if self.say and self.done[0]==self.base[0]+self.n_epoch: from_first_rank(self._say)
-
-    def _print_line(self):
-        if self.line: print(self.line, flush=True)
-        self.line = ''
 
 # %% ../../nbs/77_training.score.ipynb #8941d7eb
 @patch(as_prop=True)
@@ -118,187 +181,71 @@ def method(self:DenseScore):
 # %% ../../nbs/77_training.score.ipynb #2ebd3514
 @patch(as_prop=True)
 def start(self:DenseScore):
-    "The network before training, on the CPU, or None if it was never seen"
+    "The network before training, on the CPU, or None if it is not known"
     if self._start is None and self.history: self._start = self.files.load('start')
     return self._start
 
 # %% ../../nbs/77_training.score.ipynb #e4743165
 @patch
-def score_network(self:DenseScore,
-    encoder,        # What `as_feature_map` takes
-    label='model',  # Name of the model in tables
-    **kwargs,       # Changes to the settings, as `network_scores` takes them
-)->list:            # Scores
-    "All scores of any network, as this callback gives them; random numbers stay as they are"
+def score_network(self:DenseScore, encoder, label='model', **kwargs)->list:
+    "All scores of a network, as this callback gives them; `kwargs` change the settings of `NetworkScorer.score`"
     self.scorer.open(self.dls)
     head = prototype_head(self.method) if encoder is self.method.backbone else None
     return self.scorer.score(encoder, label, **(dict(head=head) | kwargs))
 
-@patch
-def _names(self:DenseScore): return self.scorer.names(prototype_head(self.method) is not None)
-
-@patch
-def _default_best(self:DenseScore):
-    return self.best_by or ('nearest neighbor' if self.scorer.labelled else 'correspondence')
-
-@patch
-def _chosen(self:DenseScore):
-    "Name of the score that chooses the best"
-    self.scorer.open(self.dls)
-    by, there = self._default_best(), self._names()
-    if by not in there:
-        raise InputError(f'best_by is {by!r}, which this run does not score: use one of {", ".join(there)}')
-    return by
-
-@patch
-def _score_start(self:DenseScore):
-    if self.history: return      # by a fit that was broken off before its first step
-    backbone = self.method.backbone
-    published = getattr(backbone, 'published', False) if self.published is None else self.published
-    trained_before = getattr(getattr(self.learn, 'collapse_monitor', None), 'history', [])
-    if published: self.start_name = 'published weights'
-    elif trained_before: self.start_name = 'the start of this fit'
-    fresh = self.start_name=='random start' and isinstance(backbone, DenseEncoder) and has_batch_norm(backbone)
-    self.scorer.open(self.dls)
-    frozen = self.scorer.gathered(backbone) if fresh else copy.deepcopy(backbone)
-    self._start = frozen.cpu().eval().requires_grad_(False)
-    self.files.export('start', self._start, getattr(self.dls, 'recipe', None))
-    self._score()
-    self._print_line()
-
-@patch
-def _network_now(self:DenseScore):
-    "The backbone; before training a copy of the frozen start, as its statistics are gathered"
-    backbone = self.method.backbone
-    if self.done[0]: return backbone
-    return copy.deepcopy(self._start).to(next(backbone.parameters()).device)
-
-@patch
-def _score(self:DenseScore):
-    "Score the backbone, write the scores down, and keep the best"
-    epoch, step = self.done
-    label = f'epoch {epoch}' if epoch else 'before training'
-    new = self.score_network(self._network_now(), label, head=prototype_head(self.method))
-    self.scores = [s for s in self.scores if s.model!=label] + new
-    row = dict(epoch=epoch, step=step) | {s.probe: s.value for s in new}
-    self.history = [h for h in self.history if h['epoch']!=epoch] + [row]
-    self.files.write('scores_by_epoch.json', lambda p: write_scores(self.scores, p))
-    better = epoch>0 and (self.best is None or gain(self.best_by, row, self.best)>0)
-    if better:
-        self.best = row
-        self.files.export('best', self.method.backbone, getattr(self.dls, 'recipe', None))
-        self._write_best()
-    if not self.verbose: return
-    when = f'epoch {epoch} of {self.base[0]+self.n_epoch}, scores' if epoch else label
-    self.line = f'{when}: ' + ', '.join(f'{s.probe} {100*s.value:.1f}' for s in new) + ' %'
-    if better: self.line += f'; best {self.best_by}'
-
-@patch
-def _write_best(self:DenseScore, verdict=''):
-    "best.txt: the best epoch of the run beside the start"
-    row, first, by = self.best, self.history[0], self.best_by
-    words = f'{by} {100*row[by]:.2f} % in epoch {row["epoch"]}, the best epoch of this run so far'
-    if first['epoch']==0: words += f'; before training it was {100*first[by]:.2f} %'
-    table = scores_table([s for s in self.scores if s.model in ('before training', f'epoch {row["epoch"]}')])
-    text = '\n\n'.join(filter(None, [words, verdict, table]))+'\n'
-    self.files.write('best.txt', lambda p: p.write_text(text, encoding='utf-8'))
-
 # %% ../../nbs/77_training.score.ipynb #40b0be4b
 @patch
-def _trouble(self:DenseScore):
-    return training_trouble(getattr(self.learn, 'collapse_monitor', None), self.first_losses, self.epoch_losses)
-
-@patch
-def _score_others(self:DenseScore):
-    "Scores of the other starts: other seeds; or of published weights with gathered statistics"
-    backbone, fixed = self.method.backbone, self.start_name!='random start'
-    if self.others or not isinstance(backbone, DenseEncoder): return
-    changes = has_batch_norm(backbone)
-    if not fixed: nets = [random_start(backbone, 7001+i) for i in range(self.n_starts-1)]
-    else: nets = [self.start] if changes and self.start is not None else []
-    self.scorer.open(self.dls)
-    for net in nets:
-        net = self.scorer.gathered(net) if changes else net
-        self.others += self.score_network(net.to(self.dls.device), self.start_name, ordering=True)
-
-@patch
-def start_scores(self:DenseScore):
-    "Scores of all starts under one name: that of this run first"
+def start_scores(self:DenseScore)->list:
+    "Scores of all starts under one name, that of this run first"
     self._score_others()
     own = [replace(s, model=self.start_name) for s in self.scores if s.model=='before training']
     return [s for s in own if s.probe not in GAUGES or s.probe=='correspondence'] + self.others
 
 # %% ../../nbs/77_training.score.ipynb #b9139f52
 @patch
-def verdict(self:DenseScore,
-    label:str=None,  # Name of the trained backbone
-    others=(),       # Scores of other backbones that could be used instead
-)->Verdict:
-    "Did training help? The last scores against several starts"
+def verdict(self:DenseScore, label=None, others=())->Verdict:
+    "Did training help? The last scores, named `label`, against several starts and `others`, scores of other backbones"
     last = f'epoch {self.done[0]}'
     label, starts = label or last, self.start_scores()
     fixed, trouble = self.start_name!='random start', self._trouble()
     names = list(dict.fromkeys(s.model for s in others))
-    backbone = self.method.backbone
     def named(scores): return [replace(s, model=label) for s in scores]
-    if isinstance(backbone, DenseEncoder) and has_batch_norm(backbone):
+    if self._gathers():
         gathered = self.scorer.gathered
-        trouble['gathered'] = lambda: named(self.score_network(gathered(backbone), last, ordering=True))
+        trouble['gathered'] = lambda: named(self.score_network(gathered(self.method.backbone), last, ordering=True))
     trained = named(s for s in self.scores if s.model==last)
     return training_verdict([*starts, *others, *trained], label, self.start_name, names, fixed, **trouble)
 
 # %% ../../nbs/77_training.score.ipynb #f731681e
 @patch
-def conclude(self:DenseScore,
-    label:str=None,  # Name of the trained backbone
-    others=(),       # Scores of other backbones that could be used instead
-)->str:
-    "The verdict and what the curve adds to it; also written to best.txt"
+def conclude(self:DenseScore, label=None, others=())->str:
+    "The `verdict` and what the curve adds to it; also written to best.txt"
     v = self.conclusion = self.verdict(label, others)
-    if any(self._trouble().values()): words = v.said   # no epoch of the run is advised
-    else: words = ' '.join([v.said, *remarks(self.history, self.best_by, v.answer), *self._highest()])
-    if self.best: self._write_best(words)
+    remarks = [] if any(self._trouble().values()) else self.remarks(v.answer)     # no epoch of a failed run is advised
+    words = ' '.join([v.said, *remarks])
+    if self.best: self.write_best(words)
     return words
-
-@patch
-def _highest(self:DenseScore):
-    "A sentence if the best epoch is worth more than the last one, and than the start"
-    if not self.best: return
-    by, first, last = self.best_by, self.history[0], self.history[-1]
-    if gain(by, self.best, last)<.005 or (first['epoch']==0 and gain(by, self.best, first)<=0): return
-    where = ': its backbone is best.safetensors.' if self.files.folder else '.'
-    yield f'The highest {by} was that of epoch {self.best["epoch"]}, {100*self.best[by]:.1f} %{where}'
-
-@patch
-def _say(self:DenseScore):
-    "The verdict as a warning if something is wrong, or else as a line"
-    if len(self.history)<2: return
-    words = self.conclude()
-    if self.conclusion.answer=='harmed' or any(self._trouble().values()): warnings.warn(words)
-    elif self.verbose: print(words, flush=True)
 
 # %% ../../nbs/77_training.score.ipynb #72b18204
 @patch
 def state_dict(self:DenseScore):
     "Scores, rows, the best and what was trained, in plain Python"
-    return dict(scores=[asdict(s) for s in self.scores], history=self.history, best=self.best,
-                base=self.base, done=self.done, start_name=self.start_name,
-                first_losses=list(map(float, self.first_losses)),
-                epoch_losses=list(map(float, self.epoch_losses)))
+    state = {k: getattr(self, k) for k in ('history', 'best', 'base', 'done', 'start_name')}
+    losses = {k: [float(v) for v in getattr(self, k)] for k in ('first_losses', 'epoch_losses')}
+    return state | losses | dict(scores=[asdict(s) for s in self.scores])
 
 # %% ../../nbs/77_training.score.ipynb #a1716322
 @patch
 def load_state_dict(self:DenseScore, state):
-    "Continue from there, inside a fit: each fit begins to count where the last one ended"
-    self.scores, self.history, self.best = [Score(**s) for s in state['scores']], state['history'], state['best']
-    self.base, self.done = tuple(state['base']), tuple(state['done'])
-    self.start_name = state.get('start_name', 'random start')
-    self.first_losses, self.epoch_losses = (list(state.get(k, [])) for k in ('first_losses', 'epoch_losses'))
+    "Continue from `state_dict`, inside a fit"
+    pairs = {k: tuple(state[k]) for k in ('base', 'done')}
+    losses = {k: list(state.get(k, [])) for k in ('first_losses', 'epoch_losses')}
+    vars(self).update(state | pairs | losses | dict(scores=[Score(**s) for s in state['scores']]))
 
 # %% ../../nbs/77_training.score.ipynb #c5e04e66
 @patch(as_prop=True)
 def columns(self:DenseScore):
-    "Scores that fastai's table shows, those that a callback watches among them"
+    "The scores that fastai's table shows"
     there = self._names()
     watched = [cb.monitor for cb in self.learn.cbs if isinstance(cb, TrackerCallback) and cb.monitor in there]
     return list(dict.fromkeys([self._default_best(), *watched]))
@@ -313,11 +260,8 @@ def row(self:DenseScore):
 
 # %% ../../nbs/77_training.score.ipynb #bd4aee4b
 @patch
-def plot(self:DenseScore,
-    names=None,  # Scores to draw; default all
-    **kwargs,    # Of `curves_plot`
-):               # Figure: the scores, the loss, the schedules, over the same steps
-    "The scores next to the loss and the schedules"
+def plot(self:DenseScore, names=None, **kwargs):
+    "Figure of the scores (all, or `names`), the loss and the schedules, by `curves_plot`"
     if not self.history: raise InputError('nothing was scored yet: train with this callback first')
     callbacks = ('collapse_monitor', 'schedules')
     loss, schedules = (getattr(getattr(self.learn, cb, None), 'history', []) for cb in callbacks)
@@ -340,7 +284,7 @@ def dense_report(self:Learner,
     data, own = cb.scorer.open(self.dls), {}
     known = [s for s in cb.scores if s.model=='before training']
     if labelled is not None:
-        own = dict(labelled=checked_labels(labelled, data['size']), linear=linear)
+        own = dict(labelled=checked_labels(labelled, data.photos[2]), linear=linear)
         known = [s for s in known if s.probe in GAUGES]
         if known and cb.start is not None:
             known += [s for s in cb.score_network(cb.start, 'before training', **own) if s.probe not in GAUGES]

@@ -8,7 +8,7 @@ __all__ = ['TeacherEMA']
 # %% ../../nbs/63_training.teacher.ipynb #d8762fcf
 from fastai.callback.core import Callback
 
-from ..ground.core import InputError
+from ..ground.core import InputError, unwrapped
 from ..theory.schedules import cosine
 
 # %% ../../nbs/63_training.teacher.ipynb #53479b9f
@@ -19,21 +19,16 @@ class TeacherEMA(Callback):
         momentum=None,  # Function of progress, or a number; None is FLSL's cosine from 0.996 to 1
     ):
         super().__init__()
-        momentum = cosine(.996, 1.) if momentum is None else momentum
+        if momentum is None: momentum = cosine(.996, 1.)
         self.momentum_at = momentum if callable(momentum) else lambda pct: momentum
         self.canceled = False
 
-    @property
-    def owner(self):
-        "The model, without its wrapper for several GPUs"
-        m = self.learn.model
-        return m if hasattr(m, 'update_teacher') else getattr(m, 'module', m)
-
     def before_fit(self):
         "Check that the model has a teacher"
-        if not hasattr(self.owner, 'update_teacher'):
+        model = unwrapped(self.learn.model)
+        if not hasattr(model, 'update_teacher'):
             raise InputError('TeacherEMA needs a model with a method update_teacher(momentum), '
-                             f'{type(self.owner).__name__} has none')
+                             f'{type(model).__name__} has none')
         self.canceled = False
 
     def after_cancel_step(self):
@@ -41,6 +36,6 @@ class TeacherEMA(Callback):
         self.canceled = True
 
     def after_step(self):
-        "Update, unless the student has not moved"
-        if not self.canceled: self.owner.update_teacher(self.momentum_at(self.pct_train))
+        "Update, if the student has moved"
+        if not self.canceled: unwrapped(self.learn.model).update_teacher(self.momentum_at(self.pct_train))
         self.canceled = False

@@ -20,20 +20,15 @@ from .precision import tf32_beside_bf16
 from .progress import memory_in_use
 
 # %% ../../nbs/75_training.trial.ipynb #5aec9cad
-def reading_processes(
-    dl,      # fastai `DataLoader`
-)->int:      # 0: the main process reads
-    "Processes that read; `dl.num_workers` counts them only inside one of them"
+def reading_processes(dl)->int:
+    "Processes of a fastai `DataLoader` that read; `dl.num_workers` counts them only inside one of them"
     return dl.fake_l.num_workers
 
 # %% ../../nbs/75_training.trial.ipynb #148377a9
-def read_batch(
-    dl,       # Loader of canvases
-    n:int=4,  # Items that are read, again and again
-)->tuple:     # Canvases and sizes of a batch; seconds that reading all of it would take its processes
-    "A batch of the first photographs, without drawing from the loader's generator"
+def read_batch(dl, n:int=4)->tuple:
+    "Canvases and sizes of a batch, made of the first `n` photographs, and seconds that its processes take to read one"
     n, began = min(n, len(dl.dataset)), time.perf_counter()
-    items = [dl.dataset[i] for i in range(n)]
+    items = [dl.dataset[i] for i in range(n)]       # without drawing from the loader's generator
     seconds = (time.perf_counter()-began)/n*dl.bs/max(1, reading_processes(dl))
     canvas, hw = (torch.stack([torch.as_tensor(items[i%n][k]) for i in range(dl.bs)]) for k in (0, 1))
     return canvas, hw, seconds
@@ -55,12 +50,8 @@ def _whole_step(model, loss_func, opt, canvas, hw, learn, bf16):
     if device.type=='cuda': torch.cuda.synchronize(device)
     return memory
 
-def try_step(
-    learn,            # Learner that has not begun
-    bf16:bool=False,  # Forward pass in bfloat16
-    pace:float=1.,    # Share of the pace of the trial that a run keeps, as `KEPT`
-)->tuple:             # Seconds of a step; memory in use, in words
-    "A step as it will be, on a copy: learner and random states stay as they are"
+def try_step(learn, bf16:bool=False, pace:float=1.)->tuple:
+    "Seconds of a step of a run, which keeps the share `pace` of the trial's pace, and memory in use, in words"
     dl, device = learn.dls.train, learn.dls.device
     with same_random_state():
         model, loss_func = (deepcopy(o).to(device).train() for o in (learn.model, learn.loss_func))

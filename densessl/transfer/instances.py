@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
 from ..ground.core import InputError
-from ..ground.synthetic import CLASSES, SceneDataset
+from ..ground.synthetic import CLASSES, draw_scenes
 
 # %% ../../nbs/86_transfer.instances.ipynb #af591223
 def decode_mask(
@@ -85,14 +85,13 @@ class InstanceData(Dataset):
 def scene_instances(
     n:int,         # Scenes
     size:int=64,   # Side of a scene, pixels
-    seed:int=0,    # As of `SceneDataset`
+    seed:int=0,    # As of `draw_scenes`
     **kwargs,      # Further arguments of `draw_scene`
 )->InstanceData:
     "Drawn scenes with the classes, boxes and masks of their objects"
-    scenes = SceneDataset(n, size, seed, instances=True, **kwargs)
+    images, *drawn = draw_scenes(n, size, seed, instances=True, **kwargs)
     notes = []
-    for i in range(n):
-        _, classes, number = scenes[i]
+    for i,(classes,number) in enumerate(zip(*drawn)):
         for k in number.unique()[1 if (number==0).any() else 0:].tolist():
             mask = number==k
             if mask.sum()<(size/16)**2: continue
@@ -102,4 +101,4 @@ def scene_instances(
     entries = [dict(id=i, height=size, width=size, file_name=f'scene {i}') for i in range(n)]
     truth = dict(info={}, images=entries, annotations=notes,
                  categories=[dict(id=k, name=c) for k,c in enumerate(CLASSES) if k])
-    return InstanceData(truth, lambda entry: scenes[entry['id']][0], f'{n} drawn scenes of {size} px, seed {seed}')
+    return InstanceData(truth, lambda entry: images[entry['id']], f'{n} drawn scenes of {size} px, seed {seed}')
