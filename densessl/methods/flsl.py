@@ -186,7 +186,7 @@ class FLSLLoss(nn.Module):
 
 # %% ../../nbs/46_methods.flsl.ipynb #32885a01
 def diagnose_prototypes(m:dict)->list:
-    "What the numbers of one epoch (`prototype_state`, with the monitor's `epoch` and `progress`) mean, in sentences that name the setting to change"
+    "What the monitor's row of an epoch (`prototype_state` and `progress`) means; names the setting to change"
     K, said = m['K'], []
     if m['inter']>.99*math.log(K) and m['entropy']>.95*math.log(K):
         said.append(f"The cross-entropy is {m['inter']:.2f}, which is ln K = {math.log(K):.2f}: "
