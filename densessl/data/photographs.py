@@ -235,7 +235,7 @@ def _decode(file, size, file_bytes):
 
 def read_photo(file, size:int=None)->tuple:
     """A photograph, or its first frame, as a viewer would show it: an upright RGB `Image` (a JPEG
-    may be decoded reduced, both sides at least `size`) and the (height, width) of the whole; raises `UnreadablePhoto`"""
+    may be reduced, both sides at least `size`) and the (height, width) of the whole; raises `UnreadablePhoto`"""
     try:
         with open_regular(file) as f: return _decode(f, size, f.seek(0, os.SEEK_END))
     except Image.DecompressionBombError as e: raise DecompressionBombError(file, str(e)) from None
