@@ -7,6 +7,7 @@ from PIL import Image
 
 from densessl.ground.core import InputError
 from densessl.data.labelled import *
+from densessl.data.labelled import labelled_options
 from densessl.data.coco import BACKGROUND, decode_counts, decode_runs, fill_polygon, read_panoptic
 from densessl.data.photographs import read_photo
 from densessl.data.masks import color_label, read_mask

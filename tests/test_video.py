@@ -9,13 +9,13 @@ from sklearn.metrics import jaccard_score
 from torch import nn
 from torch.testing import assert_close
 
-from densessl.ground.core import InputError
+from densessl.ground.core import InputError, rng
 from densessl.evaluation.features import patch_labels
 from densessl.evaluation.scores import read_scores, scores_table, write_scores
 from densessl.evaluation.davis import *
+from densessl.evaluation.davis import missing_frames
 from densessl.evaluation.video import *
 
-def rng(seed=0): return torch.Generator().manual_seed(seed)
 def unit(*shape, seed=0, dtype=torch.float32): return F.normalize(torch.randn(*shape, generator=rng(seed), dtype=dtype), dim=-3)
 def colors(x): return F.avg_pool2d(x, 4)
 

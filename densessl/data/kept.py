@@ -65,7 +65,7 @@ class KeptCanvases:
         return torch.index_select(self.canvas, 0, i, out=batch)
 
     def few_to_read(self, numbers, bs:int)->bool:
-        "Whether less than a batch of an epoch's photographs is new, and at most one in a hundred is read in every epoch"
+        "Whether less than a batch of an epoch's photographs is new, and at most one in a hundred is always read"
         if self.canvas is None:            # nothing yet, or the copy of a loader, which starts afresh
             self.there.fill_(False)
             return False

@@ -117,3 +117,13 @@ def unwrapped(model):
     for wrapper in ('module', '_orig_mod'):
         if getattr(model, wrapper, None) is not None: return unwrapped(getattr(model, wrapper))
     return model
+
+# %% ../../nbs/01_ground.core.ipynb #c0e5a002
+def rng(seed:int=0)->torch.Generator:
+    "A generator with this seed"
+    return torch.Generator().manual_seed(seed)
+
+# %% ../../nbs/01_ground.core.ipynb #c0e5a003
+def randn(*size, seed:int=0)->Tensor:
+    "Normal numbers of float64, the same for a seed"
+    return torch.randn(*size, generator=rng(seed), dtype=torch.float64)

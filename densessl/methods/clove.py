@@ -140,7 +140,7 @@ class CLoVELoss(nn.Module):
 
 # %% ../../nbs/47_methods.clove.ipynb #c9f5314e
 def diagnose_matches(m:dict)->list:
-    "What the numbers of one epoch (`match_state`, with the monitor's `epoch` and `progress`) mean, in sentences that name the setting to change"
+    "What the monitor's row of an epoch (`match_state` and `progress`) means; names the setting to change"
     said = []
     if m['rank']<2:
         said.append(f"The local embeddings vary along {m['rank']:.1f} directions: they have collapsed. "

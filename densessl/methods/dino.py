@@ -177,7 +177,7 @@ def dino_state(learn)->dict:
 
 # %% ../../nbs/48_methods.dino.ipynb #c17c4a01
 def diagnose_dino(m:dict)->list:
-    "What the numbers of one epoch (`dino_state`, with the monitor's `epoch` and `progress`) mean, in sentences that name the setting to change"
+    "What the monitor's row of an epoch (`dino_state` and `progress`) means; names the setting to change"
     K, said = m['K'], []
     if m['view_perplexity']<1.5<=m['perplexity']:
         said.append(f"The targets tell the views apart, not the photographs ({m['perplexity']:.1f} of {K} prototypes "
