@@ -52,7 +52,7 @@ def sync_batchnorm(model:nn.Module, device:str='cuda')->nn.Module:
 
 def _synced(m, device):
     "One layer"
-    if isinstance(m, (nn.SyncBatchNorm, RanksBatchNorm)): return m
+    if isinstance(m, RanksBatchNorm) or device!='cpu' and isinstance(m, nn.SyncBatchNorm): return m
     from timm.layers.norm_act import SyncBatchNormAct
     on_gpu = SyncBatchNormAct if hasattr(m, 'act') else nn.SyncBatchNorm
     cls = RanksBatchNorm if device=='cpu' else on_gpu
