@@ -10,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 
 import torch
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, convert_sync_batchnorm
 from torch import nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
@@ -100,7 +100,8 @@ def c4_parts(body, n, config, norm):
     width, more = body.stage5_channels, dict(shared=True)
     if config.masks:
         more |= dict(mask_head=nn.Identity(), mask_predictor=MaskRCNNPredictor(width, config.channels, n))
-    pool = StagePool(body.strides, body.stage5[0], norm(width) if norm else None)
+    stage = convert_sync_batchnorm(body.stage5[0]) if config.norm=='sync' else body.stage5[0]
+    pool = StagePool(body.strides, stage, norm(width) if norm else None)
     return pool, nn.AdaptiveAvgPool2d(1), width, more
 
 # %% ../../nbs/91_transfer.detector.ipynb #a8840f6d
