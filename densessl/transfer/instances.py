@@ -6,6 +6,8 @@
 __all__ = ['decode_mask', 'encode_mask', 'InstanceData', 'scene_instances']
 
 # %% ../../nbs/86_transfer.instances.ipynb #844be37e
+from functools import partial
+
 import numpy as np
 import torch
 from pycocotools import mask as runs
@@ -43,11 +45,13 @@ class InstanceData(Dataset):
         read,              # From an entry of truth['images'] to its image, uint8 (3,H,W)
         name:str='',       # What it is called in messages and protocols
         kinds=('masks',),  # Which of 'masks' and 'keypoints' targets hold, besides boxes
+        read_as:str='',    # How the files were read, in words
     ):
         if not truth['annotations']: raise InputError(f'{name or "the data"} holds no object at all')
-        self.truth, self.read, self.name, self.kinds = truth, read, name, tuple(kinds)
+        self.truth, self.read, self.name, self.kinds, self.read_as = truth, read, name, tuple(kinds), read_as
         self.classes = tuple(c['name'] for c in truth['categories'])
         self.label = {c['id']: k for k,c in enumerate(truth['categories'], 1)}
+        self.keypoints = tuple(truth['categories'][0].get('keypoints', ()))     # their names
         self.notes = {i['id']: [] for i in truth['images']}
         for note in truth['annotations']: self.notes[note['image_id']].append(note)
     def __len__(self): return len(self.truth['images'])
@@ -70,7 +74,7 @@ class InstanceData(Dataset):
             masks = np.array([decode_mask(n, hw) for n in notes], bool).reshape(-1, *hw)
             found['masks'] = tv_tensors.Mask(torch.from_numpy(masks))
         if 'keypoints' in self.kinds:
-            points = values('keypoints', -1, 3) if notes else torch.zeros(0, 1, 3)
+            points = values('keypoints', -1, 3) if notes else torch.zeros(0, len(self.keypoints) or 1, 3)
             points[...,:2] += .5
             found['keypoints'] = points
         return found
@@ -79,7 +83,13 @@ class InstanceData(Dataset):
         images = [i for i in self.truth['images'] if keep(i)]
         ids = {i['id'] for i in images}
         notes = [n for n in self.truth['annotations'] if n['image_id'] in ids]
-        return InstanceData(self.truth | dict(images=images, annotations=notes), self.read, self.name, self.kinds)
+        truth = self.truth | dict(images=images, annotations=notes)
+        return InstanceData(truth, self.read, self.name, self.kinds, self.read_as)
+
+# %% ../../nbs/86_transfer.instances.ipynb #7b4eba65
+def scene_of(images, entry):
+    "The image of an entry"
+    return images[entry['id']]
 
 # %% ../../nbs/86_transfer.instances.ipynb #7b4eba66
 def scene_instances(
@@ -101,4 +111,4 @@ def scene_instances(
     entries = [dict(id=i, height=size, width=size, file_name=f'scene {i}') for i in range(n)]
     truth = dict(info={}, images=entries, annotations=notes,
                  categories=[dict(id=k, name=c) for k,c in enumerate(CLASSES) if k])
-    return InstanceData(truth, lambda entry: images[entry['id']], f'{n} drawn scenes of {size} px, seed {seed}')
+    return InstanceData(truth, partial(scene_of, images), f'{n} drawn scenes of {size} px, seed {seed}')
