@@ -230,7 +230,8 @@ def prepare_encoder(
 def freeze_unread(taps:FeatureTaps):
     "No gradient for parameters that the maps do not depend on, in place; nothing is computed"
     net, was = taps.net, taps.training
-    size = getattr(getattr(net, 'patch_embed', None), 'img_size', None) or (64, 64)
+    built = getattr(getattr(net, 'patch_embed', None), 'img_size', None) or (64, 64)
+    size = [round(n/taps.scale) for n in built]
     state = {k: torch.empty_like(v, device='meta') for k,v in [*taps.named_parameters(), *taps.named_buffers()]}
     trained = {k: state[k].requires_grad_() for k,p in taps.named_parameters() if p.requires_grad}
     if not trained: return
