@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as move
 
 from ..ground.core import InputError
@@ -22,7 +23,10 @@ def resize(
 ):
     "Image and target at another size"
     scale = torch.tensor([n/o for n,o in zip(hw[::-1], image.shape[:-3:-1])]+[1.])
-    target = {k: move.resize(v, list(hw)) if isinstance(v, tv_tensors.TVTensor) else v for k,v in target.items()}
+    def resized(v):
+        if not isinstance(v, tv_tensors.Mask): return move.resize(v, list(hw))
+        return tv_tensors.Mask(move.resize_image(v, list(hw), InterpolationMode.NEAREST_EXACT))
+    target = {k: resized(v) if isinstance(v, tv_tensors.TVTensor) else v for k,v in target.items()}
     if 'keypoints' in target: target['keypoints'] = target['keypoints']*scale
     return move.resize(image, list(hw), antialias=True), target
 
