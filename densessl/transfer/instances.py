@@ -26,6 +26,11 @@ def packed_mask(note, hw):
     if isinstance(code, list): return runs.merge(runs.frPyObjects(code, *hw))
     return runs.frPyObjects(code, *hw) if isinstance(code['counts'], list) else code
 
+def as_json(packed):
+    "Compressed run lengths as text"
+    counts = packed['counts']
+    return dict(size=[*packed['size']], counts=counts if isinstance(counts, str) else counts.decode())
+
 # %% ../../nbs/86_transfer.instances.ipynb #af591223
 def decode_mask(
     note:dict,  # An annotation of COCO with a segmentation: polygons, run lengths, or compressed ones
@@ -39,8 +44,7 @@ def encode_mask(
     mask,     # bool (H,W)
 )->dict:      # Compressed run lengths, as json takes them
     "A mask as COCO writes it"
-    code = runs.encode(np.asfortranarray(np.asarray(mask), dtype=np.uint8))
-    return dict(size=code['size'], counts=code['counts'].decode())
+    return as_json(runs.encode(np.asfortranarray(np.asarray(mask), dtype=np.uint8)))
 
 # %% ../../nbs/86_transfer.instances.ipynb #f08ddce0
 def number_notes(
@@ -68,12 +72,10 @@ def number_notes(
         inner = ends[1:]==ends[:-1]              # from the foot of a column to the head of the next
         ends = ends[~(np.append(inner, False) | np.insert(inner, 0, False))]
         counts = np.diff(np.concatenate([[0], ends, [h*w]])).tolist()
-        out[n] = dict(bbox=box, area=int(l.sum()), segmentation=_compressed(dict(size=[h,w], counts=counts)))
+        packed = runs.frPyObjects(dict(size=[h,w], counts=counts), h, w)
+        out[n] = dict(bbox=box, area=int(l.sum()), segmentation=as_json(packed))
     return out
 
-def _compressed(code):
-    packed = runs.frPyObjects(code, *code['size'])
-    return dict(size=[*packed['size']], counts=packed['counts'].decode())
 
 # %% ../../nbs/86_transfer.instances.ipynb #c1b616da
 class InstanceData(Dataset):
@@ -152,6 +154,10 @@ def scene_instances(
     return InstanceData(truth, partial(scene_of, images), f'{n} drawn scenes of {size} px, seed {seed}')
 
 # %% ../../nbs/86_transfer.instances.ipynb #3f268a53
+def counted(n, noun):
+    "As `3 objects`, `1 object`"
+    return f'{n:,} {noun}{"s"*(n!=1)}'
+
 def check_json(found, where):
     "An error if COCO's three lists are not there"
     for k in ('images', 'annotations', 'categories'):
@@ -191,13 +197,11 @@ def selected(truth, classes, one_class, where):
 
 def check_boxes(notes, size, where):
     "Which boxes are not empty; all become numbers. A box must lie in its image, at least half of it"
-    for note in notes:
-        box = note.get('bbox')
-        try: note['bbox'] = [float(v) for v in box]
-        except (TypeError, ValueError): box = None
-        if box is None or len(note['bbox'])!=4 or not np.isfinite(note['bbox']).all():
-            fail(where, note, f'has the box {note.get("bbox")}: give left, top, width and height in pixels')
-    boxes = np.array([n['bbox'] for n in notes]).reshape(-1, 4)
+    try: boxes = np.array([n['bbox'] for n in notes], float).reshape(len(notes), 4)
+    except (KeyError, TypeError, ValueError): boxes = None
+    if boxes is None or not np.isfinite(boxes).all():
+        note = next(n for n in notes if not is_box(n.get('bbox')))
+        fail(where, note, f'has the box {note.get("bbox")}: give left, top, width and height in pixels')
     canvas = np.array([size[n['image_id']][::-1] for n in notes]).reshape(-1, 2)
     inside = np.minimum(boxes[:,:2]+boxes[:,2:], canvas)-np.maximum(boxes[:,:2], 0)
     full = (boxes[:,2:]>0).all(1)
@@ -205,25 +209,29 @@ def check_boxes(notes, size, where):
         h, w = size[notes[i]['image_id']]
         fail(where, notes[i], f'has the box {notes[i]["bbox"]}, most of which is outside its image of {w} x {h}: boxes '
                               f'are left, top, width and height in pixels')
+    for n,box in zip(notes, boxes.tolist()): n['bbox'] = box
     return full
 
+def is_box(box):
+    "Whether it is four finite numbers"
+    try: return np.isfinite(np.array(box, float).reshape(4)).all()
+    except (TypeError, ValueError): return False
+
 def check_mask(note, hw, where):
-    "The outline of an object, run lengths compressed; None if it covers no pixel"
+    "The mask of an object as compressed run lengths; None if it covers no pixel"
     code = note.get('segmentation')
     if not code: return None
     if isinstance(code, dict):
         if [*code['size']]!=[*hw]:
             fail(where, note, f'has a mask of {code["size"][1]} x {code["size"][0]}, its image is {hw[1]} x {hw[0]}')
-        if isinstance(code['counts'], list):
-            if sum(code['counts'])!=hw[0]*hw[1]: fail(where, note, 'has run lengths that do not cover its image')
-            code = _compressed(code)
-        return code if runs.area(code) else None
-    if not all(isinstance(p, list) for p in code) or any(len(p)%2 for p in code):
+        if isinstance(code['counts'], list) and sum(code['counts'])!=hw[0]*hw[1]:
+            fail(where, note, f'has run lengths of {sum(code["counts"])} pixels, its image of {hw[1]} x {hw[0]} has '
+                              f'{hw[0]*hw[1]}')
+    elif not all(isinstance(p, list) and len(p)%2==0 for p in code):
         fail(where, note, 'has an outline that is no list of polygons, each as x, y, x, y ...')
-    code = [p for p in code if len(p)>=6]                     # two corners enclose nothing
-    thin = (note.get('area') or 0)<=note['bbox'][2]+note['bbox'][3]
-    if not code or thin and not runs.area(packed_mask(dict(segmentation=code), hw)): return None
-    return code
+    else: code = [p for p in code if len(p)>=6]                     # two corners enclose nothing
+    packed = code and packed_mask(dict(segmentation=code), hw)
+    return as_json(packed) if packed and runs.area(packed) else None
 
 def check_keypoints(truth, where):
     "Counts of labelled keypoints; an error where some are lacking"
@@ -260,21 +268,20 @@ def _checked(truth, kinds, where, classes, one_class):
     truth = selected(truth, classes, one_class, where)
     notes = truth['annotations']
     full = check_boxes(notes, size, where)
-    if not full.all(): said.append(f'{(~full).sum()} objects without width or height are left out')
+    if not full.all(): said.append(f'{counted(int((~full).sum()), "object")} without width or height left out')
     notes = [n for n,keep in zip(notes, full) if keep]
     if 'masks' in kinds:
         if notes and not any(n.get('segmentation') for n in notes):
             raise InputError(f'{where} holds no masks: pass kinds=() to learn boxes alone')
         for n in notes: n['segmentation'] = check_mask(n, size[n['image_id']], where)
         empty = sum(n['segmentation'] is None for n in notes)
-        if empty: said.append(f'{empty} objects whose mask covers no pixel are left out')
+        if empty: said.append(f'{counted(empty, "object")} whose mask covers no pixel left out')
         notes = [n for n in notes if n['segmentation'] is not None]
     for i,n in enumerate(notes, 1):
         n['id'], n['iscrowd'] = i, int(bool(n.get('iscrowd')))
         if 'masks' not in kinds: n.pop('segmentation', None)
         if n.get('area') is None:
-            packed = 'masks' in kinds and packed_mask(n, size[n['image_id']])
-            n['area'] = float(runs.area(packed) if packed else n['bbox'][2]*n['bbox'][3])
+            n['area'] = float(runs.area(n['segmentation']) if 'masks' in kinds else n['bbox'][2]*n['bbox'][3])
     truth = {'info': {}} | truth | dict(annotations=notes)
     if not notes: raise InputError(f'{where} holds no object at all')
     if 'keypoints' in kinds: check_keypoints(truth, where)

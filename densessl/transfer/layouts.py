@@ -6,10 +6,11 @@
 __all__ = ['INSTANCE_LAYOUTS', 'read_image', 'InstanceLayout', 'instance_data', 'keypoint_pairs', 'cityscapes_scores']
 
 # %% ../../nbs/94_transfer.layouts.ipynb #8dcdda90
-import importlib, json, os
+import gc, importlib, json, os
 import xml.etree.ElementTree as ET
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
@@ -29,7 +30,7 @@ from ..data.public_sets import CITYSCAPES_CLASSES, VOC_CLASSES
 from ..data.segmentation import read_pair, stored_as
 from ..ground.core import InputError
 from ..ground.files import is_private
-from .instances import InstanceData, check_json, checked_truth, decode_mask, number_notes
+from .instances import InstanceData, check_json, checked_truth, counted, decode_mask, number_notes
 
 # %% ../../nbs/94_transfer.layouts.ipynb #431df270
 _BACK = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90,        # From upright to stored, by EXIF tag
@@ -95,12 +96,14 @@ def image_folder(root, file, part, entries, images):
     options = [root/'images'/part, root/part, root/'images', file.parent, root]
     if images: options = [root/images/part, root/images]
     def found(folder, entry):
-        last = PureWindowsPath(entry['file_name']).name
-        return next((n for n in (entry['file_name'], last) if os.path.isfile(os.path.join(folder, n))), None)
+        name = entry['file_name']
+        if os.path.isfile(os.path.join(folder, name)): return name
+        last = PureWindowsPath(name).name
+        return last if os.path.isfile(os.path.join(folder, last)) else None
     some = spread(entries, 8)
-    folder = max(options, key=lambda d: sum(found(d, e) is not None for e in some))
+    folder = str(max(options, key=lambda d: sum(found(d, e) is not None for e in some)))
     for e in entries: e['file_name'] = found(folder, e) or e['file_name']
-    return folder
+    return Path(folder)
 
 def coco_parts(root, kinds, images, kind):
     "Parts of COCO's layout; a file that names none is divided by the `split` of its images"
@@ -296,13 +299,17 @@ def component_part(root, data):
     table = {k: n for k,n in enumerate(names, 1) if n.lower() not in ('background', 'bg', '0'*(data.classes is None))}
     def read(pair):
         photo, labels = read_pair(*pair, read=data.read, orientation=data.orientation)
-        labels, notes = labels.numpy(), []
+        labels, h, w = labels.numpy(), *labels.shape
+        numbers, category = np.zeros((h, w), int), [0]
         for label in np.unique(labels).tolist():
             c = data.table.get(label)
             if c is None or c+1 not in table: continue
-            regions, _ = ndimage.label(labels==label, np.ones((3,3)))
-            notes += [dict(n, category_id=c+1, iscrowd=0) for n in number_notes(regions).values() if n['area']>=16]
-        h, w = labels.shape
+            regions, n = ndimage.label(labels==label, np.ones((3,3)))
+            numbers += np.where(regions>0, regions+len(category)-1, 0)
+            category += [c+1]*n
+        size = np.bincount(numbers.ravel(), minlength=len(category))
+        found = number_notes(numbers, lambda n: n and size[n]>=16)
+        notes = [dict(o, category_id=category[n], iscrowd=0) for n,o in found.items()]
         return dict(file_name=Path(pair[0]).relative_to(root).as_posix(), height=h, width=w), notes
     return Part(joined(in_threads(read, data.pairs), table), root, str(root), (data.read_as,))
 
@@ -380,17 +387,26 @@ def halves(part):
             'every 4th': part._replace(truth=divided(part.truth, images[3::4]))}
 
 # %% ../../nbs/94_transfer.layouts.ipynb #bb3449c5
+@contextmanager
+def without_collector():
+    "Many small objects are made, none of them in a cycle: looking for cycles would take a third of the time"
+    was = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if was: gc.enable()
+
 def opened(part, kinds, classes, one_class, skip_missing):
     "A part after all checks, and in words what was left out of it"
     truth, folder, where, notes = part
-    there = [os.path.isfile(os.path.join(folder, e['file_name'])) for e in truth['images']]
+    there = [os.path.isfile(f'{folder}/{e["file_name"]}') for e in truth['images']]
     said, lost = [*notes], [e['file_name'] for e,t in zip(truth['images'], there) if not t]
     if lost and (not skip_missing or not any(there)):
         raise InputError(f'{len(lost)} of {len(there)} images of {where} are not in {folder}, as {lost[0]}: add them'
                          + ', or pass skip_missing=True to leave them out'*any(there))
     if lost:
         truth = divided(truth, [e for e,t in zip(truth['images'], there) if t])
-        said.append(f'{len(lost)} images that are not there are left out')
+        said.append(f'{counted(len(lost), "image")} not there and left out')
     truth, more = checked_truth(truth, kinds, where, classes, one_class)
     return truth, said+more
 
@@ -421,10 +437,11 @@ def instance_data(
     if layout=='components': kwargs['splits'] = splits
     parts = INSTANCE_LAYOUTS[layout].parts(root, kinds, images, **kwargs)
     chosen = tuple(parts) if layout=='components' else choose_parts([*parts], splits, root)
-    found = {k: parts[k]() for k in chosen}
-    if len(chosen)==1: found = halves(found[chosen[0]])
     if one_class is None and layout=='uavdt': one_class = 'vehicle'
-    checked = {k: opened(p, kinds, classes, one_class, skip_missing) for k,p in found.items()}
+    with without_collector():
+        found = {k: parts[k]() for k in chosen}
+        if len(chosen)==1: found = halves(found[chosen[0]])
+        checked = {k: opened(p, kinds, classes, one_class, skip_missing) for k,p in found.items()}
     return _train_and_test(checked, found, layout, root, kinds, limit, say)
 
 def _train_and_test(checked, found, layout, root, kinds, limit, say):
@@ -433,7 +450,7 @@ def _train_and_test(checked, found, layout, root, kinds, limit, say):
     if names[0]!=names[1]:
         new = {n for _,n in names[0]} ^ {n for _,n in names[1]}
         raise InputError(f'{a} and {b} of {root} have different lists of classes'+f', as {min(new)!r}'*bool(new))
-    files = [{Path(found[k].folder)/e['file_name'] for e in t['images']} for k,t in ((a, train), (b, test))]
+    files = [{os.path.join(found[k].folder, e['file_name']) for e in t['images']} for k,t in ((a, train), (b, test))]
     if both := files[0] & files[1]:
         raise InputError(f'{len(both)} images are in both {a} and {b}, as {min(both)}: what is scored must not be '
                          'learned from')
@@ -442,13 +459,14 @@ def _train_and_test(checked, found, layout, root, kinds, limit, say):
     known = [e for e in train['images'] if e['id'] in taught]
     if not known: raise InputError(f'{a} of {root} holds no object to learn from')
     bare = len(train['images'])-len(known)
-    if bare: said = [*said, f'{bare} images without an object are left out']
+    if bare: said = [*said, f'{counted(bare, "image")} without an object left out']
     if limit: known, test = spread(known, limit), divided(test, spread(test['images'], limit))
     train = divided(train, known)
-    counts = [f'{len(t["images"]):,} images ({k}) with {len(t["annotations"]):,} objects'
+    counts = [f'{k} {counted(len(t["images"]), "image")} with {counted(len(t["annotations"]), "object")}'
               for k,t in ((a, train), (b, test))]
-    left_out = [f'{a}: {s}' for s in said]+[f'{b}: {s}' for s in more]
-    read_as = '; '.join([f'read as {layout}: {len(names[0])} classes', *counts, *left_out])
+    both = [s for s in said if s in more]
+    left_out = both+[f'{k}: {s}' for k,v in ((a, said), (b, more)) for s in v if s not in both]
+    read_as = '; '.join([f'read as {layout}: {len(names[0])} class{"es"*(len(names[0])!=1)}', *counts, *left_out])
     if say and not int(os.environ.get('RANK') or 0): say(read_as)
     return tuple(InstanceData(t, partial(read_image, found[k].folder), f'{root.resolve().name}-{k}', kinds, read_as)
                  for k,t in ((a, train), (b, test)))
