@@ -265,7 +265,8 @@ _TO_SET = dict(
     torchvision='net.load_state_dict(torch.load(file, weights_only=True)); images RGB from 0 to 1, '
                 'mean [0.485, 0.456, 0.406], std [0.229, 0.224, 0.225]',
     detectron2='MODEL.WEIGHTS the file, MODEL.RESNETS.STRIDE_IN_1X1 False, INPUT.FORMAT "RGB", MODEL.PIXEL_MEAN '
-               '[123.675, 116.28, 103.53], MODEL.PIXEL_STD [58.395, 57.12, 57.375]; of a ViT pretrain_use_cls_token=False',
+               '[123.675, 116.28, 103.53], MODEL.PIXEL_STD [58.395, 57.12, 57.375]; of a ViT pretrain_use_cls_token=False, '
+               'pretrain_img_size the size that it was built for',
     mmdet=f'load_from or init_cfg the file; bgr_to_rgb=True, {_RGB}',
     mmseg=f'load_from or init_cfg the file; of a ViT with_cls_token=False, patch_bias=True; bgr_to_rgb=True, {_RGB}',
     huggingface=f'transformers.AutoModel.from_pretrained(folder); {_RGB}')
