@@ -196,7 +196,7 @@ class DetectionScore(Callback):
     order = TargetsToModel.order-1
     def __init__(self, every:int=1):
         if every<1: raise InputError(f'every must be at least 1 epoch, got {every}')
-        self.every, self.history = every, []
+        self.every, self.history, self.said = every, [], None
     def before_fit(self):
         "There must be images to score on"
         self.run, self.learn.scores = in_fit(self.learn), {}
@@ -208,7 +208,8 @@ class DetectionScore(Callback):
         if (self.epoch+1)%self.every and self.epoch+1<self.n_epoch: return
         model, data = unwrapped(self.learn.model), self.dls.instances
         with same_random_state(): parts = gather_objects(detect(model, self.dls.valid, data))
-        found = from_first_rank(lambda: detection_scores(model.config, without_repeats(parts), data))
+        self.said = without_repeats(parts)
+        found = from_first_rank(lambda: detection_scores(model.config, self.said, data))
         self.learn.scores = found
         self.history.append(dict(epoch=self.epoch+1, **found))
     @property
