@@ -12,9 +12,11 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -248,7 +250,7 @@ def uavdt_folders(root):
     def find(name): return next((d/name for d in places if (d/name).is_dir()), None)
     return find('UAV-benchmark-M'), find('GT'), find('M_attr')
 
-def uavdt_parts(root, kinds, images):
+def uavdt_parts(root, kinds, images, three=False):
     "The sequences of UAVDT to learn from and to score on, by the names in M_attr"
     if 'masks' in kinds: raise InputError(f'{root} is UAVDT, which holds no masks: pass kinds=() to learn boxes alone')
     frames, _, attributes = uavdt_folders(root)
@@ -257,15 +259,15 @@ def uavdt_parts(root, kinds, images):
         names = {f.stem.split('_')[0] for f in (attributes/part).glob('*.txt')}
         parts[part] = sorted(names & known)
     if not any(parts.values()): parts = {'all': sorted(known)}
-    return {k: partial(uavdt_part, root, v) for k,v in parts.items() if v}
+    return {k: partial(uavdt_part, root, v, three) for k,v in parts.items() if v}
 
 def uavdt_table(file, columns):
     "The numbers of a text file"
     try: return np.array(file.read_text().replace(',', ' ').split(), float).reshape(-1, columns)
     except ValueError: raise InputError(f'{file} is no table of {columns} numbers a line') from None
 
-def uavdt_part(root, sequences):
-    "The frames of some sequences"
+def uavdt_part(root, sequences, three):
+    "The frames of some sequences; what is to be ignored is a crowd of each class"
     frames, tables, _ = uavdt_folders(root)
     found = []
     for s in sequences:
@@ -280,7 +282,8 @@ def uavdt_part(root, sequences):
             for row,box in zip(table.astype(int).tolist(), np.hstack([lo, hi-lo]).tolist()):
                 if not crowd and row[8] not in _VEHICLES:
                     raise InputError(f'{tables/s}_gt_whole.txt has the class {row[8]}: 1 is car, 2 truck, 3 bus')
-                rows[row[0]].append(dict(bbox=box, iscrowd=crowd, category_id=max(row[8], 1), track=row[1]))
+                for c in ([row[8]] if not crowd else _VEHICLES if three else [1]):
+                    rows[row[0]].append(dict(bbox=box, iscrowd=crowd, category_id=c, track=row[1]))
         for f in files:
             entry = dict(file_name=f.relative_to(frames).as_posix(), width=w, height=h, sequence=s)
             found.append((entry, rows[int(f.stem[3:])]))
@@ -434,7 +437,8 @@ def instance_data(
         raise InputError(f'{root} is read as {layout}, which holds no keypoints: leave them out of kinds')
     if kwargs and layout!='components':
         raise InputError(f"{', '.join(kwargs)} is for layout='components', the folder is read as {layout}")
-    if layout=='components': kwargs['splits'] = splits
+    if layout=='components': kwargs = kwargs | dict(splits=splits)
+    if layout=='uavdt': kwargs = dict(three=one_class is False)
     parts = INSTANCE_LAYOUTS[layout].parts(root, kinds, images, **kwargs)
     chosen = tuple(parts) if layout=='components' else choose_parts([*parts], splits, root)
     if one_class is None and layout=='uavdt': one_class = 'vehicle'
@@ -486,8 +490,8 @@ def cityscapes_scores(
     detections,  # COCO's results with segmentation
 ):               # AP and AP50, in [0,1], and AP by class; None where cityscapesscripts is not installed
     "AP of masks as cityscapesscripts computes it"
-    try: scorer = importlib.import_module('cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling')
-    except ImportError: return None
+    if find_spec('cityscapesscripts') is None: return None
+    scorer = importlib.import_module('cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling')
     if lost := [e for e in data.truth['images'] if 'instance_ids' not in e]:
         raise InputError(f'{lost[0]["file_name"]} of {data.name} has no instanceIds: give data of the layout '
                          'cityscapes')
@@ -507,7 +511,8 @@ def cityscapes_scores(
         args = scorer.args
         args.predictionPath, args.gtInstancesFile, args.quiet = os.path.abspath(folder), f'{folder}/known.json', True
         scorer.setInstanceLabels(args)
-        matches = scorer.matchGtWithPreds(said, truth, scorer.getGtInstances(truth, args), args)
+        with patch.object(np, 'in1d', np.isin, create=True):    # which newer versions of NumPy lack
+            matches = scorer.matchGtWithPreds(said, truth, scorer.getGtInstances(truth, args), args)
         found = scorer.computeAverages(scorer.evaluateMatches(matches, args), args)
     by_class = {k: float(v['ap']) for k,v in found['classes'].items() if k in data.classes}
     return {'AP': float(found['allAp']), 'AP50': float(found['allAp50%'])}, by_class
