@@ -4,12 +4,13 @@ from collections import defaultdict
 
 import numpy as np, pytest, torch
 from PIL import Image
+from pycocotools import mask as runs
 from torch.utils.data import DataLoader
 
 from densessl.ground.core import InputError
 from densessl.transfer import instances
 from densessl.transfer.ap import coco_scores, voc_scores
-from densessl.transfer.instances import encode_mask
+from densessl.transfer.instances import encode_mask, number_notes
 from densessl.transfer.layouts import INSTANCE_LAYOUTS, cityscapes_scores, instance_data, keypoint_pairs, read_image
 
 def photo(path, wh=(20,16), color=(200,30,60), **kwargs):
@@ -81,7 +82,7 @@ def coco(tmp_path):
 
 def test_coco(coco, capsys):
     train, test = instance_data(coco)
-    assert 'read as coco-instances: 2 classes; train2017 2 images with 4 objects; val2017 3 images with 4 objects; ' \
+    assert 'read as coco-instances: 2 classes; 2 images (train2017) with 4 objects; 3 images (val2017) with 4 objects; ' \
            'train2017: 1 image without an object left out' in capsys.readouterr().out
     assert (len(train), len(test)) == (2, 3) and test.name.endswith('-val2017') and test.classes==('car', 'dog')
     image, target = test[0]
@@ -112,7 +113,7 @@ def test_no_parts_are_said(tmp_path):
     for k in range(1, 9): photo(tmp_path/f'images/{k}.jpg')
     said = []
     train, test = instance_data(tmp_path, say=said.append)
-    assert [e['id'] for e in test.truth['images']]==[4,8] and '3 of 4 6 images' in said[0] and 'every 4th 2 images' in said[0]
+    assert [e['id'] for e in test.truth['images']]==[4,8] and '6 images (3 of 4) with 6 objects; 2 images (every 4th) with 2 objects' in said[0]
     assert test.read_as==said[0] and AP_of_itself(test, 'segm')==1
 
 def test_json_beside_the_images(tmp_path):
@@ -204,6 +205,15 @@ def test_panoptic(tmp_path):
     assert AP_of_itself(test)==AP_of_itself(test, 'segm')==1
     for f in (tmp_path/'annotations').glob('*/a.png'): f.unlink()    # boxes are in the json
     assert instance_data(tmp_path, kinds=(), say=None)[1][0][1]['boxes'].tolist()==[[3,2,9,6],[10,13,14,16]]
+
+# ---- masks that number objects
+
+def test_numbers_that_reach_around_a_column():
+    "Column by column, a run of one number may go on at the head of the next column"
+    numbers = np.array([[0,7,7],[5,7,0],[5,7,0]])
+    notes = number_notes(numbers)
+    assert {n: (o['bbox'], o['area']) for n,o in notes.items()}=={5: ([0,1,1,2], 2), 7: ([1,0,2,3], 4)}
+    for n,o in notes.items(): assert np.array_equal(runs.decode(o['segmentation']), numbers==n)
 
 # ---- Cityscapes
 
@@ -410,7 +420,7 @@ COCO_ERRORS = {
     'two categories with the same id': lambda d: d['categories'][1].update(id=3),
     'annotation 1 of image 1 has the category 5, which is not in the list': lambda d: d['annotations'][1].update(category_id=5),
     'belongs to no image in the list': lambda d: d['annotations'][1].update(image_id=77),
-    r'has the box \[25, 1, 3, 5\], most of which is outside its image of 20 x 16': lambda d: d['annotations'][1].update(bbox=[25,1,3,5]),
+    r'has the box \[18, 1, 6, 5\], most of which is outside its image of 20 x 16': lambda d: d['annotations'][1].update(bbox=[18,1,6,5]),
     r'has the box \[1, 2, 3\]: give left': lambda d: d['annotations'][1].update(bbox=[1,2,3]),
     'has the box None': lambda d: d['annotations'][1].pop('bbox'),
     r'has the box \[nan, 1, 2, 3\]': lambda d: d['annotations'][1].update(bbox=[float('nan'),1,2,3]),

@@ -466,7 +466,7 @@ def _train_and_test(checked, found, layout, root, kinds, limit, say):
     if bare: said = [*said, f'{counted(bare, "image")} without an object left out']
     if limit: known, test = spread(known, limit), divided(test, spread(test['images'], limit))
     train = divided(train, known)
-    counts = [f'{k} {counted(len(t["images"]), "image")} with {counted(len(t["annotations"]), "object")}'
+    counts = [f'{counted(len(t["images"]), "image")} ({k}) with {counted(len(t["annotations"]), "object")}'
               for k,t in ((a, train), (b, test))]
     both = [s for s in said if s in more]
     left_out = both+[f'{k}: {s}' for k,v in ((a, said), (b, more)) for s in v if s not in both]
