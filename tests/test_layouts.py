@@ -82,7 +82,7 @@ def coco(tmp_path):
 
 def test_coco(coco, capsys):
     train, test = instance_data(coco)
-    assert 'read as coco-instances: 2 classes; 2 images (train2017) with 4 objects; 3 images (val2017) with 4 objects; ' \
+    assert 'read as coco-instances: 2 classes; 2 images (train2017) with 3 objects and 1 crowd; 3 images (val2017) with 3 objects and 1 crowd; ' \
            'train2017: 1 image without an object left out' in capsys.readouterr().out
     assert (len(train), len(test)) == (2, 3) and test.name.endswith('-val2017') and test.classes==('car', 'dog')
     image, target = test[0]
@@ -289,6 +289,16 @@ def test_voc_boxes(voc):
     scores, by_class = voc_scores(test.truth, read_back(test, 'bbox'))
     assert np.isnan(by_class['cat']) and by_class['dog']==1           # all cats are difficult
 
+def test_images_without_annotations_are_said(voc, city, uavdt):
+    "All three are in one folder"
+    (voc/'Annotations/2007_000004.xml').unlink()
+    photo(city/'leftImg8bit/val/ulm/ulm_000009_000019_leftImg8bit.png', (60,40))
+    write(uavdt/'M_attr/test/M0999_attr.txt', '')
+    said = {k: instance_data(voc, kinds=(), layout=k, say=None)[1].read_as for k in ('voc', 'cityscapes', 'uavdt')}
+    assert said['voc'].endswith('val: 1 image without annotations left out (2007_000004)')
+    assert said['cityscapes'].endswith('val: 1 image without annotations left out (ulm_000009_000019_leftImg8bit.png)')
+    assert said['uavdt'].endswith('test: the sequences M0999 are not there')
+
 def test_voc_masks(voc):
     train, test = instance_data(voc, say=None)
     assert len(train)==1 and len(test)==2
@@ -486,6 +496,8 @@ def test_bad_files_of_other_layouts(voc, uavdt, tmp_path):
     with pytest.raises(InputError, match='M0101_gt_whole.txt has the class 8'): only('uavdt')
     write(table, '1,1,2\n')
     with pytest.raises(InputError, match='no table of 9 numbers a line'): only('uavdt')
+    table.unlink()
+    with pytest.raises(InputError, match='M0101_gt_whole.txt is not there'): only('uavdt')
     with pytest.raises(InputError, match='UAVDT, which holds no masks'): instance_data(tmp_path, layout='uavdt')
     write(tmp_path/'Annotations/2007_000001.xml', voc_xml(('dog', (4,3,9,6), 0)))
     with pytest.raises(InputError, match='2007_000001.png holds the object 2, its xml file has only 1 object'): only('voc')
