@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads, keypointrcnn_inference, keypointrcnn_loss
 from torchvision.ops import roi_align
 
+from ..ground.ranks import rank_share
 from .regions import RegionPool
 
 # %% ../../nbs/90_transfer.heads.ipynb #4d526672
@@ -98,10 +99,12 @@ class RegionHeads(RoIHeads):
         on_object = [l.nonzero().squeeze(1) for l in labels]
         boxes_on = [b[i] for b,i in zip(proposals, on_object)]
         object = [o[i] for o,i in zip(object, on_object)]
-        losses = dict(loss_classifier=classes, loss_box_reg=boxes)
+        share = rank_share(len(logits), logits.device)      # the mean over all processes' regions
+        losses = dict(loss_classifier=share*classes, loss_box_reg=share*boxes)
         if self.has_mask():
             shared = features[torch.cat(labels)>0] if self.shared else None
-            losses['loss_mask'] = self.mask_loss(self.mask_logits(maps, boxes_on, shared), boxes_on, object, targets)
+            loss = self.mask_loss(self.mask_logits(maps, boxes_on, shared), boxes_on, object, targets)
+            losses['loss_mask'] = rank_share(sum(map(len, boxes_on)), logits.device)*loss
         if self.has_keypoint(): losses['loss_keypoint'] = self.keypoint_loss(maps, boxes_on, object, targets)
         return [], losses
     def mask_logits(self, maps, boxes, features=None):
