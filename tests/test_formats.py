@@ -13,6 +13,7 @@ from densessl.methods.export import export_backbone
 from densessl.methods.weights import open_backbone
 from densessl.transfer.detector import Detector, DetectorConfig
 from densessl.transfer.formats import FORMATS, export_as, foreign_weights, own_weights
+from densessl.transfer.semantic import Segmenter, SegmenterConfig
 
 
 NAMES = json.loads((GOLDEN/'transfer/names.json').read_text())
@@ -30,6 +31,8 @@ def shapes(weights): return {k: list(v.shape) for k,v in weights.items()}
 def detector(arch, kwargs, n_classes, settings, size=64):
     torch.manual_seed(0)
     return Detector(dense_encoder(arch, size, **kwargs), n_classes, DetectorConfig(**settings)).eval()
+
+def segmenter(arch, settings): return Segmenter(dense_encoder(arch, 64), 5, SegmenterConfig(**dict(channels=16, width=8) | settings))
 
 def assert_same_but_background(found, own):
     "Every tensor is back; the rows of background that were dropped are zeros"
@@ -160,7 +163,22 @@ def test_a_vit_of_mmseg():
     assert encoder.state_dict().keys()-found.keys()=={'net.norm.weight', 'net.norm.bias'}
     assert_same_but_background(found, encoder.state_dict())
 
-@pytest.mark.parametrize('arch', ('vit_small_patch16_224', 'deit_tiny_patch16_224'))
+FLSL = dict(taps=(2,5,8,11), strides=(16,)*4, head_strides=(4,8,16,32))
+
+def test_names_and_shapes_of_a_real_segmenter_and_back():
+    model = Segmenter(dense_encoder('vit_small_patch16_224', 512), 150, SegmenterConfig(**FLSL))
+    written, own = foreign_weights(model, 'mmseg'), model.state_dict()
+    assert shapes(written)==NAMES['mmseg_vit_s16_backbone'] | NAMES['mmseg_semantic_fpn_heads']
+    found = own_weights(written, model, 'mmseg')
+    assert own.keys()-found.keys()=={'neck.taps.net.norm.weight', 'neck.taps.net.norm.bias'}    # never read
+    assert all(torch.equal(v, own[k]) for k,v in found.items())
+
+def test_a_segmenter_on_a_resnet():
+    written = foreign_weights(segmenter('resnet18', {}), 'mmseg')
+    assert {'backbone.layer4.1.bn2.running_var', 'neck.lateral_convs.3.conv.bias', 'decode_head.scale_heads.3.4.bn.weight',
+            'decode_head.conv_seg.bias'}<=written.keys()
+
+@pytest.mark.parametrize('arch', ('vit_tiny_patch16_224', 'deit_tiny_patch16_224'))
 def test_timm_loads_a_vit_of_its_own_size_by_its_plain_name(arch, tmp_path):
     encoder = dense_encoder(arch).eval()
     export_backbone(encoder, tmp_path/'a.safetensors')
@@ -207,9 +225,12 @@ SMALL = dict(channels=16, hidden=16)
     (lambda: detector('resnet18', {}, 2, dict(pyramid='c4', channels=16)), 'mmdet', 'C4 detector on a ResNet: choose detectron2'),
     (lambda: detector('test_vit', {}, 2, SMALL), 'detectron2', 'FPN on a VisionTransformer: choose mmdet'),
     (lambda: detector('resnet18', {}, 2, SMALL | dict(taps=(2,3,4), strides=(8,16,32))), 'detectron2', 'first one here has 8'),
-    (lambda: detector('resnet18', {}, 2, SMALL | dict(taps=(2,3,4), strides=(4,8,16))), 'torchvision', 'build the detector without strides'),
+    (lambda: detector('resnet18', {}, 2, SMALL | dict(taps=(2,3,4), strides=(4,8,16))), 'torchvision', 'build with strides='),
     (lambda: detector('resnet18', {}, 2, SMALL | dict(norm='layer')), 'mmdet', "norm='sync'"),
     (lambda: detector('resnet18', {}, 2, SMALL | dict(masks=False, n_keypoints=3)), 'mmdet', 'no keypoint head'),
+    (lambda: segmenter('test_vit', {}), 'mmseg', 'of VisionTransformer: build with strides=\\(16, 16, 16, 16\\)'),
+    (lambda: segmenter('resnet18', dict(head='linear')), 'mmseg', 'of a linear head: no other format'),
+    (lambda: segmenter('resnet18', {}), 'mmdet', 'semantic FPN on a ResNet: choose mmseg'),
     (lambda: detector('vit_tiny_patch16_224', dict(patch_size=14, depth=4), 2, SMALL, 56), 'mmdet', 'patches of 14')))
 def test_what_another_library_does_not_have_is_refused(make, format, said, tmp_path):
     with pytest.raises(InputError, match=said) as e: export_as(make(), tmp_path/('a' if format=='huggingface' else 'a.pth'), format)
