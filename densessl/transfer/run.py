@@ -11,6 +11,7 @@ __all__ = ['SCORER', 'SHOWN', 'change_row', 'RowData', 'row_data', 'scene_backbo
 import json, math, os, shlex, shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from ..training.runfile import one_process
 from .ap import coco_scores, voc_scores
 from .finetune import DetectionScore, detect, detection_dls, detection_learner
 from .instances import scene_instances
-from .layouts import find_instances, instance_data
+from .layouts import find_instances, instance_data, keypoint_pairs
 from .pictures import result_pictures
 from .posters import OWN_ROWS, POSTER_ROWS, Row, find_row, points, poster_table, row_command
 from .semantic import SemanticScore, semantic_dls, semantic_learner, show_semantic
@@ -102,7 +103,7 @@ def scene_backbone(
     set_seed(seed)
     dls = scene_dls(n, m.recipe(m.settings('scenes')), bs=32, seed=1000+seed, natural=True, device=device)
     learn = learner(dls, m.scene_arch, m, 'scenes', parse_kwargs(m.scene_kwargs))
-    with learn.no_logging(): learn.fit(epochs or m.scene_epochs)
+    learn.fit(epochs or m.scene_epochs)
     return learn.model.backbone
 
 # %% ../../nbs/99_transfer.run.ipynb #6ba3c3ae
@@ -114,7 +115,8 @@ def row_learner(
     device=None,      # Default the GPU, if there is one
 ):                    # Learner, and the callback that scores
     "The learner of a row"
-    own = dict(augment=row.augment and row.augment(), test_size=row.test_size, num_workers=workers)
+    paired = dict(pairs=keypoint_pairs(data.train.keypoints)) if row.task=='keypoints' else {}
+    own = dict(augment=row.augment and row.augment(**paired), test_size=row.test_size, num_workers=workers)
     bs = max(row.fit.batch//max(num_distrib(), 1), 1)
     make_dls, make_learner, meter = detection_dls, detection_learner, DetectionScore()
     if row.task=='semantic': make_dls, make_learner, meter = semantic_dls, semantic_learner, SemanticScore()
@@ -167,7 +169,7 @@ def train_row(
     learn, meter = row_learner(row, backbone, data, **kwargs)
     save_run = SaveRun(folder/'checkpoints', resume=resume, settings=dict(seed=seed), command=command)
     many = num_distrib()>1
-    if many: import fastai.distributed                 # gives learners `distrib_ctx`
+    if many: import_module('fastai.distributed')         # gives learners `distrib_ctx`
     with learn.distrib_ctx(cpu=learn.dls.device.type=='cpu') if many else nullcontext():
         learn.fit(row.fit.epochs, cbs=save_run)
     scores, said = final_scores(row, data, learn, meter, label, seed)
