@@ -345,7 +345,10 @@ def transfer(
     overwrite:bool=False,  # Write into a folder that holds files
 ):                         # Folder, `Score`s
     "What `densessl_transfer ROW` does"
-    given = {k: os.path.abspath(v) if k!='row' and v and os.path.exists(str(v)) else v for k,v in locals().items()}
+    given = dict(locals())
+    for k in ('backbone', 'data', 'out'):
+        if given[k] is not None: given[k] = os.path.expanduser(given[k])
+        if k=='out' and out is not None or os.path.exists(given[k] or ''): given[k] = os.path.abspath(given[k])
     check_whole('seed', seed, 0, 2**32-1)
     check_whole('limit', limit, 1)
     check_whole('workers', workers)
