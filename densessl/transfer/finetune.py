@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['Moved', 'mirror_half', 'in_lists', 'detection_dls', 'TargetsToModel', 'Frozen', 'sum_of_losses', 'detection_learner',
-           'detect', 'DetectionScore', 'mark_hits', 'show_detections']
+           'detect', 'DetectionScore']
 
 # %% ../../nbs/93_transfer.finetune.ipynb #bbc93b55
-import matplotlib.pyplot as plt
 import torch
 from fastai.callback.core import Callback, CancelValidException
 from fastai.data.core import DataLoaders
@@ -16,11 +15,10 @@ from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastcore.foundation import L
 from torch.utils.data import Dataset
-from torchvision.ops import box_iou
 
 from ..ground.core import InputError
 from ..methods.encoders import DenseEncoder
-from .ap import coco_scores, match_detections
+from .ap import coco_scores
 from .detector import Detector, as_results
 from .together import ShortSide, mirror
 
@@ -126,37 +124,3 @@ class DetectionScore(Callback):
         found = {f'{name} {k}': v for name,kind in kinds.items() for k,v in coco_scores(data.truth, said, kind)[0].items()}
         self.learn.scores = found
         self.history.append((self.epoch+1, found))
-
-# %% ../../nbs/93_transfer.finetune.ipynb #fbdf4c95
-def mark_hits(
-    found:dict,   # Detections of an image
-    target:dict,  # Its objects
-    least=.5,     # Overlap of a hit
-):                # For each detection whether it is a hit, and for each object whether it was found
-    "Match detections and objects of the same class, the surest first"
-    same = found['labels'][:,None]==target['labels']
-    iou = box_iou(found['boxes'], target['boxes'].as_subclass(torch.Tensor))*same
-    hit = match_detections(iou.numpy(), [False]*iou.shape[1], least)==1
-    return hit, (iou[hit]>=least).any(0)
-
-# %% ../../nbs/93_transfer.finetune.ipynb #d70798da
-def show_detections(
-    learn:Learner,
-    n:int=4,           # Images
-    least_score=.5,    # Of the detections that are drawn
-    axs=None,          # Matplotlib axes, at least `n`; default a new figure
-):
-    "Images to score on: hits blue, false alarms orange, objects that were missed white and dashed"
-    data, model = learn.dls.instances, learn.model.eval()
-    if axs is None: axs = plt.subplots(1, n, figsize=(2.6*n, 2.9), dpi=110)[1]
-    for ax,i in zip(axs, range(n)):
-        image, target = learn.dls.valid.dataset[i]
-        with torch.no_grad(): found = model([image.to(model.mean.device)])[0]
-        found = {k: v.cpu()[found['scores'].cpu()>=least_score] for k,v in found.items()}
-        hit, seen = mark_hits(found, target)
-        ax.imshow(image.permute(1,2,0))
-        marks = [(b, 'tab:blue' if h else 'tab:orange', '-') for b,h in zip(found['boxes'].tolist(), hit)]
-        marks += [(b, 'w', '--') for b,s in zip(target['boxes'].tolist(), seen.tolist()) if not s]
-        for (x0, y0, x1, y1),color,style in marks:
-            ax.add_patch(plt.Rectangle((x0,y0), x1-x0, y1-y0, fill=False, ec=color, ls=style, lw=2))
-        ax.set(title=f'{hit.sum()} hits, {(~hit).sum()} false, {(~seen).sum()} missed', xticks=[], yticks=[])
