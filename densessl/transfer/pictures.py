@@ -167,7 +167,7 @@ def show_proposals(
     n:int=10,            # Proposals
 ):                       # Matplotlib figure
     "The surest proposals before suppression and after it"
-    fig, axs = plt.subplots(1, 2, figsize=(5,2.7), dpi=110)
+    fig, axs = plt.subplots(1, 2, figsize=(4.4,2.4), dpi=100)
     for ax,suppressed,title in zip(axs, (False, True), ('before', 'after')):
         boxes = surest_proposals(model, image, n, suppressed)
         ax.imshow(drawn(image, dict(boxes=boxes), [HIT]*len(boxes)).permute(1,2,0))
