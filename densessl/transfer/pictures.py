@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import box_area, box_iou, masks_to_boxes
+from torchvision.transforms.v2.functional import rgb_to_grayscale
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ..ground.core import InputError
@@ -64,14 +65,14 @@ HIT, MISS, FALSE, IGNORED = (0,114,178), (204,60,160), (240,150,0), (150,150,150
 
 # %% ../../nbs/95_transfer.pictures.ipynb #91dd7b1b
 def drawn(image, found, colors):
-    "The image with boxes, and masks where there are any, each in its color; at least 200 pixels wide"
+    "The image in gray with boxes, and masks where there are any, each in its color; at least 200 pixels wide"
     n = -(-200//image.shape[-1])
-    image = image.as_subclass(Tensor).repeat_interleave(n, -2).repeat_interleave(n, -1)
+    image = rgb_to_grayscale(image.as_subclass(Tensor), 3).repeat_interleave(n, -2).repeat_interleave(n, -1)
     if not len(found['boxes']): return image
     if 'masks' in found:
         masks = found['masks'].repeat_interleave(n, -2).repeat_interleave(n, -1)
         image = draw_segmentation_masks(image, masks, .45, colors)
-    return draw_bounding_boxes(image, found['boxes']*n, colors=colors, width=max(image.shape[-1]//90, 2))
+    return draw_bounding_boxes(image, found['boxes']*n, colors=colors, width=max(image.shape[-1]//80, 2))
 
 # %% ../../nbs/95_transfer.pictures.ipynb #92220e04
 def show_results(
@@ -83,7 +84,7 @@ def show_results(
 ):                       # Matplotlib figure
     "Objects above, found blue and missed purple; detections below, hits blue, false alarms orange, ignored gray"
     n = min(n, len(data))
-    fig, axs = plt.subplots(2, n, figsize=(2.1*n, 4.9), dpi=100, squeeze=False)
+    fig, axs = plt.subplots(2, n, figsize=(2*n, 4.6), dpi=90, squeeze=False)
     for i,(top,bottom) in enumerate(axs.T):
         (image, target), entry = data[i], data.truth['images'][i]
         own = [d for d in said if d['image_id']==entry['id'] and d['score']>=least_score]
@@ -93,8 +94,8 @@ def show_results(
         objects = {k: target[k].as_subclass(Tensor) for k in ('boxes', 'masks') if k in target}
         top.imshow(drawn(image, objects, [HIT if s else MISS for s in seen]).permute(1,2,0))
         bottom.imshow(drawn(image, found, [(FALSE, HIT, IGNORED)[s] for s in status]).permute(1,2,0))
-        top.set(title=f'{len(seen)} objects, {(~seen).sum()} missed', xticks=[], yticks=[])
-        bottom.set(title=f'{(status==1).sum()} hits, {(status==0).sum()} false', xticks=[], yticks=[])
+        top.set(title=f'{len(seen)} objects, missed {(~seen).sum()}', xticks=[], yticks=[])
+        bottom.set(title=f'hits {(status==1).sum()}, false {(status==0).sum()}', xticks=[], yticks=[])
     fig.tight_layout()
     return fig
 
@@ -108,7 +109,7 @@ def plot_curves(
     **kwargs,               # Of `coco_curve`
 ):                          # The axis
     "Precision over recall at some thresholds"
-    if ax is None: ax = plt.subplots(figsize=(4,3), dpi=110)[1]
+    if ax is None: ax = plt.subplots(figsize=(4,3), dpi=100)[1]
     recall = np.linspace(0, 1, 101)
     for threshold,curve in zip(thresholds, coco_curve(data.truth, said, kind, thresholds, **kwargs)):
         ax.plot(recall, curve, label=f'AP{round(100*threshold)} {100*curve.mean():.1f}')
@@ -124,7 +125,7 @@ def plot_sizes(
     ax=None,                # Matplotlib axis; default a new figure
 ):                          # The axis
     "AP of small, medium and large objects, with their numbers"
-    if ax is None: ax = plt.subplots(figsize=(4,3), dpi=110)[1]
+    if ax is None: ax = plt.subplots(figsize=(4,3), dpi=100)[1]
     sizes = ('small', 'medium', 'large')
     area = np.array([a['area'] for a in data.truth['annotations'] if not a.get('iscrowd')])
     counts = [(area<32**2).sum(), ((area>=32**2) & (area<96**2)).sum(), (area>=96**2).sum()]
@@ -144,7 +145,7 @@ def plot_sizes(
 def surest_proposals(
     model,                # `Detector`
     image:Tensor,         # uint8 (3,H,W)
-    n:int=20,
+    n:int=10,
     suppressed:bool=True,   # After non-maximum suppression, else before
 )->Tensor:                # Boxes (n,4), the surest first
     "The boxes that a detector looks into first"
@@ -163,10 +164,10 @@ def surest_proposals(
 def show_proposals(
     model,               # `Detector`
     image:Tensor,        # uint8 (3,H,W)
-    n:int=20,            # Proposals
+    n:int=10,            # Proposals
 ):                       # Matplotlib figure
     "The surest proposals before suppression and after it"
-    fig, axs = plt.subplots(1, 2, figsize=(5,2.7), dpi=110)
+    fig, axs = plt.subplots(1, 2, figsize=(4.4,2.4), dpi=100)
     for ax,suppressed,title in zip(axs, (False, True), ('before', 'after')):
         boxes = surest_proposals(model, image, n, suppressed)
         ax.imshow(drawn(image, dict(boxes=boxes), [HIT]*len(boxes)).permute(1,2,0))
@@ -227,7 +228,7 @@ def result_pictures(
     for ax,kind in zip(axs[0], kinds): plot_curves(data, said, kind, ax=ax)
     sized = [k for k in kinds if k!='keypoints']
     if sized:
-        figures['sizes'], ax = plt.subplots(figsize=(4,3), dpi=110)
+        figures['sizes'], ax = plt.subplots(figsize=(4,3), dpi=100)
         plot_sizes(data, said, sized, ax)
     for name,fig in figures.items():
         fig.tight_layout()
