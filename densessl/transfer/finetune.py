@@ -8,8 +8,7 @@ __all__ = ['Moved', 'mirror_half', 'in_lists', 'drawn_objects', 'DetectionLoader
            'DetectionScore', 'mark_hits', 'show_detections']
 
 # %% ../../nbs/93_transfer.finetune.ipynb #bbc93b55
-import hashlib, json
-from pathlib import Path
+import hashlib
 
 import matplotlib.pyplot as plt
 import torch
@@ -18,6 +17,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastcore.foundation import L
+from matplotlib.colors import to_hex
 from torch.utils.data import Dataset
 from torchvision.ops import box_iou
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
@@ -61,25 +61,27 @@ def drawn_objects(
     image,        # uint8 (3,H,W)
     target:dict,  # Its boxes, masks and keypoints, as far as they are there
 ):                # uint8 (3,H,W)
-    "An image with its objects"
-    if 'masks' in target: image = draw_segmentation_masks(image, target['masks'].bool(), alpha=.5)
-    if len(target['boxes']): image = draw_bounding_boxes(image, target['boxes'], width=max(min(image.shape[1:])//150, 1))
+    "An image with its objects, by torchvision"
+    side, colors = min(image.shape[1:]), [to_hex(f'C{k%10}') for k in range(len(target['boxes']))]
+    if not colors: return image
+    if 'masks' in target: image = draw_segmentation_masks(image, target['masks'].bool(), alpha=.5, colors=colors)
+    image = draw_bounding_boxes(image, target['boxes'], colors=colors, width=max(side//150, 1))
     if 'keypoints' in target:
         points, seen = target['keypoints'][...,:2], target['keypoints'][...,2]>0
-        image = draw_keypoints(image, points, radius=max(min(image.shape[1:])//100, 1), visibility=seen, colors='white')
+        image = draw_keypoints(image, points, colors='white', radius=max(side//100, 1), visibility=seen)
     return image
 
 # %% ../../nbs/93_transfer.finetune.ipynb #c93f0002
 class DetectionLoaders(DataLoaders):
     "fastai's `DataLoaders` of images with objects: `instances` to score on (None: nothing is scored), and `classes`"
-    def show_batch(self, n:int=4, axs=None):
+    def show_batch(self, n:int=3, axs=None):
         "The first images of a batch that is trained on"
         images, targets = self.train.one_batch()
         n = min(n, len(images))
-        if axs is None: axs = plt.subplots(1, n, figsize=(2.2*n, 2.5), dpi=110, squeeze=False)[1][0]
+        if axs is None: axs = plt.subplots(1, n, figsize=(2*n, 2.3), dpi=100, squeeze=False)[1][0]
         for ax,image,target in zip(axs, images, targets):
             objects = drawn_objects(image.cpu(), {k: v.cpu() for k,v in target.items() if hasattr(v, 'cpu')})
-            ax.imshow(objects.permute(1,2,0))
+            ax.imshow(objects.permute(1,2,0), interpolation='nearest')
             ax.set(title=', '.join(self.classes[k-1] for k in target['labels'].unique()), xticks=[], yticks=[])
 
 # %% ../../nbs/93_transfer.finetune.ipynb #e105dcde
@@ -97,7 +99,7 @@ def detection_dls(
     taught = {n['image_id'] for n in train.truth['annotations'] if not n.get('iscrowd')}
     known = train.subset(lambda entry: entry['id'] in taught)
     if batch_size>len(known):
-        raise InputError(f'batch_size is {batch_size}, but only {len(known)} images hold an object: choose at most that')
+        raise InputError(f'batch_size is {batch_size}, but only {len(known)} images hold an object: choose it smaller')
     still = ShortSide(test_size[:1], test_size[1], 0) if test_size else lambda image, target: (image, target)
     loader = dict(num_workers=num_workers, create_batch=in_lists)
     dls = DetectionLoaders(
@@ -242,14 +244,14 @@ def show_detections(
     axs=None,          # Matplotlib axes, at least `n`; default a new figure
 ):
     "Images to score on: hits blue, false alarms orange, objects that were missed white and dashed"
-    data, model = learn.dls.instances, learn.model.eval()
+    model = learn.model.eval()
     if axs is None: axs = plt.subplots(1, n, figsize=(2.6*n, 2.9), dpi=110)[1]
     for ax,i in zip(axs, range(n)):
         image, target = learn.dls.valid.dataset[i]
         with torch.no_grad(): found = model([image.to(model.mean.device)])[0]
         found = {k: v.cpu()[found['scores'].cpu()>=least_score] for k,v in found.items()}
         hit, seen = mark_hits(found, target)
-        ax.imshow(image.permute(1,2,0))
+        ax.imshow(image.permute(1,2,0), interpolation='nearest')
         marks = [(b, 'tab:blue' if h else 'tab:orange', '-') for b,h in zip(found['boxes'].tolist(), hit)]
         marks += [(b, 'w', '--') for b,s in zip(target['boxes'].tolist(), seen.tolist()) if not s]
         for (x0, y0, x1, y1),color,style in marks:

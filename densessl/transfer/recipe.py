@@ -80,8 +80,8 @@ def rate_factor(
 )->float:          # In [0,1]
     "What the rate of the recipe is multiplied with at a step"
     def at(place): return round(place*n_steps) if place<1 else place
-    done = min(step/max(at(fit.warmup), 1e-9), 1.)
-    factor = fit.warmup_factor+(1-fit.warmup_factor)*done
+    warmup = at(fit.warmup)
+    factor = 1. if step>=warmup else fit.warmup_factor+(1-fit.warmup_factor)*step/warmup
     if fit.power is not None: return factor*(1-step/n_steps)**fit.power
     return factor*.1**sum(step>=at(m) for m in fit.milestones)
 
@@ -227,22 +227,33 @@ def prepare_encoder(
         net.set_grad_checkpointing(True)
 
 # %% ../../nbs/92_transfer.recipe.ipynb #7d65d8ca
+class InnerGradients(nn.Module):
+    "From an image to the gradients of some parameters of what maps depend on, None where they do not"
+    def __init__(self, taps, names):
+        super().__init__()
+        self.taps, self.names = taps, names
+    def forward(self, x):
+        own = dict(self.taps.named_parameters())
+        total = sum(m.sum() for m in self.taps(x))
+        return torch.autograd.grad(total, [own[k] for k in self.names], allow_unused=True)
+
+# %% ../../nbs/92_transfer.recipe.ipynb #9752fecd
 def freeze_unread(taps:FeatureTaps):
     "No gradient for parameters that the maps do not depend on, in place; nothing is computed"
-    net, was = taps.net, taps.training
-    built = getattr(getattr(net, 'patch_embed', None), 'img_size', None) or (64, 64)
-    size = [round(n/taps.scale) for n in built]
+    was, built = taps.training, getattr(getattr(taps.net, 'patch_embed', None), 'img_size', None) or (64, 64)
+    image = torch.empty(1, 3, *[round(n/taps.scale) for n in built], device='meta')
     state = {k: torch.empty_like(v, device='meta') for k,v in [*taps.named_parameters(), *taps.named_buffers()]}
-    trained = {k: state[k].requires_grad_() for k,p in taps.named_parameters() if p.requires_grad}
-    if not trained: return
+    names = [k for k,p in taps.named_parameters() if p.requires_grad]
+    if not names: return
+    for k in names: state[k].requires_grad_()
     with torch.enable_grad():
-        maps = torch.func.functional_call(taps.eval(), state, torch.empty(1, 3, *size, device='meta'))
+        inner = InnerGradients(taps.eval(), names)
+        grads = torch.func.functional_call(inner, {f'taps.{k}': v for k,v in state.items()}, image)
     taps.train(was)
-    grads = torch.autograd.grad(sum(m.sum() for m in maps), [*trained.values()], allow_unused=True)
-    for k,g in zip(trained, grads):
+    for k,g in zip(names, grads):
         if g is None: taps.get_parameter(k).requires_grad_(False)
 
-# %% ../../nbs/92_transfer.recipe.ipynb #4cb6bc09
+# %% ../../nbs/92_transfer.recipe.ipynb #fb9aeed3
 class PreciseBN(Callback):
     "Gathers batch-norm statistics from training images before each score"
     order, run_valid = -12, False     # while the model is still in training mode
@@ -274,7 +285,7 @@ class PreciseBN(Callback):
         mine = [i*n_all//n for i in range(n)][this_rank()::world]
         return dl.new(Subset(dl.dataset, mine), shuffle=False, drop_last=False)
 
-# %% ../../nbs/92_transfer.recipe.ipynb #f61d26a5
+# %% ../../nbs/92_transfer.recipe.ipynb #f0fed989
 class FineTuner(Learner):
     "fastai's `Learner`, with the precision of a fit as in pretraining"
     def fit(self, *args, **kwargs):
@@ -284,13 +295,13 @@ class FineTuner(Learner):
     def freeze_to(self, n):
         raise InputError('parameter groups are not layers to freeze: FineTune(frozen=True) trains the heads alone')
 
-# %% ../../nbs/92_transfer.recipe.ipynb #f0fed989
+# %% ../../nbs/92_transfer.recipe.ipynb #cb6496cc
 def saving_memory(fit:FineTune)->list:
     "What to change if memory runs out"
     advice = [] if fit.checkpoint or fit.frozen else ['set FineTune(checkpoint=True)']
     return [*advice, 'make the images smaller in augment']
 
-# %% ../../nbs/92_transfer.recipe.ipynb #c3f6fb9e
+# %% ../../nbs/92_transfer.recipe.ipynb #e15c6ef4
 def fine_tuner(
     dls,                           # DataLoaders
     model:nn.Module,
@@ -310,9 +321,9 @@ def fine_tuner(
     if not fit.frozen and not any(p.requires_grad for p in net.parameters()):
         raise InputError('no parameter of the encoder trains, as of a teacher or after FineTune(frozen=True): '
                          'call requires_grad_(True) on it, or keep it frozen')
-    prepare_encoder(net, fit)
     for m in model.modules():
         if isinstance(m, FeatureTaps): freeze_unread(m)
+    prepare_encoder(net, fit)
     images = dls.train.bs*batches_a_step(cbs, dls.train.bs)*max(num_distrib(), 1)
     kwargs = dict(lr=fit.rate*images/fit.batch, splitter=partial(parameter_groups, net=net, fit=fit),
                   opt_func=partial(optimizer_of, fit=fit)) | kwargs
