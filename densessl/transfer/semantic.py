@@ -247,14 +247,14 @@ class Shrunk:
         hw = fit_size(image.shape[-2:], self.short, self.longest)
         return move.resize(image, list(hw), antialias=True), labels
 
-# %% ../../nbs/96_transfer.semantic.ipynb #16393881
+# %% ../../nbs/96_transfer.semantic.ipynb #6d262ace
 def class_colors(n:int)->Tensor:
     "A color for each class, (n,3) in [0,1]"
     if n<=LABELS.N: return torch.tensor(LABELS(range(n)))[:,:3].float()
     hues = [(k*.618034%1, .5+.5*(k%3)/2, 1-.4*(k%4)/3) for k in range(n)]
     return torch.tensor([colorsys.hsv_to_rgb(*h) for h in hues])
 
-# %% ../../nbs/96_transfer.semantic.ipynb #6d262ace
+# %% ../../nbs/96_transfer.semantic.ipynb #27fce3cc
 class SemanticLoaders(DataLoaders):
     "fastai's `DataLoaders` of labelled images, and the names of their `classes`"
     def show_batch(self, n:int=4, size:float=1.6):
@@ -267,7 +267,7 @@ class SemanticLoaders(DataLoaders):
             drawn.imshow(colors[known.clamp(min=0)].masked_fill((known==IGNORED)[...,None], 1.))
         return fig
 
-# %% ../../nbs/96_transfer.semantic.ipynb #33d76445
+# %% ../../nbs/96_transfer.semantic.ipynb #8b0e9fd2
 def semantic_dls(
     train,                 # `SegmentationFiles` or `SegmentationData` to learn from, as of `labelled_data`
     test,                  # To score on
@@ -299,7 +299,7 @@ def semantic_dls(
     dls.classes = train.classes or tuple(map(str, range(train.n_classes)))
     return dls
 
-# %% ../../nbs/96_transfer.semantic.ipynb #a01755d1
+# %% ../../nbs/96_transfer.semantic.ipynb #6bd07709
 def segmentation_loss(
     logits:Tensor,    # (B,C,H,W)
     labels:Tensor,    # int64 (B,h,w), `IGNORED` where unknown
@@ -308,7 +308,7 @@ def segmentation_loss(
     if logits.shape[-2:]!=labels.shape[-2:]: logits = F.interpolate(logits, labels.shape[-2:], mode='bilinear')
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction='sum')/labels.numel()
 
-# %% ../../nbs/96_transfer.semantic.ipynb #4fb4c7ac
+# %% ../../nbs/96_transfer.semantic.ipynb #f1f9dede
 def semantic_scores(
     counts:Tensor,           # Of `image_counts`: pixels right, predicted, labelled, (n,3,C)
     ignore_index:int=None,   # Class that is left out, if it is one of the C
@@ -318,7 +318,7 @@ def semantic_scores(
     mean, ious = mean_iou(counts, ignore_index)
     return dict(mIoU=mean, aAcc=(right.sum()/true.sum()).item(), mAcc=(right/true).nanmean().item()), ious
 
-# %% ../../nbs/96_transfer.semantic.ipynb #0ab70c11
+# %% ../../nbs/96_transfer.semantic.ipynb #33a117e1
 class SemanticScore(Callback):
     "mIoU, aAcc and mAcc, every few epochs and at the end: `learn.scores`, `per_class` (IoU), and a `history`"
     order = 5                 # after the logits are there
@@ -365,7 +365,7 @@ class SemanticScore(Callback):
         self.history, self.per_class = list(state['history']), state['per_class']
         if self.history: self.learn.scores = {k: v for k,v in self.history[-1].items() if k!='epoch'}
 
-# %% ../../nbs/96_transfer.semantic.ipynb #33a117e1
+# %% ../../nbs/96_transfer.semantic.ipynb #a62fff4a
 def semantic_learner(
     dls:SemanticLoaders,       # As `semantic_dls` makes them
     encoder,                   # `DenseEncoder` (trained in place), file, timm name (published weights), or Learner
@@ -386,7 +386,7 @@ def semantic_learner(
     learn.recorder.train_metrics, learn.recorder.valid_metrics = True, True
     return learn
 
-# %% ../../nbs/96_transfer.semantic.ipynb #85063059
+# %% ../../nbs/96_transfer.semantic.ipynb #ef0bc016
 @torch.no_grad()
 def segment(
     model:Segmenter,
@@ -400,7 +400,7 @@ def segment(
     if hw is not None: z = F.interpolate(z, tuple(hw), mode='bilinear')
     return z[0].argmax(0).cpu()
 
-# %% ../../nbs/96_transfer.semantic.ipynb #ef0bc016
+# %% ../../nbs/96_transfer.semantic.ipynb #ee8113d6
 def show_semantic(
     learn:Learner,
     n:int=4,           # Images to score on, the first ones; one a row
