@@ -60,7 +60,7 @@ COCO_NUMBERS = dict(
 COCO_NUMBERS['segm'] = COCO_NUMBERS['bbox']
 
 # %% ../../nbs/85_transfer.ap.ipynb #5a0c0008
-def coco_scorer(truth, detections, kind):
+def _coco_scorer(truth, detections, kind):
     "pycocotools' scorer, which writes into its annotations and detections: it gets copies"
     data = COCO()
     data.dataset = truth | dict(annotations=[dict(n) for n in truth['annotations']])
@@ -78,7 +78,7 @@ def coco_scores(
     if kind not in COCO_NUMBERS: raise InputError(f'kind must be one of {", ".join(COCO_NUMBERS)}, got {kind!r}')
     if not truth['annotations']: raise InputError('there is no object in the ground truth, so AP has no meaning')
     with contextlib.redirect_stdout(io.StringIO()):
-        scorer = coco_scorer(truth, detections, kind)
+        scorer = _coco_scorer(truth, detections, kind)
         if thresholds is not None: scorer.params.iouThrs = np.array(thresholds)
         scorer.evaluate()
         scorer.accumulate()
@@ -119,7 +119,7 @@ def voc_scores(
     if kind not in ('bbox', 'segm'): raise InputError(f"kind must be 'bbox' or 'segm', got {kind!r}")
     if not truth['annotations']: raise InputError('there is no object in the ground truth, so AP has no meaning')
     with contextlib.redirect_stdout(io.StringIO()):
-        scorer, by_class = coco_scorer(truth, detections, kind), {}
+        scorer, by_class = _coco_scorer(truth, detections, kind), {}
         scorer.params.maxDets, scorer.params.areaRng = [max(len(detections), 1)], [[0, 1e10]]
         scorer.evaluate()                                     # overlaps, the surest detection first
     for c in truth['categories']:
