@@ -20,13 +20,13 @@ from ..ground.core import InputError
 from ..ground.synthetic import CLASSES, draw_scenes
 
 # %% ../../nbs/86_transfer.instances.ipynb #af591222
-def packed_mask(note, hw):
+def _packed_mask(note, hw):
     "The mask of an object as pycocotools' compressed run lengths"
     code = note['segmentation']
     if isinstance(code, list): return runs.merge(runs.frPyObjects(code, *hw))
     return runs.frPyObjects(code, *hw) if isinstance(code['counts'], list) else code
 
-def as_json(packed):
+def _as_json(packed):
     "Compressed run lengths as text"
     counts = packed['counts']
     return dict(size=[*packed['size']], counts=counts if isinstance(counts, str) else counts.decode())
@@ -37,14 +37,14 @@ def decode_mask(
     hw,         # Height and width of the image
 ):              # bool (H,W)
     "The mask of an object"
-    return runs.decode(packed_mask(note, hw)).astype(bool)
+    return runs.decode(_packed_mask(note, hw)).astype(bool)
 
 # %% ../../nbs/86_transfer.instances.ipynb #ded78601
 def encode_mask(
     mask,     # bool (H,W)
 )->dict:      # Compressed run lengths, as json takes them
     "A mask as COCO writes it"
-    return as_json(runs.encode(np.asfortranarray(np.asarray(mask), dtype=np.uint8)))
+    return _as_json(runs.encode(np.asfortranarray(np.asarray(mask), dtype=np.uint8)))
 
 # %% ../../nbs/86_transfer.instances.ipynb #f08ddce0
 def number_notes(
@@ -73,7 +73,7 @@ def number_notes(
         ends = ends[~(np.append(inner, False) | np.insert(inner, 0, False))]
         counts = np.diff(np.concatenate([[0], ends, [h*w]])).tolist()
         packed = runs.frPyObjects(dict(size=[h,w], counts=counts), h, w)
-        out[n] = dict(bbox=box, area=int(l.sum()), segmentation=as_json(packed))
+        out[n] = dict(bbox=box, area=int(l.sum()), segmentation=_as_json(packed))
     return out
 
 
@@ -127,7 +127,7 @@ class InstanceData(Dataset):
         return InstanceData(truth, self.read, self.name, self.kinds, self.read_as)
 
 # %% ../../nbs/86_transfer.instances.ipynb #7b4eba65
-def scene_of(images, entry):
+def _scene_of(images, entry):
     "The image of an entry"
     return images[entry['id']]
 
@@ -151,24 +151,26 @@ def scene_instances(
     entries = [dict(id=i, height=size, width=size, file_name=f'scene {i}') for i in range(n)]
     truth = dict(info={}, images=entries, annotations=notes,
                  categories=[dict(id=k, name=c) for k,c in enumerate(CLASSES) if k])
-    return InstanceData(truth, partial(scene_of, images), f'{n} drawn scenes of {size} px, seed {seed}')
+    return InstanceData(truth, partial(_scene_of, images), f'{n} drawn scenes of {size} px, seed {seed}')
 
-# %% ../../nbs/86_transfer.instances.ipynb #3f268a53
+# %% ../../nbs/86_transfer.instances.ipynb #8600a001
 def counted(n, noun):
     "As `3 objects`, `1 object`"
     return f'{n:,} {noun}{"s"*(n!=1)}'
 
+# %% ../../nbs/86_transfer.instances.ipynb #8600a002
 def check_json(found, where):
     "An error if COCO's three lists are not there"
     for k in ('images', 'annotations', 'categories'):
         if not isinstance(found, dict) or not isinstance(found.get(k), list):
             raise InputError(f'{where} is no json of COCO: it has no list {k!r}')
 
-def fail(where, note, says):
+# %% ../../nbs/86_transfer.instances.ipynb #3f268a53
+def _fail(where, note, says):
     "The error about an annotation"
     raise InputError(f'{where}: annotation {note.get("id")} of image {note.get("image_id")} {says}')
 
-def check_lists(truth, where):
+def _check_lists(truth, where):
     "The sizes of images by id; an error where images, categories and annotations do not belong together"
     size, categories = {}, {c['id']: c['name'] for c in truth['categories']}
     for entry in truth['images']:
@@ -177,12 +179,12 @@ def check_lists(truth, where):
         size[entry['id']] = entry['height'], entry['width']
     if len(categories)<len(truth['categories']): raise InputError(f'{where} lists two categories with the same id')
     for note in truth['annotations']:
-        if note['image_id'] not in size: fail(where, note, 'belongs to no image in the list')
+        if note['image_id'] not in size: _fail(where, note, 'belongs to no image in the list')
         if note['category_id'] not in categories:
-            fail(where, note, f'has the category {note["category_id"]}, which is not in the list of categories')
+            _fail(where, note, f'has the category {note["category_id"]}, which is not in the list of categories')
     return size
 
-def selected(truth, classes, one_class, where):
+def _selected(truth, classes, one_class, where):
     "The json with some of its classes, or with all of them as one"
     categories, notes, names = truth['categories'], truth['annotations'], [c['name'] for c in truth['categories']]
     if classes is not None:
@@ -195,45 +197,45 @@ def selected(truth, classes, one_class, where):
         categories, notes = [categories[0] | dict(id=1, name=one_class)], [n | dict(category_id=1) for n in notes]
     return truth | dict(categories=categories, annotations=notes)
 
-def check_boxes(notes, size, where):
+def _check_boxes(notes, size, where):
     "Which boxes are not empty; all become numbers. A box must lie in its image, at least half of it"
     try: boxes = np.array([n['bbox'] for n in notes], float).reshape(len(notes), 4)
     except (KeyError, TypeError, ValueError): boxes = None
     if boxes is None or not np.isfinite(boxes).all():
-        note = next(n for n in notes if not is_box(n.get('bbox')))
-        fail(where, note, f'has the box {note.get("bbox")}: give left, top, width and height in pixels')
+        note = next(n for n in notes if not _is_box(n.get('bbox')))
+        _fail(where, note, f'has the box {note.get("bbox")}: give left, top, width and height in pixels')
     canvas = np.array([size[n['image_id']][::-1] for n in notes]).reshape(-1, 2)
     inside = np.minimum(boxes[:,:2]+boxes[:,2:], canvas)-np.maximum(boxes[:,:2], 0)
     full = (boxes[:,2:]>0).all(1)
     for i in np.flatnonzero(full & (inside.clip(0).prod(1)<boxes[:,2:].prod(1)/2)):
         h, w = size[notes[i]['image_id']]
-        fail(where, notes[i], f'has the box {notes[i]["bbox"]}, most of which is outside its image of {w} x {h}: boxes '
-                              f'are left, top, width and height in pixels')
+        says = f'has the box {notes[i]["bbox"]}, most of which is outside its image of {w} x {h}: boxes are left, top, '
+        _fail(where, notes[i], f'{says}width and height in pixels')
     for n,box in zip(notes, boxes.tolist()): n['bbox'] = box
     return full
 
-def is_box(box):
+def _is_box(box):
     "Whether it is four finite numbers"
     try: return np.isfinite(np.array(box, float).reshape(4)).all()
     except (TypeError, ValueError): return False
 
-def check_mask(note, hw, where):
+def _check_mask(note, hw, where):
     "The mask of an object as compressed run lengths; None if it covers no pixel"
     code = note.get('segmentation')
     if not code: return None
     if isinstance(code, dict):
         if [*code['size']]!=[*hw]:
-            fail(where, note, f'has a mask of {code["size"][1]} x {code["size"][0]}, its image is {hw[1]} x {hw[0]}')
+            _fail(where, note, f'has a mask of {code["size"][1]} x {code["size"][0]}, its image is {hw[1]} x {hw[0]}')
         if isinstance(code['counts'], list) and sum(code['counts'])!=hw[0]*hw[1]:
-            fail(where, note, f'has run lengths of {sum(code["counts"])} pixels, its image of {hw[1]} x {hw[0]} has '
+            _fail(where, note, f'has run lengths of {sum(code["counts"])} pixels, its image of {hw[1]} x {hw[0]} has '
                               f'{hw[0]*hw[1]}')
     elif not all(isinstance(p, list) and len(p)%2==0 for p in code):
-        fail(where, note, 'has an outline that is no list of polygons, each as x, y, x, y ...')
+        _fail(where, note, 'has an outline that is no list of polygons, each as x, y, x, y ...')
     else: code = [p for p in code if len(p)>=6]                     # two corners enclose nothing
-    packed = code and packed_mask(dict(segmentation=code), hw)
-    return as_json(packed) if packed and runs.area(packed) else None
+    packed = code and _packed_mask(dict(segmentation=code), hw)
+    return _as_json(packed) if packed and runs.area(packed) else None
 
-def check_keypoints(truth, where):
+def _check_keypoints(truth, where):
     "Counts of labelled keypoints; an error where some are lacking"
     lists = {len(c.get('keypoints', ())) for c in truth['categories']}
     notes = [n for n in truth['annotations'] if not n['iscrowd']]
@@ -245,7 +247,7 @@ def check_keypoints(truth, where):
     for note in truth['annotations']:
         points = note.setdefault('keypoints', [0]*3*k)
         if len(points)!=3*k:
-            fail(where, note, f'has {len(points)} numbers for {k} keypoints: give x, y and 0, 1 or 2 of each')
+            _fail(where, note, f'has {len(points)} numbers for {k} keypoints: give x, y and 0, 1 or 2 of each')
         note['num_keypoints'] = sum(v>0 for v in points[2::3])
 
 # %% ../../nbs/86_transfer.instances.ipynb #36ee3333
@@ -264,16 +266,16 @@ def checked_truth(
 
 def _checked(truth, kinds, where, classes, one_class):
     check_json(truth, where)
-    size, said = check_lists(truth, where), []
-    truth = selected(truth, classes, one_class, where)
+    size, said = _check_lists(truth, where), []
+    truth = _selected(truth, classes, one_class, where)
     notes = truth['annotations']
-    full = check_boxes(notes, size, where)
+    full = _check_boxes(notes, size, where)
     if not full.all(): said.append(f'{counted(int((~full).sum()), "object")} without width or height left out')
     notes = [n for n,keep in zip(notes, full) if keep]
     if 'masks' in kinds:
         if notes and not any(n.get('segmentation') for n in notes):
             raise InputError(f'{where} holds no masks: pass kinds=() to learn boxes alone')
-        for n in notes: n['segmentation'] = check_mask(n, size[n['image_id']], where)
+        for n in notes: n['segmentation'] = _check_mask(n, size[n['image_id']], where)
         empty = sum(n['segmentation'] is None for n in notes)
         if empty: said.append(f'{counted(empty, "object")} whose mask covers no pixel left out')
         notes = [n for n in notes if n['segmentation'] is not None]
@@ -284,5 +286,5 @@ def _checked(truth, kinds, where, classes, one_class):
             n['area'] = float(runs.area(n['segmentation']) if 'masks' in kinds else n['bbox'][2]*n['bbox'][3])
     truth = {'info': {}} | truth | dict(annotations=notes)
     if not notes: raise InputError(f'{where} holds no object at all')
-    if 'keypoints' in kinds: check_keypoints(truth, where)
+    if 'keypoints' in kinds: _check_keypoints(truth, where)
     return truth, said

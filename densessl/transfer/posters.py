@@ -80,7 +80,8 @@ POSTER_ROWS = dict(
     flsl_uavdt_s8=replace(_uavdt, arch='vit_small_patch8_224', numbers={'AP_VOC': 55.2}),
     flsl_ade20k_s16=Row(
         'FLSL', 'semantic', 'ADE20K', 'vit_small_patch16_224', {'mIoU': 42.9, 'aAcc': 81.5, 'mAcc': 55.1}, _fit_ade,
-        SegmenterConfig(taps=(2,5,8,11), strides=(16,16,16,16)), partial(ScaledCrop, 512), (512, 2048), source='FLSL, public code, segmentation/',
+        SegmenterConfig(taps=(2,5,8,11), strides=(16,)*4, head_strides=(4,8,16,32)), partial(ScaledCrop, 512),
+        (512, 2048), source='FLSL, public code, segmentation/',
         unknown='the number of GPUs with 4 images each; taken here: 4, and 32 epochs for 40,000 steps'),
     flsl_davis_s8=Row(
         'FLSL', 'video', 'DAVIS 2017', 'vit_small_patch8_224', {'DAVIS J&F': 73.5}, source='FLSL, public code',
