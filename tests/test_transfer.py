@@ -189,6 +189,9 @@ def test_c4_is_the_resnet_cut_in_two(c4):
     "Stages one after another by hand: map, pooled region, stage 5, mean, linear layers; masks from the same features"
     encoder, net = c4
     net.eval()
+    p = net.heads.mask_predictor
+    for layer in (net.heads.box_predictor.cls_score, net.heads.box_predictor.bbox_pred, p.mask_fcn_logits):
+        torch.nn.init.normal_(layer.weight, std=.1)          # features count
     image = torch.randint(0, 256, (3,50,70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): found = net([image])[0]
     r = encoder.net
@@ -203,7 +206,7 @@ def test_c4_is_the_resnet_cut_in_two(c4):
     want = heads.postprocess_detections(logits, offsets, proposals, [(50,70)])
     assert len(found['boxes'])>5
     assert_close(found['boxes'], want[0][0], rtol=0, atol=1e-3)
-    p = heads.mask_predictor
+    assert_close(found['scores'], want[1][0], rtol=1e-4, atol=1e-5)
     masks = p.mask_fcn_logits(F.relu(p.conv5_mask(by_hand(found['boxes']))))
     number = torch.arange(len(masks))
     assert_close(found['masks'], masks[number,found['labels']].sigmoid(), rtol=1e-4, atol=1e-5)
@@ -480,6 +483,13 @@ def test_all_moves_together(marked, name):
             assert x0<x1                                      # left stays left, whatever changed its name
             assert (torch.tensor([x0, min(y0,y1), x1, max(y0,y1)])-box).abs().max()<=1.01
     assert full>5
+
+def test_resized_masks_stay_where_they_are(marked):
+    "At most half a pixel from the resized box, at any size"
+    for hw in ((33,50), (60,80), (71,131), (200,260)):
+        _, target = resize(*marked, hw)
+        own = torchvision.ops.masks_to_boxes(target['masks'])[0]+torch.tensor([0.,0.,1.,1.])
+        assert (own-target['boxes'][0].as_subclass(torch.Tensor)).abs().max()<=.51
 
 def test_mirrored_twice_is_nothing(marked):
     back = mirror(*mirror(*marked, ((0,1),)), ((0,1),))

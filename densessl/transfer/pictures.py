@@ -84,7 +84,7 @@ def show_results(
 ):                       # Matplotlib figure
     "Objects above, found blue and missed purple; detections below, hits blue, false alarms orange, ignored gray"
     n = min(n, len(data))
-    fig, axs = plt.subplots(2, n, figsize=(2*n, 4.6), dpi=90, squeeze=False)
+    fig, axs = plt.subplots(2, n, figsize=(1.75*n, 4.1), dpi=100, squeeze=False)
     for i,(top,bottom) in enumerate(axs.T):
         (image, target), entry = data[i], data.truth['images'][i]
         own = [d for d in said if d['image_id']==entry['id'] and d['score']>=least_score]
@@ -94,8 +94,10 @@ def show_results(
         objects = {k: target[k].as_subclass(Tensor) for k in ('boxes', 'masks') if k in target}
         top.imshow(drawn(image, objects, [HIT if s else MISS for s in seen]).permute(1,2,0))
         bottom.imshow(drawn(image, found, [(FALSE, HIT, IGNORED)[s] for s in status]).permute(1,2,0))
-        top.set(title=f'{len(seen)} objects, missed {(~seen).sum()}', xticks=[], yticks=[])
-        bottom.set(title=f'hits {(status==1).sum()}, false {(status==0).sum()}', xticks=[], yticks=[])
+        top.set(xticks=[], yticks=[])
+        top.set_title(f'{len(seen)} objects, missed {(~seen).sum()}', fontsize=10)
+        bottom.set(xticks=[], yticks=[])
+        bottom.set_title(f'hits {(status==1).sum()}, false {(status==0).sum()}', fontsize=10)
     fig.tight_layout()
     return fig
 
