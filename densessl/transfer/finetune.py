@@ -118,7 +118,9 @@ class TargetsToModel(Callback):
     def before_validate(self): raise CancelValidException()
 
 # %% ../../nbs/93_transfer.finetune.ipynb #5d53e97a
-def sum_of_losses(losses, *numbers): return sum(losses.values())
+def sum_of_losses(losses, *numbers):
+    "The loss of a detector"
+    return sum(losses.values())
 
 # %% ../../nbs/93_transfer.finetune.ipynb #c93f0004
 def move_settings(move):
@@ -245,7 +247,7 @@ def show_detections(
 ):
     "Images to score on: hits blue, false alarms orange, objects that were missed white and dashed"
     model = learn.model.eval()
-    if axs is None: axs = plt.subplots(1, n, figsize=(2.6*n, 2.9), dpi=110)[1]
+    if axs is None: axs = plt.subplots(1, n, figsize=(2.1*n, 2.4), dpi=100)[1]
     for ax,i in zip(axs, range(n)):
         image, target = learn.dls.valid.dataset[i]
         with torch.no_grad(): found = model([image.to(model.mean.device)])[0]
@@ -257,3 +259,4 @@ def show_detections(
         for (x0, y0, x1, y1),color,style in marks:
             ax.add_patch(plt.Rectangle((x0,y0), x1-x0, y1-y0, fill=False, ec=color, ls=style, lw=2))
         ax.set(title=f'{hit.sum()} hits, {(~hit).sum()} false, {(~seen).sum()} missed', xticks=[], yticks=[])
+        ax.title.set_size(9)
