@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Moved', 'mirror_half', 'in_lists', 'drawn_objects', 'DetectionLoaders', 'detection_dls', 'TargetsToModel',
            'sum_of_losses', 'move_settings', 'detection_learner', 'detect', 'detection_scores', 'without_repeats',
-           'DetectionScore', 'mark_hits', 'show_detections']
+           'DetectionScore']
 
 # %% ../../nbs/93_transfer.finetune.ipynb #bbc93b55
 import hashlib
@@ -19,7 +19,6 @@ from fastai.learner import Learner
 from fastcore.foundation import L
 from matplotlib.colors import to_hex
 from torch.utils.data import Dataset
-from torchvision.ops import box_iou
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
 
 from ..data.order import same_random_state
@@ -27,7 +26,7 @@ from ..ground.core import InputError, unwrapped
 from ..ground.ranks import from_first_rank, gather_objects
 from ..training.learner import ViewRecorder
 from ..training.monitor import in_fit
-from .ap import coco_scores, match_detections
+from .ap import coco_scores
 from .detector import Detector, as_results
 from .recipe import FineTune, encoder_from, fine_tuner, set_batch_norm
 from .together import ShortSide, mirror
@@ -200,7 +199,7 @@ class DetectionScore(Callback):
     order = TargetsToModel.order-1
     def __init__(self, every:int=1):
         if every<1: raise InputError(f'every must be at least 1 epoch, got {every}')
-        self.every, self.history = every, []
+        self.every, self.history, self.said = every, [], None
     def before_fit(self):
         "There must be images to score on"
         self.run, self.learn.scores = in_fit(self.learn), {}
@@ -212,7 +211,8 @@ class DetectionScore(Callback):
         if (self.epoch+1)%self.every and self.epoch+1<self.n_epoch: return
         model, data = unwrapped(self.learn.model), self.dls.instances
         with same_random_state(): parts = gather_objects(detect(model, self.dls.valid, data))
-        found = from_first_rank(lambda: detection_scores(model.config, without_repeats(parts), data))
+        self.said = without_repeats(parts)
+        found = from_first_rank(lambda: detection_scores(model.config, self.said, data))
         self.learn.scores = found
         self.history.append(dict(epoch=self.epoch+1, **found))
     @property
@@ -225,38 +225,3 @@ class DetectionScore(Callback):
     def load_state_dict(self, state):
         self.history = list(state['history'])
         if self.history: self.learn.scores = {k: v for k,v in self.history[-1].items() if k!='epoch'}
-
-# %% ../../nbs/93_transfer.finetune.ipynb #fbdf4c95
-def mark_hits(
-    found:dict,   # Detections of an image
-    target:dict,  # Its objects
-    least=.5,     # Overlap of a hit
-):                # For each detection whether it is a hit, and for each object whether it was found
-    "Match detections and objects of the same class, the surest first"
-    same = found['labels'][:,None]==target['labels']
-    iou = box_iou(found['boxes'], target['boxes'].as_subclass(torch.Tensor))*same
-    hit = match_detections(iou.numpy(), [False]*iou.shape[1], least)==1
-    return hit, (iou[hit]>=least).any(0)
-
-# %% ../../nbs/93_transfer.finetune.ipynb #d70798da
-def show_detections(
-    learn:Learner,
-    n:int=4,           # Images
-    least_score=.5,    # Of the detections that are drawn
-    axs=None,          # Matplotlib axes, at least `n`; default a new figure
-):
-    "Images to score on: hits blue, false alarms orange, objects that were missed white and dashed"
-    model = learn.model.eval()
-    if axs is None: axs = plt.subplots(1, n, figsize=(2.1*n, 2.4), dpi=100)[1]
-    for ax,i in zip(axs, range(n)):
-        image, target = learn.dls.valid.dataset[i]
-        with torch.no_grad(): found = model([image.to(model.mean.device)])[0]
-        found = {k: v.cpu()[found['scores'].cpu()>=least_score] for k,v in found.items()}
-        hit, seen = mark_hits(found, target)
-        ax.imshow(image.permute(1,2,0), interpolation='nearest')
-        marks = [(b, 'tab:blue' if h else 'tab:orange', '-') for b,h in zip(found['boxes'].tolist(), hit)]
-        marks += [(b, 'w', '--') for b,s in zip(target['boxes'].tolist(), seen.tolist()) if not s]
-        for (x0, y0, x1, y1),color,style in marks:
-            ax.add_patch(plt.Rectangle((x0,y0), x1-x0, y1-y0, fill=False, ec=color, ls=style, lw=2))
-        ax.set(title=f'{hit.sum()} hits, {(~hit).sum()} false, {(~seen).sum()} missed', xticks=[], yticks=[])
-        ax.title.set_size(9)
