@@ -111,7 +111,7 @@ def plot_curves(
     **kwargs,               # Of `coco_curve`
 ):                          # The axis
     "Precision over recall at some thresholds"
-    if ax is None: ax = plt.subplots(figsize=(4,3), dpi=100)[1]
+    if ax is None: ax = plt.subplots(figsize=(3.8,2.8), dpi=100)[1]
     recall = np.linspace(0, 1, 101)
     for threshold,curve in zip(thresholds, coco_curve(data.truth, said, kind, thresholds, **kwargs)):
         ax.plot(recall, curve, label=f'AP{round(100*threshold)} {100*curve.mean():.1f}')
@@ -127,7 +127,7 @@ def plot_sizes(
     ax=None,                # Matplotlib axis; default a new figure
 ):                          # The axis
     "AP of small, medium and large objects, with their numbers"
-    if ax is None: ax = plt.subplots(figsize=(4,3), dpi=100)[1]
+    if ax is None: ax = plt.subplots(figsize=(3.8,2.8), dpi=100)[1]
     sizes = ('small', 'medium', 'large')
     area = np.array([a['area'] for a in data.truth['annotations'] if not a.get('iscrowd')])
     counts = [(area<32**2).sum(), ((area>=32**2) & (area<96**2)).sum(), (area>=96**2).sum()]
@@ -169,11 +169,12 @@ def show_proposals(
     n:int=10,            # Proposals
 ):                       # Matplotlib figure
     "The surest proposals before suppression and after it"
-    fig, axs = plt.subplots(1, 2, figsize=(4.4,2.4), dpi=100)
+    fig, axs = plt.subplots(1, 2, figsize=(3.6,2.0), dpi=100)
     for ax,suppressed,title in zip(axs, (False, True), ('before', 'after')):
         boxes = surest_proposals(model, image, n, suppressed)
         ax.imshow(drawn(image, dict(boxes=boxes), [HIT]*len(boxes)).permute(1,2,0))
-        ax.set(title=f'{len(boxes)} surest {title}', xticks=[], yticks=[])
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(f'{len(boxes)} surest {title}', fontsize=10)
     fig.tight_layout()
     return fig
 
@@ -202,7 +203,7 @@ def show_mask_path(
     target = mask_targets(mask[None], box[None], torch.tensor([0]), size)
     back = paste_masks(target.float(), box[None], mask.shape)[0]
     iou = (back&mask).sum()/(back|mask).sum()
-    fig, axs = plt.subplots(1, 3, figsize=(6.6,2.5), dpi=110)
+    fig, axs = plt.subplots(1, 3, figsize=(6,2.3), dpi=100)
     pictures = mask, target[0], torch.where(mask==back, mask*2, 1)
     titles = 'object and region', f'target, {size} x {size}', f'pasted, IoU {iou:.3f}'
     for ax,picture,title in zip(axs, pictures, titles):
@@ -230,7 +231,7 @@ def result_pictures(
     for ax,kind in zip(axs[0], kinds): plot_curves(data, said, kind, ax=ax)
     sized = [k for k in kinds if k!='keypoints']
     if sized:
-        figures['sizes'], ax = plt.subplots(figsize=(4,3), dpi=100)
+        figures['sizes'], ax = plt.subplots(figsize=(3.8,2.8), dpi=100)
         plot_sizes(data, said, sized, ax)
     for name,fig in figures.items():
         fig.tight_layout()

@@ -22,7 +22,9 @@ from ..methods.encoders import DenseEncoder
 from ..theory.positions import resample_positions
 
 # %% ../../nbs/88_transfer.pyramid.ipynb #5fc2745f
-def nearest_power(n): return 2**round(math.log2(n))
+def nearest_power(n):
+    "The power of 2 that is nearest to `n` in ratio"
+    return 2**round(math.log2(n))
 
 # %% ../../nbs/88_transfer.pyramid.ipynb #49781400
 class FeatureTaps(nn.Module):
