@@ -169,15 +169,27 @@ def test_a_bad_step_is_not_saved(tmp_path):
         for n,_ in learn.model.named_parameters(): assert torch.equal(saved['model'][n], keep.kept[n].cpu())
 
 @on_no_gpu
+def test_a_bad_step_is_not_measured():
+    "The monitor has the step looked at before it reads its outputs"
+    measured = []
+    with pretend_gpu():
+        learn, _, keep = late('flsl', 'module')
+        learn.collapse_monitor.every, learn.collapse_monitor.measure = 1, lambda learn: measured.append(learn.train_iter) or {}
+        with pytest.raises(InputError, match='at step 3 of epoch 1'): fit(learn)
+        assert is_kept(learn, keep) and measured==[1, 2, 3]
+
+@on_no_gpu
 def test_a_bad_last_step_ends_no_epoch():
     "Neither validation nor what comes at the end of an epoch sees its weights"
     class End(Callback):
-        def after_epoch(self): raise AssertionError('the epoch has ended')
+        ended = False
+        def after_epoch(self): self.ended = True
     with pretend_gpu():
         learn, _, keep = late('clove', 'gradient', End())
         learn.dls.train.n = 16
+        learn.remove_cb(learn.collapse_monitor)        # it looks at the last step
         with pytest.raises(InputError, match='at step 3 of epoch 1'): fit(learn)
-        assert is_kept(learn, keep)
+        assert is_kept(learn, keep) and not learn.end.ended
 
 @on_no_gpu
 def test_steps_looked_at_later_are_the_same_steps():
