@@ -103,27 +103,26 @@ class UnreadFlags:
     "Flags of a step on their way from a GPU to the host, and what undoes the step"
     def __init__(self, learn, **flags):
         "Before the optimizer acts; nothing is waited for"
-        self.learn, self.names = learn, list(flags)
-        self.said = torch.empty(len(flags), dtype=torch.bool, pin_memory=True)
+        self.names, self.said = list(flags), torch.empty(len(flags), dtype=torch.bool, pin_memory=True)
         self.said.copy_(torch.stack([*flags.values()]), non_blocking=True)
         self.arrived = torch.cuda.Event()
         self.arrived.record(torch.cuda.current_stream(learn.loss.device))
         self.batch = dict(xb=learn.xb, loss=learn.loss, train_iter=learn.train_iter)
-        self.params = list(unwrapped(learn.model).parameters())
-        self.grads, self.weights = [p.grad for p in self.params], [torch.empty_like(p) for p in self.params]
-        torch._foreach_copy_(self.weights, [p.detach() for p in self.params])
+        self.grads = [(p, p.grad) for p in unwrapped(learn.model).parameters()]
+        self.weights, self.kept = zip(*((p.detach(), torch.empty_like(p)) for p,_ in self.grads))
+        torch._foreach_copy_(self.kept, self.weights)
 
-    def read(self)->str:
-        "Name of the first flag that is set, '' if none is; waits for the flags, not for work queued after them"
+    def read(self)->list:
+        "Names of the flags that are set; waits for them, not for the work queued after them"
         self.arrived.synchronize()
-        return next((k for k,up in zip(self.names, self.said.tolist()) if up), '')
+        return [k for k,up in zip(self.names, self.said.tolist()) if up]
 
-    def undo(self):
+    def undo(self, learn):
         "Weights, gradients and batch as they were; the optimizer forgets its moments, which have made the bad step"
-        torch._foreach_copy_([p.detach() for p in self.params], self.weights)
-        for p,g in zip(self.params, self.grads): p.grad = g
-        vars(self.learn).update(self.batch)
-        self.learn.opt.clear_state()
+        torch._foreach_copy_(self.weights, self.kept)
+        for p,g in self.grads: p.grad = g
+        vars(learn).update(self.batch)
+        learn.opt.clear_state()
 
 # %% ../../nbs/65_training.guard.ipynb #65786cd4
 class StopIfNotFinite(Callback):
@@ -132,12 +131,10 @@ class StopIfNotFinite(Callback):
     device_type, one_look, reads_late, unread = 'cpu', False, False, None      # `before_fit` knows better
     def __init__(self,
         skip:int=0,       # Bad steps in a row that are skipped; one more stops. 0 stops at the first
-        late:bool=False,  # On one GPU with `skip=0`, look at a step when the next one begins: no step waits
-    ):
+        late:bool=False): # On one GPU with `skip=0`, look at a step when the next one begins: no step waits
         if not isinstance(skip, int) or skip<0:
             raise InputError(f'skip must be a whole number of steps, 0 or more, got {skip}')
-        self.skip,self.skipped,self.row,self.kept,self.cast = skip,[],0,[],nullcontext()
-        self.late = late
+        self.skip,self.late,self.skipped,self.row,self.kept,self.cast = skip,late,[],0,[],nullcontext()
 
     def state_dict(self): return dict(skipped=list(self.skipped), row=self.row)
     def load_state_dict(self, state): self.skipped,self.row = list(state['skipped']),state['row']
@@ -175,11 +172,10 @@ class StopIfNotFinite(Callback):
     def settle(self):
         "Read the flags of the last step, if that is still to be done: then its weights can be trusted"
         if self.unread is None: return
-        step, bad = self.unread, self.unread.read()
-        self.unread = None
+        bad, step, self.unread = self.unread.read(), self.unread, None
         if not bad: return
-        step.undo()
-        self._act(bad, [0], CancelStepException)
+        step.undo(self.learn)
+        self._act(bad[0], [0], CancelStepException)
 
     def _look(self, cancel, **flags):
         "Act on the first flag set in any process; whatever else processes must agree on is exchanged with it"

@@ -91,21 +91,11 @@ class ViewRecorder(Recorder):
     "fastai's `Recorder` for training without labels; as usual `learn.recorder`"
     name = 'recorder'
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.smooth_loss = LossOnDevice(self.smooth_loss.beta)
-
-    def after_fit(self): self.losses = on_host(self.losses)
-
-    def after_train(self):
-        "fastai's; the losses of the epoch come from the GPU"
-        super().after_train()
-        self.after_fit()
-
     def _more(self): return [cb for cb in self.learn.cbs if hasattr(type(cb), 'columns')]
 
     def before_fit(self):
         "Name the columns; an error for a callback that watches a column that is not there"
+        self.smooth_loss = LossOnDevice(self.smooth_loss.beta)
         super().before_fit()
         names, time = list(self.metric_names), ['time'] if self.add_time else []
         more = [k for cb in self._more() for k in cb.columns]
@@ -120,10 +110,11 @@ class ViewRecorder(Recorder):
         "The values of the other callbacks, then fastai's own"
         if in_fit(self.learn): self.log += [v for cb in self._more() for v in cb.row()]
         super().after_epoch()
+        self.losses = on_host(self.losses)
 
     def plot_loss(self, skip_start=5, with_valid=None, **kwargs):
         "fastai's curve; with a validation loss where there is one"
-        self.after_fit()                                           # a fit may have ended by an error
+        self.losses = on_host(self.losses)                         # a fit may have ended by an error
         return super().plot_loss(skip_start, 'valid_loss' in self.metric_names and with_valid is not False, **kwargs)
 
 # %% ../../nbs/68_training.learner.ipynb #78a00484
