@@ -415,6 +415,29 @@ def test_gpu_waits_as_often_as_it_is_thought_to(method): assert check.waits_of(m
 @gpu
 @needs_one
 @pytest.mark.parametrize('method', METHODS)
+def test_gpu_trains_the_same_when_it_is_looked_at_later(method):
+    def losses(late):
+        learn = check.small_learner(method, CUDA, n=24, bf16=False)
+        learn.stop_if_not_finite.late = late
+        return torch.tensor(check.fit(learn))
+    assert_close(losses(True), losses(False), rtol=1e-4, atol=0)
+
+@gpu
+@needs_one
+def test_gpu_names_a_bad_step_a_step_later():
+    "With the weights of before it, while the card is a step ahead"
+    class Spoil(Callback):
+        def before_step(self):
+            if self.train_iter!=2: return
+            self.kept = [p.detach().clone() for p in self.learn.model.parameters()]
+            self.learn.model.student.encoder.net.get_parameter('norm.weight').grad[1] = math.nan
+    learn = check.small_learner('flsl', CUDA, n=24, cbs=[Spoil()], monitor_every=100)
+    with pytest.raises(InputError, match='at step 2 of epoch 1.*encoder.net.norm.weight'): check.fit(learn)
+    for p,q in zip(learn.model.parameters(), learn.spoil.kept, strict=True): assert torch.equal(p, q)
+
+@gpu
+@needs_one
+@pytest.mark.parametrize('method', METHODS)
 def test_gpu_trains_compiled(method):
     torch._dynamo.reset()
     plain, compiled = (check.fit(check.small_learner(method, CUDA, n=16, **kwargs)) for kwargs in ({}, dict(compile=True)))
