@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from fastai.basics import Callback, CancelBatchException, CancelFitException, CancelStepException
 from fastai.callback.all import GradientAccumulation, MixedPrecision
+from fastai.optimizer import OptimWrapper
 
 from ..ground.core import InputError, unwrapped
 from ..ground.ranks import gather_objects, n_ranks, ranks_where, this_rank
@@ -146,6 +147,7 @@ class StopIfNotFinite(Callback):
         apart = any(isinstance(cb, (GradientAccumulation, MixedPrecision)) for cb in self.learn.cbs)
         self.one_look = not apart and (n_ranks()>1 or self.device_type=='cuda')
         watched = hasattr(self.learn, 'settle') and not hasattr(self.learn, 'lr_finder')
+        watched = watched and isinstance(self.learn.opt, OptimWrapper)    # fastai's own overwrite gradients with zeros
         self.reads_late = self.late and watched and self.one_look and n_ranks()==1 and not self.skip
 
     def before_batch(self):
