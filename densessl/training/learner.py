@@ -80,7 +80,7 @@ class Schedules(Callback):
         self.history = unpack_rows(state['history'])
 
 # %% ../../nbs/68_training.learner.ipynb #9b562606
-class LossOnDevice(AvgSmoothLoss):
+class _LossOnDevice(AvgSmoothLoss):
     "fastai's running mean of the loss; it stays on the loss's device, so that nothing waits for a GPU"
     def accumulate(self, learn):
         self.count += 1
@@ -95,7 +95,7 @@ class ViewRecorder(Recorder):
 
     def before_fit(self):
         "Name the columns; an error for a callback that watches a column that is not there"
-        self.smooth_loss = LossOnDevice(self.smooth_loss.beta)
+        self.smooth_loss = _LossOnDevice(self.smooth_loss.beta)
         super().before_fit()
         names, time = list(self.metric_names), ['time'] if self.add_time else []
         more = [k for cb in self._more() for k in cb.columns]
