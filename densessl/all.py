@@ -45,6 +45,13 @@ from .training.learner import clove_learner, dino_learner, flsl_learner, learner
 from .training.resume import SaveRun
 from .training.score import DenseScore
 from .training.pictures import similarity_picture
+from .transfer.detector import DetectorConfig
+from .transfer.recipe import FineTune
+from .transfer.finetune import DetectionScore, detection_dls, detection_learner
+from .transfer.layouts import instance_data
+from .transfer.pictures import show_detections
+from .transfer.semantic import SemanticScore, semantic_dls, semantic_learner
+from .transfer.formats import export_as
 
 # %% ../nbs/84_all.ipynb #6804bf04
 __all__ = [o for o in globals() if not o.startswith('_') and o!='fastai']

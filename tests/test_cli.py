@@ -228,7 +228,7 @@ def test_two_processes_stopped_and_resumed(home):
 
 # ---- options and mistakes, before torch is imported
 
-COMMANDS = 'densessl_pretrain densessl_evaluate densessl_show densessl_shard'.split()
+COMMANDS = 'densessl_pretrain densessl_evaluate densessl_show densessl_shard densessl_transfer'.split()
 LIGHT = """import sys
 from densessl.ground import commands
 f = getattr(commands, sys.argv.pop(1))
@@ -255,6 +255,7 @@ def test_help_is_light(tmp_path, command):
     (['densessl_evaluate', 'a', 'b', '--limits', '3'], ['mean --limit?']),
     (['densessl_show', 'a', 'b', '--layer', 'last'], ["--layer needs a whole number, got 'last'"]),
     (['densessl_shard', 'a', 'b', '--per-shard', '1e3'], ["--per_shard needs a whole number, got '1e3'"]),
+    (['densessl_transfer', 'scenes', '--limits', '3'], ['mean --limit?']),
 ])
 def test_a_mistake_is_answered_at_once(tmp_path, args, words):
     r = run(tmp_path, LIGHT, args)
@@ -267,13 +268,13 @@ def test_every_option_has_both_spellings(command):
     from densessl.ground import commands
     from fastcore.script import anno_parser
     func = getattr(commands, command).__wrapped__
-    names = [k for k,p in inspect.signature(func).parameters.items() if p.default is not inspect.Parameter.empty and k!='folder']
+    names = [k for k,p in inspect.signature(func).parameters.items() if p.default is not inspect.Parameter.empty and k not in ('folder', 'places')]
     needed = [k for k,p in inspect.signature(func).parameters.items() if p.default is inspect.Parameter.empty]
     parsers = [anno_parser(func), commands.command_parser(func, '', '')]     # fastcore's, and ours
     for parser in parsers:
         for name in names:
             flags = {f'--{name}', f'--{name.replace("_", "-")}'}
-            bare = inspect.signature(func).parameters[name].default is False or name=='bf16'
+            bare = inspect.signature(func).parameters[name].default is False or name in ('bf16', 'baseline')
             given = [getattr(parser.parse_args([*needed, f] + ([] if bare else ['3'])), name) for f in flags]
             assert all(v in (True, 3, 3., '3') for v in given), (name, given)
 
@@ -287,6 +288,9 @@ def test_commands_and_functions_have_the_same_defaults():
     for command,f in zip(COMMANDS, (pretrain, evaluate, show_backbone, write_shards)):
         own, theirs = ({k: p.default for k,p in inspect.signature(g).parameters.items()} for g in (getattr(commands, command).__wrapped__, f))
         assert own=={k: theirs[k] for k in own}, command
+    from densessl.transfer.run import transfer
+    own, theirs = ({k: p.default for k,p in inspect.signature(g).parameters.items() if k!='places'} for g in (commands.densessl_transfer.__wrapped__, transfer))
+    assert own=={k: theirs[k] for k in own}
 
 
 # ---- while a command works

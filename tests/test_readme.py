@@ -38,6 +38,7 @@ def check(done, folder):
     assert not wrong, json.dumps(wrong, indent=1)
     resumed = done['commands']['densessl_pretrain --resume --out runs/photos']['out']
     assert 'epoch 3 of 3: ' in resumed and 'written to runs/photos' in resumed, resumed
+    assert len(list((folder/'runs').rglob('model.safetensors')))==2        # fine-tuned, and its random start
     assert list((folder/'shards').glob('*.tar')) and list(folder.glob('show*.html'))
 
 def test_every_command_stands_in_readme():

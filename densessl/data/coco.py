@@ -58,12 +58,17 @@ class Segments(NamedTuple):
     file:Path
     category:dict
 
+# %% ../../nbs/32_data.coco.ipynb #b8dbc431
+def segment_numbers(file)->np.ndarray:
+    "The numbers of the segments, int64 (h,w), of a panoptic mask: in one byte, or in the three of a color"
+    m = read_mask(file).astype(np.int64)
+    color = m-COLOR
+    return np.where(color<0, m, color//65536 + color//256%256*256 + color%256*65536)
+
 # %% ../../nbs/32_data.coco.ipynb #b8dbc432
 def read_panoptic(mask:Segments)->np.ndarray:
-    "Category ids, int32 (h,w), of a panoptic mask: the number of a segment is in one byte, or in the three of a color"
-    m = read_mask(mask.file).astype(np.int64)
-    color = m-COLOR
-    m = np.where(color<0, m, color//65536 + color//256%256*256 + color%256*65536)
+    "Category ids, int32 (h,w), of a panoptic mask"
+    m = segment_numbers(mask.file)
     ids, where = np.unique(m, return_inverse=True)
     category = {0: BACKGROUND} | mask.category
     if lost := [i for i in ids.tolist() if i not in category]:

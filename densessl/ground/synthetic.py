@@ -53,6 +53,7 @@ def draw_scene(
     natural:bool=False,   # Colors by class, uneven light and much noise, see below
     noise:float=None,     # Standard deviation of the noise, colors being in [0,1]; None is 0.03, natural scenes 0.6
     box=(0.,0.,1.,1.),    # Part of the scene to draw, (x1,y1,x2,y2); x1 > x2 mirrors it
+    instances:bool=False, # Return the number of the object of each pixel, too, 0 for none
 ):                        # Image, uint8 (3,size,size); classes, int64 (size,size), an index into `CLASSES`
     "One random scene and its mask"
     if size<1: raise InputError(f'size must be at least 1 pixel, got {size}')
@@ -67,7 +68,8 @@ def draw_scene(
     c, s = math.cos(turn), math.sin(turn)
     ramp = (x*c+y*s-min(c,0)-min(s,0))/(abs(c)+abs(s))
     img, mask = a*(1-ramp)+b*ramp, torch.zeros(size, size, dtype=torch.long)
-    for _ in range(int(torch.randint(n_objects[0], n_objects[1]+1, (), generator=g))):
+    number = mask.clone()
+    for k in range(int(torch.randint(n_objects[0], n_objects[1]+1, (), generator=g))):
         kind, outline = int(torch.randint(len(TEXTURES), (), generator=g)), int(torch.randint(3, (), generator=g))
         dx, dy = x-U(.1,.9), y-U(.1,.9)
         r, stretch, turn = U(*radius), U(.75,1.35), U(0, math.pi)
@@ -79,6 +81,7 @@ def draw_scene(
         if natural: h, s, v, dark = kind//2/3+U(-.1,.1), U(.45,1), U(.55,1), U(.25,.6)
         a, b = (hsv(h, s, v), hsv(h, s, v*dark)) if natural else _colors(g)
         img, mask = torch.where(inside, a*(1-w)+b*w, img), mask.masked_fill(inside, kind+1)
+        number = number.masked_fill(inside, k+1)
     if natural:
         at = torch.stack(torch.broadcast_tensors(x, y), -1)[None]*2-1
         light = F.grid_sample(torch.rand(1, 1, 3, 3, generator=g), at, 'bicubic', 'border', align_corners=True)[0]
@@ -86,7 +89,8 @@ def draw_scene(
     noise = (.6 if natural else .03) if noise is None else noise
     for_noise = torch.Generator().manual_seed(int(torch.randint(2**31, (), generator=g)))
     img = (img + noise*torch.randn(img.shape, generator=for_noise)).clamp(0,1)
-    return (img*255).round().byte(), mask
+    img = (img*255).round().byte()
+    return (img, mask, number) if instances else (img, mask)
 
 # %% ../../nbs/05_ground.synthetic.ipynb #94509a87
 def draw_scenes(
@@ -94,10 +98,10 @@ def draw_scenes(
     size:int=64,   # Side of an image, pixels
     seed:int=0,    # 0 or more; seeds up to 4,293 share no scene with each other
     **kwargs,      # Further arguments of `draw_scene`
-):                 # Images, uint8 (n,3,size,size); masks, int64 (n,size,size)
+):                 # Images, uint8 (n,3,size,size); masks, int64 (n,size,size); and their objects, if asked for
     "A batch of scenes; scene `i` of a seed is the same whatever `n` and `size`"
     if not 1<=n<=10**6: raise InputError(f'n must be 1 to 1,000,000 scenes, got {n}')
     if seed<0: raise InputError(f'seed must be 0 or more, got {seed}')
     seeds = [(seed*10**6 + i) % 2**32 for i in range(n)]     # torch keeps only the lower 32 bits
-    images, masks = zip(*[draw_scene(size, generator=torch.Generator().manual_seed(s), **kwargs) for s in seeds])
-    return torch.stack(images), torch.stack(masks)
+    drawn = [draw_scene(size, generator=torch.Generator().manual_seed(s), **kwargs) for s in seeds]
+    return tuple(map(torch.stack, zip(*drawn)))

@@ -169,6 +169,16 @@ def _renamed(state):
         if all(o in out for o in three): out[k.replace('query', 'qkv')] = torch.cat([out.pop(o) for o in three])
     return out
 
+# %% ../../nbs/41_methods.weights.ipynb #7706753e
+def keep_fixed_positions(encoder):
+    "Sine-cosine positions stay as they are, whatever their amplitude; learned ones train"
+    p = getattr(encoder.net, 'pos_embed', None)
+    if not isinstance(p, torch.Tensor) or encoder.layout!='tokens' or p.shape[-1]%4: return
+    grid = encoder.net.patch_embed.grid_size
+    if p.shape[1]!=math.prod(grid): return
+    t = sincos_positions(p.shape[-1], grid).to(p)
+    p.requires_grad_(torch.cosine_similarity(p.detach().flatten(), t.flatten(), dim=0).item()<.999)
+
 # %% ../../nbs/41_methods.weights.ipynb #7706753f
 _TEACHERS = ('teacher', 'ema', 'base_encoder', 'encoder_q', 'online')
 _COPIES = ('student', 'momentum', 'encoder_k', 'target')
@@ -221,15 +231,6 @@ def _by_timm(state, encoder):
         with contextlib.redirect_stdout(io.StringIO()): return rewrite(dict(state), encoder.net)
     except Exception: return {}
 
-def _keep_fixed(encoder):
-    "Sine-cosine positions stay as they are, whatever their amplitude; learned ones train"
-    p = getattr(encoder.net, 'pos_embed', None)
-    if not isinstance(p, torch.Tensor) or encoder.layout!='tokens' or p.shape[-1]%4: return
-    grid = encoder.net.patch_embed.grid_size
-    if p.shape[1]!=math.prod(grid): return
-    t = sincos_positions(p.shape[-1], grid).to(p)
-    p.requires_grad_(torch.cosine_similarity(p.detach().flatten(), t.flatten(), dim=0).item()<.999)
-
 def _fill(encoder, state, source, whole=False):
     "Copy weights into an encoder; says in words what was read. `whole`: nothing may be left out"
     want, misfits = encoder.net.state_dict(), []
@@ -241,7 +242,7 @@ def _fill(encoder, state, source, whole=False):
             misfits.append(_misfit(want, fitted) or (f'not of this network: {_first(left)}' if whole and left else ''))
             if misfits[-1]: continue
             _copy(encoder.net, fitted, source)
-            _keep_fixed(encoder)
+            keep_fixed_positions(encoder)
             return _what_was_read(encoder, source, held, left, place, [p for p in places if p!=place])
     why = misfits[0] if misfits else 'none of its tensors has a name of this network'
     raise InputError(f'the weights of {source} do not fit {encoder.arch} with {encoder.model_kwargs}; {why}; {_ADVICE}')

@@ -21,7 +21,7 @@ from .monitor import CollapseMonitor
 
 # %% ../../nbs/67_training.distributed.ipynb #0dec21c1
 class RanksBatchNorm(nn.modules.batchnorm._BatchNorm):
-    "Batch norm over all processes, on any device; each process must have as many cells"
+    "Batch norm over all processes, on any device; processes may have different numbers of cells"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.drop, self.act = nn.Identity(), nn.Identity()
@@ -29,10 +29,11 @@ class RanksBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if not self.training or n_ranks()==1: return self.act(self.drop(super().forward(x)))
         dims, z = [0, *range(2, x.dim())], x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        mean = mean_over_ranks(z.mean(dims, keepdim=True), exchange_gradient=True)
-        var = mean_over_ranks((z-mean).square().mean(dims, keepdim=True), exchange_gradient=True)
+        n = mean_over_ranks(z.new_tensor(z.numel()/z.shape[1]))     # cells of a process, on average
+        mean = mean_over_ranks(z.sum(dims, keepdim=True)/n, exchange_gradient=True)
+        var = mean_over_ranks((z-mean).square().sum(dims, keepdim=True)/n, exchange_gradient=True)
         if self.running_mean is not None:
-            n = x.numel()//x.shape[1]*n_ranks()
+            n = n.item()*n_ranks()
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
                 m = self.momentum if self.momentum is not None else 1/self.num_batches_tracked.item()
@@ -52,7 +53,7 @@ def sync_batchnorm(model:nn.Module, device:str='cuda')->nn.Module:
 
 def _synced(m, device):
     "One layer"
-    if isinstance(m, (nn.SyncBatchNorm, RanksBatchNorm)): return m
+    if isinstance(m, RanksBatchNorm) or device!='cpu' and isinstance(m, nn.SyncBatchNorm): return m
     from timm.layers.norm_act import SyncBatchNormAct
     on_gpu = SyncBatchNormAct if hasattr(m, 'act') else nn.SyncBatchNorm
     cls = RanksBatchNorm if device=='cpu' else on_gpu

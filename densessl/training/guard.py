@@ -220,13 +220,14 @@ def is_out_of_memory(e:BaseException)->bool:
     return isinstance(e, RuntimeError) and ('out of memory' in said or "can't allocate memory" in said)
 
 # %% ../../nbs/65_training.guard.ipynb #0ac0b4dd
-def memory_advice(bs:int, img_size=None, n_local=None, n_acc=None, half=False)->str:
+def memory_advice(bs:int, img_size=None, n_local=None, n_acc=None, half=False, bf16='pass bf16=True', more=())->str:
     "Which setting to lower, the cheapest first, with its present value; `n_acc` photographs are accumulated to a step"
     keep = f'with GradientAccumulation({bs}) a step stays as large'
     if n_acc: keep = f'gradients are accumulated to {n_acc} all the same'
-    said = [] if half else ['pass bf16=True']
+    said = [] if half else [bf16]
     said.append(f'lower bs (now {bs}; {keep})')
     said += [f'lower {k} (now {v})' for k,v in dict(n_local=n_local, img_size=img_size).items() if v]
+    said += more
     return ' or '.join(filter(None, (', '.join(said[:-1]), said[-1])))
 
 # %% ../../nbs/65_training.guard.ipynb #cf1376f7
@@ -252,7 +253,8 @@ class OutOfMemory(Callback):
         config = getattr(unwrapped(self.learn.model), 'config', None)
         acc = next((cb.n_acc for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
         half = any(isinstance(cb, MixedPrecision) or type(cb).__name__=='AutocastBF16' for cb in self.learn.cbs)
-        sizes = {k: getattr(config, k, None) for k in ('img_size', 'n_local')}
+        sizes = getattr(self.learn, 'memory_settings', None)      # of a fit on labels
+        if sizes is None: sizes = {k: getattr(config, k, None) for k in ('img_size', 'n_local')}
         advice = memory_advice(self.dls.bs, **sizes, n_acc=acc, half=half)
         device = next(self.learn.model.parameters()).device
         return f'{device} is out of memory at step {self.train_iter} of epoch {self.epoch+1}: {advice}'

@@ -31,12 +31,14 @@ class AutocastBF16(Callback):
         self.context = torch.autocast(self.kind, dtype=torch.bfloat16)
         self.context.__enter__()
     def leave(self):
-        "Leave autocast, before the backward pass; fused attention again"
+        "Leave autocast, before the backward pass"
         if self.context is None: return
         self.context.__exit__(None, None, None)
         self.context = None
-        for m in self.plain: m.fused_attn = True
     after_loss = after_cancel_batch = leave
+    def after_batch(self):
+        "Fused attention again: in the backward pass checkpoints run the forward pass once more"
+        for m in self.plain: m.fused_attn = True
 
 # %% ../../nbs/60_training.precision.ipynb #3d6ae08d
 def autocast_depth()->int:
@@ -67,7 +69,9 @@ def precision_of_a_batch(learn):
     try: yield
     finally:
         for cb in learn.cbs:
-            if isinstance(cb, AutocastBF16): cb.leave()
+            if isinstance(cb, AutocastBF16):
+                cb.leave()
+                cb.after_batch()
             elif isinstance(cb, MixedPrecision) and autocast_depth()>depth: cb.autocast.__exit__(None, None, None)
 
 # %% ../../nbs/60_training.precision.ipynb #8d6adbae

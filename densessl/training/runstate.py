@@ -53,14 +53,15 @@ def run_settings(learn)->dict:
         precision=[cb.name for cb in learn.cbs if isinstance(cb, (MixedPrecision, AutocastBF16))],
         data=data_identity(dl.dataset), shuffle=inner_loader(dl).shuffle, drop_last=dl.drop_last,
         canvas=getattr(dl.dataset, 'size', None),
-        recipe=learn.dls.recipe.to_dict() if hasattr(learn.dls, 'recipe') else None))
+        recipe=learn.dls.recipe.to_dict() if hasattr(learn.dls, 'recipe') else None) | getattr(learn, 'facts', {}))
 
 # %% ../../nbs/70_training.runstate.ipynb #18c69d0f
 def compare_settings(old:dict, new:dict)->str:
     "The names of settings that differ, with both values; empty if none does"
     def show(s, k): return repr(s[k]) if k in s else 'nothing'
     names = [k for k in dict.fromkeys([*old, *new]) if show(old, k)!=show(new, k)]
-    return '; '.join(f'{k} was {show(old, k)}, now {show(new, k)}' for k in names)
+    said = [f'{k} was {show(old, k)}, now {show(new, k)}' for k in names[:9]]
+    return '; '.join(said) + (f'; and {len(names)-9} more' if len(names)>9 else '')
 
 # %% ../../nbs/70_training.runstate.ipynb #b403253a
 def numerics()->dict:
