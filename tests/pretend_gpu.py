@@ -4,10 +4,11 @@
         learn = flsl_learner(scene_dls(8, recipe, bs=4, device='cuda'), ...)
         with gpu.counted() as seen: learn.fit(1)
     seen.waits, seen.copies      # Counter: line of the library or of fastai that waited, or copied to the device
+    seen.events                  # likewise, those that waited for an event only, and not for what was queued after it
 
 Every operator passes `PretendGPU`: one that mixes devices raises, as on a GPU; one that waits for the device (`.item()`, `.cpu()`, `nonzero`, masks as
-indices, a copy that does not say `non_blocking`) is counted under the function that called it. What it cannot see: waits inside a kernel, kernels that are
-missing for a type, memory, races.
+indices, a copy that does not say `non_blocking`) is counted under the function that called it. A copy to pinned memory that says `non_blocking` arrives when an
+event behind it is waited for; what is read before that is wrong. What it cannot see: waits inside a kernel, kernels that are missing for a type, memory, races.
 """
 import collections
 import functools
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 GPU = torch.device('cuda', 0)
 aten = torch.ops.aten
+PINNED = (torch.empty,)
 FACTORIES = (torch.tensor, torch.as_tensor, torch.asarray)
 WAITS = {'_local_scalar_dense', 'equal', 'nonzero', 'masked_select', '_unique2', 'unique_dim', 'unique_consecutive', 'bincount',
          '_linalg_check_errors', '_linalg_svd', '_linalg_eigh'}
@@ -87,6 +89,10 @@ class _Functions(TorchFunctionMode):
     "What reaches for a driver before any operator is called: `to`, `cuda`, `cpu`, tensors made of lists"
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), getattr(func, '__name__', '')
+        if func in PINNED and kwargs.pop('pin_memory', False):
+            res = func(*args, **kwargs)
+            res.pinned = True
+            return res
         if func in FACTORIES and _is_gpu(kwargs.get('device')):
             return func(*args, **(kwargs | dict(device='cpu'))).to(GPU)
         if func is torch.Tensor.new_tensor and isinstance(args[0], OnGPU):
@@ -122,7 +128,8 @@ class PretendGPU(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.waits, self.copies, self.launches = collections.Counter(), collections.Counter(), 0
+        self.waits, self.copies, self.events, self.launches = collections.Counter(), collections.Counter(), collections.Counter(), 0
+        self.sent, self.arrived = [], 0           # copies to pinned memory, and how many of them are there
         self.target = None       # where `Tensor.to` goes
 
     def count(self, kind):
@@ -135,9 +142,9 @@ class PretendGPU(TorchDispatchMode):
     @contextmanager
     def counted(self):
         "Waits and copies inside the `with`"
-        was, res = (self.waits.copy(), self.copies.copy(), self.launches), SimpleNamespace()
+        was, res = (self.waits.copy(), self.copies.copy(), self.launches, self.events.copy()), SimpleNamespace()
         yield res
-        res.waits, res.copies, res.launches = self.waits-was[0], self.copies-was[1], self.launches-was[2]
+        res.waits, res.copies, res.launches, res.events = self.waits-was[0], self.copies-was[1], self.launches-was[2], self.events-was[3]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None): return self.run(func, args, dict(kwargs or {}))
 
@@ -148,6 +155,9 @@ class PretendGPU(TorchDispatchMode):
         name = func.overloadpacket.__name__
         asked, (target, self.target) = kwargs.get('device'), (self.target if name=='_to_copy' else None, None)
         result_there = target.type=='cuda' if target else bool(there) or _is_gpu(asked)
+        if name=='copy_' and there and getattr(args[0], 'pinned', False) and kwargs.get('non_blocking', args[2] if len(args)>2 else False):
+            self.sent.append((args[0], args[1].inner.clone()))
+            return args[0].fill_(True)            # until it arrives
         if there: self.look(func, name, args, kwargs, here, result_there)
         elif name in COPIES and result_there: self.copy_to_device(kwargs.get('non_blocking'))
         if name=='_fused_sdp_choice' and there: return 0           # the plain formula: the fused kernels need the card
@@ -189,6 +199,16 @@ class PretendGPU(TorchDispatchMode):
         if not non_blocking: self.count('waits')
 
 
+class Event:
+    "As `torch.cuda.Event`: once it is waited for, what was sent before it was recorded is there"
+    def record(self, stream=None): self.n = len(PretendGPU.current.sent)
+    def synchronize(self):
+        gpu = PretendGPU.current
+        gpu.count('events')
+        for to,value in gpu.sent[gpu.arrived:self.n]: to.copy_(value)
+        gpu.arrived = max(gpu.arrived, self.n)
+
+
 def _on_cpu(f):
     "Autocast where the numbers are"
     @functools.wraps(f)
@@ -202,7 +222,7 @@ def pretend_gpu():
     def nothing(*args, **kwargs): return None
     there = dict(_lazy_init=nothing, is_available=lambda: True, is_initialized=lambda: False, is_bf16_supported=lambda *a, **k: True,
                  device_count=lambda: 1, current_device=lambda: 0, manual_seed_all=nothing, manual_seed=nothing, empty_cache=nothing,
-                 get_rng_state_all=lambda: [], synchronize=lambda *a: gpu.count('waits'))
+                 Event=Event, current_stream=nothing, get_rng_state_all=lambda: [], synchronize=lambda *a: gpu.count('waits'))
     gpu = PretendGPU()
     with ExitStack() as stack:
         for k,v in there.items(): stack.enter_context(mock.patch.object(torch.cuda, k, v))

@@ -107,8 +107,9 @@ def test_it_computes_what_the_cpu_computes():
 
 # ---- a step of each method stays on the device
 
-# fastai's recorder takes each loss to the CPU; the guard asks once whether loss and gradients are finite
-STEP_WAITS = Counter({'ranks.ranks_where': 1, 'torch_core._inner': 1})
+# none: the loss stays on the device for the epoch; whether loss and gradients are finite is read when the next step begins, from an event
+STEP_WAITS = Counter()
+STEP_EVENTS = Counter({'guard.read': 1})
 # numbers drawn for boxes, colors, blur and flips, and the boxes themselves; all of them are small and none waits
 STEP_COPIES = dict(flsl=31, clove=32, dino=32)
 
@@ -140,7 +141,9 @@ def test_a_step_stays_on_the_device(method):
         assert there and all(isinstance(o, OnGPU) for o in there)
     for s in steps[:2]:
         assert not s.waits-STEP_WAITS, f'a step waits more often: {s.waits}'
+        assert not s.events-STEP_EVENTS, s.events
         assert sum(s.copies.values())<=STEP_COPIES[method], f'a step copies more often: {s.copies}'
+    assert steps[1].events==STEP_EVENTS         # the first was looked at by the monitor
     want = check.fit(check.small_learner(method, 'cpu', n=16, monitor_every=100))
     assert_close(losses, torch.tensor(want), rtol=.02, atol=0)        # views are rounded elsewhere there
 
@@ -156,8 +159,8 @@ def test_a_look_of_the_monitor(method):
 @without_one
 @pytest.mark.parametrize('method,how', [('flsl', 'bf16'), ('clove', 'bf16'), ('dino', 'bf16'), ('flsl', 'fp16'), ('dino', 'fp16')])
 def test_half_precision_stays_on_the_device(method, how):
-    "fp16 waits where fastai's scaler asks whether the step overflowed, and the guard looks at the loss before that"
-    more = Counter({'fp16.before_step': 2, 'fp16.after_step': 1, 'ranks.ranks_where': 1} if how=='fp16' else {})
+    "fp16 waits where fastai's scaler asks whether the step overflowed, and the guard looks at the loss before that, at the gradients after it"
+    more = Counter({'fp16.before_step': 2, 'fp16.after_step': 1, 'ranks.ranks_where': 2} if how=='fp16' else {})
     with pretend_gpu() as g:
         learn, steps = steps_of(method, g, how)
         assert all(math.isfinite(float(o)) for o in learn.recorder.losses)
@@ -408,6 +411,29 @@ def test_gpu_draws_pictures(): assert check.pictures_of(CUDA)['ok']
 @needs_one
 @pytest.mark.parametrize('method', METHODS)
 def test_gpu_waits_as_often_as_it_is_thought_to(method): assert check.waits_of(method, CUDA)['sum']<=sum(STEP_WAITS.values())
+
+@gpu
+@needs_one
+@pytest.mark.parametrize('method', METHODS)
+def test_gpu_trains_the_same_when_it_is_looked_at_later(method):
+    def losses(late):
+        learn = check.small_learner(method, CUDA, n=24, bf16=False)
+        learn.stop_if_not_finite.late = late
+        return torch.tensor(check.fit(learn))
+    assert_close(losses(True), losses(False), rtol=1e-4, atol=0)
+
+@gpu
+@needs_one
+def test_gpu_names_a_bad_step_a_step_later():
+    "With the weights of before it, while the card is a step ahead"
+    class Spoil(Callback):
+        def before_step(self):
+            if self.train_iter!=2: return
+            self.kept = [p.detach().clone() for p in self.learn.model.parameters()]
+            self.learn.model.student.encoder.net.get_parameter('norm.weight').grad[1] = math.nan
+    learn = check.small_learner('flsl', CUDA, n=24, cbs=[Spoil()], monitor_every=100)
+    with pytest.raises(InputError, match='at step 2 of epoch 1.*encoder.net.norm.weight'): check.fit(learn)
+    for p,q in zip(learn.model.parameters(), learn.spoil.kept, strict=True): assert torch.equal(p, q)
 
 @gpu
 @needs_one

@@ -100,6 +100,12 @@ def python_numbers(values:dict)->dict:
     found = torch.stack([v.double() for v in tensors.values()]).tolist()
     return values | {k: x if v.is_floating_point() else int(x) for (k, v),x in zip(tensors.items(), found)}
 
+# %% ../../nbs/01_ground.core.ipynb #cfa6fc58
+def on_host(numbers:list)->list:
+    "One-element tensors on the CPU; those at the end of the list that lie on a GPU come in a single copy"
+    there = [o for o in numbers if o.device.type!='cpu']
+    return [*numbers[:len(numbers)-len(there)], *torch.stack(there).cpu().unbind()] if there else numbers
+
 # %% ../../nbs/01_ground.core.ipynb #97e47cd5
 def to_device(x:Tensor, device)->Tensor:
     "Move a tensor without waiting for the work queued on the GPU"

@@ -126,6 +126,17 @@ class DenseLearner(LearnerWithoutLabels):
         except BaseException:
             self.logger = logger       # some callbacks replace it, and restore it at the end of a fit only
             raise
+        finally: self.settle()
+
+    def settle(self):
+        "Look at the last step, which the guard of a GPU may not have done yet: an error if it was bad"
+        for cb in self.cbs:
+            if hasattr(type(cb), 'settle'): cb.settle()
+
+    def save(self, file, **kwargs):
+        "fastai's, of weights that were looked at"
+        self.settle()
+        return super().save(file, **kwargs)
 
     def one_batch(self, i, b):
         with precision_of_a_batch(self): super().one_batch(i, b)

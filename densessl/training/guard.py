@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from fastai.basics import Callback, CancelBatchException, CancelFitException, CancelStepException
 from fastai.callback.all import GradientAccumulation, MixedPrecision
+from fastai.optimizer import OptimWrapper
 
 from ..ground.core import InputError, unwrapped
 from ..ground.ranks import gather_objects, n_ranks, ranks_where, this_rank
@@ -98,27 +99,60 @@ class FailureReport:
         if module: return f'the first module whose output is not finite is {module}; {self.remedy()}'
         return f'the outputs of all modules are finite, so it began in the loss; {self.remedy()}'
 
+# %% ../../nbs/65_training.guard.ipynb #9166a600
+class UnreadFlags:
+    "Flags of a step on their way from a GPU to the host, and what undoes the step"
+    def __init__(self, learn, **flags):
+        "Before the optimizer acts; nothing is waited for"
+        self.names, self.said = list(flags), torch.empty(len(flags), dtype=torch.bool, pin_memory=True)
+        self.said.copy_(torch.stack([*flags.values()]), non_blocking=True)
+        self.arrived = torch.cuda.Event()
+        self.arrived.record(torch.cuda.current_stream(learn.loss.device))
+        self.batch = dict(xb=learn.xb, loss=learn.loss, train_iter=learn.train_iter)
+        self.grads = [(p, p.grad) for p in unwrapped(learn.model).parameters()]
+        self.weights, self.kept = zip(*((p.detach(), torch.empty_like(p)) for p,_ in self.grads))
+        torch._foreach_copy_(self.kept, self.weights)
+
+    def read(self)->list:
+        "Names of the flags that are set; waits for them, not for the work queued after them"
+        self.arrived.synchronize()
+        return [k for k,up in zip(self.names, self.said.tolist()) if up]
+
+    def undo(self, learn):
+        "Weights, gradients and batch as they were; the optimizer forgets its moments, which have made the bad step"
+        torch._foreach_copy_(self.weights, self.kept)
+        for p,g in self.grads: p.grad = g
+        vars(learn).update(self.batch)
+        learn.opt.clear_state()
+
 # %% ../../nbs/65_training.guard.ipynb #65786cd4
 class StopIfNotFinite(Callback):
     "Stop before a loss or a gradient that is NaN or infinite reaches the weights, or skip such a step"
     order,run_valid = MixedPrecision.order+.5,False   # after gradients are unscaled, before they are clipped
-    device_type, one_look = 'cpu', False              # `before_fit` knows better
-    def __init__(self, skip:int=0):  # Bad steps in a row that are skipped; one more stops. 0 stops at the first
+    device_type, one_look, reads_late, unread = 'cpu', False, False, None      # `before_fit` knows better
+    def __init__(self,
+        skip:int=0,       # Bad steps in a row that are skipped; one more stops. 0 stops at the first
+        late:bool=False): # On one GPU with `skip=0`, look at a step when the next one begins: no step waits
         if not isinstance(skip, int) or skip<0:
             raise InputError(f'skip must be a whole number of steps, 0 or more, got {skip}')
-        self.skip,self.skipped,self.row,self.kept,self.cast = skip,[],0,[],nullcontext()
+        self.skip,self.late,self.skipped,self.row,self.kept,self.cast = skip,late,[],0,[],nullcontext()
 
     def state_dict(self): return dict(skipped=list(self.skipped), row=self.row)
     def load_state_dict(self, state): self.skipped,self.row = list(state['skipped']),state['row']
 
     def before_fit(self):
-        "Where a check waits for the device, the loss is checked together with the gradients"
+        "Where a check waits for the device, the loss is checked together with the gradients, perhaps a step later"
+        self.settle()
         self.device_type = torch.device(getattr(self.dls, 'device', None) or 'cpu').type
         apart = any(isinstance(cb, (GradientAccumulation, MixedPrecision)) for cb in self.learn.cbs)
         self.one_look = not apart and (n_ranks()>1 or self.device_type=='cuda')
+        watched = hasattr(self.learn, 'settle') and not hasattr(self.learn, 'lr_finder')
+        watched = watched and isinstance(self.learn.opt, OptimWrapper)    # fastai's own overwrite gradients with zeros
+        self.reads_late = self.late and watched and self.one_look and n_ranks()==1 and not self.skip
 
     def before_batch(self):
-        "Note the precision, and the buffers if they may have to be restored"
+        "Look at the step before; note the precision, and the buffers if they may have to be restored"
+        self.settle()
         half = torch.is_autocast_enabled(self.device_type)
         self.cast = nullcontext()
         if half: self.cast = torch.autocast(self.device_type, dtype=torch.get_autocast_dtype(self.device_type))
@@ -133,8 +167,17 @@ class StopIfNotFinite(Callback):
         "Check the gradients"
         gradient = ~finite_gradients([p for g in self.opt.param_lists for p in g])
         loss = dict(loss=self.bad_loss) if self.one_look else {}
-        self._look(CancelStepException, **loss, gradient=gradient)
+        if self.reads_late: self.unread = UnreadFlags(self.learn, **loss, gradient=gradient)
+        else: self._look(CancelStepException, **loss, gradient=gradient)
         self.row = 0
+
+    def settle(self):
+        "Read the flags of the last step, if that is still to be done: then its weights can be trusted"
+        if self.unread is None: return
+        bad, step, self.unread = self.unread.read(), self.unread, None
+        if not bad: return
+        step.undo(self.learn)
+        self._act(bad[0], [0], CancelStepException)
 
     def _look(self, cancel, **flags):
         "Act on the first flag set in any process; whatever else processes must agree on is exchanged with it"
@@ -163,7 +206,8 @@ class StopIfNotFinite(Callback):
         raise InputError(gather_objects(text)[ranks[0]] + again)
 
     def after_train(self):
-        "Warn of the steps of the epoch that were skipped"
+        "Look at the last step; warn of those of the epoch that were skipped"
+        self.settle()
         n = sum(o['epoch']==self.epoch+1 for o in self.skipped)
         if not n or this_rank(): return
         warnings.warn(f'epoch {self.epoch+1}: {n} steps were skipped because the loss or a gradient was not finite')

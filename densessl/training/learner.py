@@ -8,10 +8,11 @@ __all__ = ['methods', 'optimizers', 'Schedules', 'learner', 'flsl_learner', 'clo
 # %% ../../nbs/68_training.learner.ipynb #4684c731
 import warnings
 
-from fastai.basics import Callback, L, Learner, Recorder, delegates, num_distrib
+import torch
+from fastai.basics import AvgSmoothLoss, Callback, L, Learner, Recorder, delegates, num_distrib, to_detach
 from fastai.callback.all import ParamScheduler, TrackerCallback
 
-from ..ground.core import InputError, unwrapped
+from ..ground.core import InputError, on_host, to_device, unwrapped
 from ..data.images import MakeViews
 from ..methods.encoders import DenseEncoder, check_exportable, dense_encoder
 from ..methods.weights import init_backbone, network_of
@@ -79,6 +80,13 @@ class Schedules(Callback):
         self.history = unpack_rows(state['history'])
 
 # %% ../../nbs/68_training.learner.ipynb #9b562606
+class _LossOnDevice(AvgSmoothLoss):
+    "fastai's running mean of the loss; it stays on the loss's device, so that nothing waits for a GPU"
+    def accumulate(self, learn):
+        self.count += 1
+        loss = to_detach(learn.loss.mean(), cpu=False)
+        self.val = torch.lerp(loss, to_device(self.val, loss.device), self.beta)
+
 class ViewRecorder(Recorder):
     "fastai's `Recorder` for training without labels; as usual `learn.recorder`"
     name = 'recorder'
@@ -87,6 +95,7 @@ class ViewRecorder(Recorder):
 
     def before_fit(self):
         "Name the columns; an error for a callback that watches a column that is not there"
+        self.smooth_loss = _LossOnDevice(self.smooth_loss.beta)
         super().before_fit()
         names, time = list(self.metric_names), ['time'] if self.add_time else []
         more = [k for cb in self._more() for k in cb.columns]
@@ -101,9 +110,11 @@ class ViewRecorder(Recorder):
         "The values of the other callbacks, then fastai's own"
         if in_fit(self.learn): self.log += [v for cb in self._more() for v in cb.row()]
         super().after_epoch()
+        self.losses = on_host(self.losses)
 
     def plot_loss(self, skip_start=5, with_valid=None, **kwargs):
         "fastai's curve; with a validation loss where there is one"
+        self.losses = on_host(self.losses)                         # a fit may have ended by an error
         return super().plot_loss(skip_start, 'valid_loss' in self.metric_names and with_valid is not False, **kwargs)
 
 # %% ../../nbs/68_training.learner.ipynb #78a00484
@@ -170,7 +181,7 @@ def _encoder(arch, c, model_kwargs, dls, pretrained, init):
 # %% ../../nbs/68_training.learner.ipynb #96a3bb70
 def _callbacks(method, config, model, bf16, monitor_every):
     "What trains a method, apart from the user's own callbacks"
-    cbs = [ManyProcesses(), Schedules(method.schedules(config)), StopIfNotFinite(), OutOfMemory()]
+    cbs = [ManyProcesses(), Schedules(method.schedules(config)), StopIfNotFinite(late=True), OutOfMemory()]
     if model.teacher is not None: cbs.append(TeacherEMA(cosine(*config.momentum)))
     cbs.append(CollapseMonitor(method.measure, method.diagnose, every=monitor_every))
     if bf16: cbs.append(AutocastBF16())

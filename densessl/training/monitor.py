@@ -65,6 +65,7 @@ class CollapseMonitor(Callback):
         due = (self.train_iter-1)%self.every==0 or self.iter+1==self.n_iter
         whole, self.whole = self.whole, False
         if not due or not whole: return
+        if hasattr(self.learn, 'settle'): self.learn.settle()      # of a bad step there is nothing to measure
         place = dict(step=self.train_iter, epoch=self.epoch+1, progress=float(self.pct_train))
         row = python_numbers(place | dict(loss=self.learn.loss) | self.measure(self.learn))  # the one copy of a reading
         if math.isfinite(row['loss']): self.history.append(row)

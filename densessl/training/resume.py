@@ -251,6 +251,7 @@ class SaveRun(Callback):
             if n_ranks()>1: agreed = ranks_where(agreed, next(self.learn.model.parameters()).device)
         due, stop = agreed
         if due or stop or must:
+            if hasattr(self.learn, 'settle'): self.learn.settle()     # a bad step is not saved
             self.last = self.train_iter, time.monotonic()
             self.on_disk.save(epoch, batch)
         if stop:

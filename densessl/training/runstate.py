@@ -17,7 +17,7 @@ from fastai.callback.all import CSVLogger, GradientAccumulation, MixedPrecision
 from torch import Tensor, nn
 
 from .. import __version__
-from ..ground.core import InputError, unwrapped
+from ..ground.core import InputError, on_host, unwrapped
 from ..ground.ranks import n_ranks, this_rank
 from ..data.order import data_identity, inner_loader, random_states, same_random_state, set_random_states
 from .runfile import DamagedCheckpoint, first_names, read_header, run_checkpoints
@@ -99,7 +99,7 @@ def _numbers(o): return {k: v for k,v in vars(o).items() if isinstance(v, (bool,
 
 def recorder_state(r)->dict:
     "Table and curves of fastai's `Recorder`"
-    losses = torch.stack([*r.losses]) if r.losses else torch.zeros(0)
+    losses = torch.stack(on_host(r.losses)) if r.losses else torch.zeros(0)
     return dict(lrs=torch.tensor(r.lrs, dtype=torch.float64), losses=losses, iters=r.iters,
                 values=[list(v) for v in r.values], smooth=_numbers(r.smooth_loss),
                 metrics=[_numbers(m) for m in r.metrics], seconds=time.time()-getattr(r, 'start_epoch', time.time()))
