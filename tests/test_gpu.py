@@ -410,7 +410,10 @@ def test_gpu_draws_pictures(): assert check.pictures_of(CUDA)['ok']
 @gpu
 @needs_one
 @pytest.mark.parametrize('method', METHODS)
-def test_gpu_waits_as_often_as_it_is_thought_to(method): assert check.waits_of(method, CUDA)['sum']<=sum(STEP_WAITS.values())
+def test_gpu_waits_as_often_as_it_is_thought_to(method):
+    "After a first fit, in which each library waits once"
+    found = [check.waits_of(method, CUDA) for _ in range(2)]
+    assert found[1]['sum']<=sum(STEP_WAITS.values()), found
 
 @gpu
 @needs_one

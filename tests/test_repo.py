@@ -156,7 +156,7 @@ def test_notebook_has_title_and_summary(p):
     assert any(re.match(r'> \S', l) for l in first), 'the title cell lacks its "> one line" summary'
 
 PICTURE_PAGES = ('05_ground.synthetic', '06_ground.visualize', '25_theory.matching', '56_evaluation.figures',
-                 '82_evaluation.neighbors', '95_transfer.pictures')     # they live by their pictures
+                 '82_evaluation.neighbors', '94_transfer.pictures')     # they live by their pictures
 
 @pytest.mark.parametrize('p', notebooks(), ids=rel)
 def test_notebook_is_small(p):
