@@ -22,7 +22,8 @@ from densessl.methods.encoders import dense_encoder
 from densessl.methods.export import export_backbone, load_backbone
 from densessl.training.arguments import Arguments
 from densessl.transfer.detector import DetectorConfig
-from densessl.transfer.finetune import DetectionScore, detection_dls, detection_learner, show_detections
+from densessl.transfer.finetune import DetectionScore, detection_dls, detection_learner
+from densessl.transfer.pictures import show_detections
 from densessl.transfer.instances import InstanceData, decode_mask, scene_instances
 from densessl.transfer.together import ShortSide
 
@@ -85,7 +86,6 @@ class Results:
 def scenes(a):
     "Start and end of each method, with as many seeds of the detector"
     out, dls = Results(a.out), scene_loaders()
-    fig, axs = plt.subplots(2, 4, figsize=(9.6,5.2), dpi=100, constrained_layout=True)
     for seed in a.seeds:
         for method in a.only or METHODS:
             own = seed if (Path(a.runs)/f'{method}_{seed}'/'end.safetensors').exists() else 0    # seed of the pretraining
@@ -96,9 +96,8 @@ def scenes(a):
                 found, learn = fine_tune(dls, encoder, last_map(encoder), seed, a.epochs, frozen=a.frozen, lr=SCENES['lr'], wd=SCENES['wd'])
                 out.add(name, dict(scores=found, cpu_seconds=time.process_time()-began))
                 if a.picture and seed==a.seeds[0] and method==(a.only or METHODS)[0]:
-                    show_detections(learn, 4, .2, axs=axs[int(when=='end')])
-                    axs[int(when=='end'),0].set_ylabel(dict(start='from its start', end='pretrained')[when])
-                    fig.savefig(a.picture, pil_kwargs=dict(quality=80))
+                    picture = Path(a.picture)
+                    show_detections(learn, 4, .2).savefig(picture.with_stem(f'{picture.stem}_{when}'))
 
 def photograph_data(root, split):
     "Photographs of coco_mini with their objects, all of one class"
