@@ -25,6 +25,7 @@ from densessl.transfer.detector import DetectorConfig
 from densessl.transfer.finetune import DetectionScore, detection_dls, detection_learner
 from densessl.transfer.pictures import show_detections
 from densessl.transfer.instances import InstanceData, decode_mask, scene_instances
+from densessl.transfer.recipe import FineTune
 from densessl.transfer.together import ShortSide
 
 METHODS = 'clove', 'flsl', 'dino'
@@ -63,14 +64,16 @@ def last_map(encoder, **changes):
     "Settings of a detector that reads the last map of an encoder of stride 8, carried to strides 4, 8 and 16"
     return DetectorConfig(**SMALL | dict(taps=(len(encoder.net.feature_info)-1,)*3, strides=(4,8,16)) | changes)
 
-def fine_tune(dls, encoder, config, seed, epochs, every=1, mean=None, **kwargs):
+def fine_tune(dls, encoder, config, seed, epochs, lr, wd, every=1, mean=None, frozen=False):
     "A detector after each `every` epochs: its scores by the number of steps, and the learner"
     set_seed(seed, reproducible=True)
-    learn = detection_learner(dls, encoder, config, **kwargs, cbs=DetectionScore(every))
+    recipe = FineTune(batch=dls.train.bs, rate=lr, decay=wd, undecayed=(), milestones=(), warmup=0, frozen=frozen)
+    learn = detection_learner(dls, encoder, config, recipe, cbs=DetectionScore(every))
     if mean is not None: learn.model.mean.fill_(mean), learn.model.std.fill_(mean)
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
     steps = len(dls.train)
-    return {epoch*steps: {k: round(v, 5) for k,v in found.items()} for epoch,found in learn.detection_score.history}, learn
+    found = [dict(h) for h in learn.detection_score.history]
+    return {h.pop('epoch')*steps: {k: round(v, 5) for k,v in h.items()} for h in found}, learn
 
 class Results:
     "Runs by name in a file of json"

@@ -16,6 +16,7 @@ from densessl.training.learner import learner
 from densessl.transfer.detector import DetectorConfig
 from densessl.transfer.finetune import DetectionScore, detection_dls, detection_learner
 from densessl.transfer.instances import scene_instances
+from densessl.transfer.recipe import FineTune
 
 SMALL = DetectorConfig(taps=(4,4), strides=(4,8), channels=32, hidden=64, n_anchors=64, n_regions=16,
                        n_before=(100,100), n_after=(50,30), mask_convs=1)
@@ -41,7 +42,8 @@ def with_statistics_of(encoder, scenes):
 def fine_tune(encoder, dls, seed):
     "Box and mask AP50 of Mask R-CNN on a frozen encoder after 80 steps"
     set_seed(seed, reproducible=True)
-    learn = detection_learner(dls, encoder, SMALL, frozen=True, lr=3e-3, wd=.01, cbs=DetectionScore(every=4))
+    recipe = FineTune(batch=8, rate=3e-3, decay=.01, undecayed=(), milestones=(), warmup=0, frozen=True)
+    learn = detection_learner(dls, encoder, SMALL, recipe, cbs=DetectionScore(every=4))
     with learn.no_bar(), learn.no_logging(): learn.fit(4)
     return {k: learn.scores[f'{k} AP50'] for k in ('box', 'mask')}
 
