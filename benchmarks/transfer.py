@@ -64,7 +64,7 @@ class Row:
 
     def shares(self):
         "Functions for the parts of our step, each forward and backward"
-        m, images = self.ours.train(), self.ours.batch(self.images)
+        m, images = self.ours.train(), self.ours.image_list(self.images)
         def fresh(maps): return type(maps)((k, v.detach().requires_grad_()) for k,v in maps.items())
         maps = m.pyramid(images.tensors)
         with torch.no_grad(): proposals, _ = m.proposals(images, maps, self.targets)
@@ -74,7 +74,7 @@ class Row:
             found = list(m.pyramid(images.tensors).values())
             torch.autograd.backward(found, [torch.ones_like(f) for f in found])
         def backward(losses): sum(losses.values()).backward()
-        parts = dict(data=lambda: m.batch(self.batch()[0]), backbone=backbone,
+        parts = dict(data=lambda: m.image_list(self.batch()[0]), backbone=backbone,
                      proposals=lambda: backward(m.proposals(images, fresh(maps), self.targets)[1]),
                      heads=lambda: backward(m.heads(fresh(maps), proposals, images.image_sizes, self.targets)[1]), optimizer=opt.step)
         return {k: lambda f=f: (f(), self.sync()) for k,f in parts.items()}

@@ -200,7 +200,7 @@ def test_c4_is_the_resnet_cut_in_two(c4):
     assert x.shape[-2:]==(4,5)
     heads = net.heads
     def by_hand(boxes): return r.layer4(torchvision.ops.roi_align(x, [boxes], 14, 1/16, aligned=True))
-    proposals, _ = net.proposals(net.batch([image]), OrderedDict({'0': x}))
+    proposals, _ = net.proposals(net.image_list([image]), OrderedDict({'0': x}))
     features = by_hand(proposals[0]).mean((2,3))
     logits, offsets = [F.linear(features, l.weight, l.bias) for l in (heads.box_predictor.cls_score, heads.box_predictor.bbox_pred)]
     want = heads.postprocess_detections(logits, offsets, proposals, [(50,70)])
@@ -257,7 +257,7 @@ def test_patches_of_14(pyramid):
     net = Detector(encoder, 2, config)
     assert net.pyramid.strides==[4,8,16,32,64]
     image = torch.zeros(3, 128, 128, dtype=torch.uint8)
-    maps = net.eval().pyramid(net.batch([image]).tensors)
+    maps = net.eval().pyramid(net.image_list([image]).tensors)
     assert [m.shape[-1] for m in maps.values()]==[32,16,8,4,2]
     net.train()
     target = dict(boxes=torch.tensor([[8.,8.,60.,60.]]), labels=torch.tensor([1]), masks=torch.ones(1,128,128,dtype=torch.bool))

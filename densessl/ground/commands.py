@@ -48,7 +48,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return ', '.join(names) + value
     def _expand_help(self, action):
         said = (action.help or '').split(' (default: ')[0]
-        return said if action.default in (None, False, argparse.SUPPRESS) else f'{said} (default: {action.default})'
+        return said if action.default in (None, False, '', argparse.SUPPRESS) else f'{said} (default: {action.default})'
 
 def _exit_with_mistake(parser, message):
     "What argparse has to say, in one line"

@@ -173,7 +173,7 @@ class Detector(nn.Module):
     def backbone(self):
         "timm's network as the detector has it: windowed in ViTDet, without stage 5 in C4"
         return self.pyramid.taps.net
-    def batch(self, images):
+    def image_list(self, images):
         "Images uint8 (3,H,W) of any sizes, normalized and filled up to one size"
         c, sizes = self.config, [tuple(i.shape[-2:]) for i in images]
         step = 1 if c.pyramid=='c4' else self.pyramid.strides[-2]
@@ -185,7 +185,7 @@ class Detector(nn.Module):
     def forward(self, images, targets=None):
         "Losses by name in training, else detections of each image"
         if self.training: check_targets(targets, self.config)
-        images = self.batch(images)
+        images = self.image_list(images)
         maps = OrderedDict(self.pyramid(images.tensors))
         proposals, losses = self.proposals(images, maps, targets)
         found, more = self.heads(maps, proposals, images.image_sizes, targets)

@@ -155,7 +155,7 @@ def surest_proposals(
     model.eval()
     try:
         network.nms_thresh = was[1] if suppressed else 1.
-        images = model.batch([image.to(model.mean.device)])
+        images = model.image_list([image.to(model.mean.device)])
         boxes, _ = network(images, dict(model.pyramid(images.tensors)))
     finally:
         model.train(was[0])
