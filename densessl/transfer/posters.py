@@ -112,8 +112,8 @@ _small = DetectorConfig(channels=64, hidden=128, n_anchors=64, n_regions=32, n_b
 _few_epochs = FineTune(epochs=8, batch=4, rate=1e-3, decay=.01)
 
 OWN_ROWS = dict(
-    scenes=Row('any', 'masks', 'drawn scenes', 'test_resnet', {}, FineTune(epochs=2, batch=8, rate=2e-3, decay=.01),
-               _small),
+    scenes=Row('any', 'masks', 'drawn scenes', 'test_resnet', {}, FineTune(epochs=2, batch=8, rate=2e-3, decay=.01, milestones=()),
+               replace(_small, taps=(-1,-1,-1), strides=(4,8,16), hidden=256, n_before=(200,200))),
     photographs=Row('any', 'masks', 'any folder with objects', 'resnet50', {}, _few_epochs,
                     replace(_small, n_regions=64), partial(ShortSide, (144, 160, 176), 256), (160, 240)),
     photographs_semantic=Row('any', 'semantic', 'any folder with one label a pixel', 'resnet50', {}, _few_epochs,
@@ -191,7 +191,8 @@ def row_data(
     "Open the data of a row"
     if row.data=='drawn scenes':
         if place is not None: raise InputError(f'this row draws its scenes: leave out the data {str(place)!r}')
-        parts = [scene_instances(min(n, limit or n), 72, seed) for n,seed in ((400, 0), (150, 4002))]
+        sizes = (400, 4003), (150, 4004)
+        parts = [scene_instances(min(n, limit or n), 80, seed, natural=True) for n,seed in sizes]
         return RowData(*parts, f'{parts[0].name}; scored on {parts[1].name}')
     if place is None: raise InputError(f'this row needs {row.data}: name its folder after the backbone')
     if row.task=='semantic':

@@ -31,7 +31,7 @@ class FeatureTaps(nn.Module):
     "The maps of an encoder at some of its layers"
     def __init__(self,
         encoder:DenseEncoder,
-        taps=None,  # Numbers of stages or blocks; default each stride from 4 of a CNN, four blocks of a ViT
+        taps=None,  # Numbers of stages or blocks, -1 the last; default each stride from 4 of a CNN, four blocks of a ViT
     ):
         super().__init__()
         net, self.net = encoder.net, encoder.net
@@ -39,6 +39,7 @@ class FeatureTaps(nn.Module):
             raise InputError(f'timm does not give the inner maps of {encoder.arch}: '
                              'choose a plain ViT, or a CNN such as resnet50')
         self.taps, n = self.default(encoder) if taps is None else list(taps), len(net.feature_info)
+        self.taps = [t+n if -n<=t<0 else t for t in self.taps]
         if lost := [t for t in self.taps if not 0<=t<n]:
             raise InputError(f'taps={self.taps}: {encoder.arch} has no layer {lost[0]}, use 0 to {n-1}')
         info = [net.feature_info[t] for t in self.taps]
