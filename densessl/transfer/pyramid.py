@@ -31,7 +31,7 @@ class FeatureTaps(nn.Module):
     "The maps of an encoder at some of its layers"
     def __init__(self,
         encoder:DenseEncoder,
-        taps=None,  # Numbers of stages or blocks, -1 the last; default each stride from 4 of a CNN, four blocks of a ViT
+        taps=None,  # Numbers of stages or blocks, -1 the last; default each stride from 4 of a CNN, 4 blocks of a ViT
     ):
         super().__init__()
         net, self.net = encoder.net, encoder.net
