@@ -112,7 +112,8 @@ _small = DetectorConfig(channels=64, hidden=128, n_anchors=64, n_regions=32, n_b
 _few_epochs = FineTune(epochs=8, batch=4, rate=1e-3, decay=.01)
 
 OWN_ROWS = dict(
-    scenes=Row('any', 'masks', 'drawn scenes', 'test_resnet', {}, FineTune(epochs=2, batch=8, rate=2e-3, decay=.01, milestones=()),
+    scenes=Row('any', 'masks', 'drawn scenes', 'test_resnet', {},
+               FineTune(epochs=2, batch=8, rate=2e-3, decay=.01, milestones=()),
                replace(_small, taps=(-1,-1,-1), strides=(4,8,16), hidden=256, n_before=(200,200))),
     photographs=Row('any', 'masks', 'any folder with objects', 'resnet50', {}, _few_epochs,
                     replace(_small, n_regions=64), partial(ShortSide, (144, 160, 176), 256), (160, 240)),
