@@ -3,6 +3,7 @@
 The numbers in `golden/flsl` were made by running ISL-CV/FLSL unchanged on a tiny ViT. Queries are drawn by the test data, so
 `query_mask` is replaced where they matter. Tokens are ordered view by view there and photograph by photograph here.
 """
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,7 +232,8 @@ def test_official_preset(monkeypatch):
 
 def test_every_golden_file_is_read():
     "By its name, or by what follows its kind, in one of the tests of golden numbers"
-    text = '\n'.join(p.read_text() for p in Path(__file__).parent.glob('test_golden_*.py'))
-    files = sorted(GOLDEN.rglob('*.safetensors'))
-    assert len(files)>40 and {p.suffix for p in GOLDEN.rglob('*') if p.is_file()}=={'.safetensors'}
-    for f in files: assert any(f"'{name}'" in text for name in (f.stem, f.stem.partition('_')[2])), f
+    tests = [p for name in ('golden_*', 'transfer', 'formats', 'semantic') for p in Path(__file__).parent.glob(f'test_{name}.py')]
+    text = '\n'.join(p.read_text() for p in tests)
+    files = sorted(p for p in GOLDEN.rglob('*') if p.is_file())
+    assert len(files)>40 and {p.suffix for p in files}=={'.safetensors', '.json'}
+    for f in files: assert re.search(rf"[/'](?:{f.stem}|{f.stem.partition('_')[2] or f.stem})(?:{f.suffix})?'", text), f
