@@ -18,7 +18,9 @@ def rel(p): return p.relative_to(ROOT).as_posix()
 @functools.lru_cache(maxsize=None)
 def read(p): return nbformat.read(p, as_version=4)
 def code(p): return [c.source for c in read(p).cells if c.cell_type == 'code']
-def page(p): return int(m[1]) if p.parent == NBS and (m := re.match(r'(\d+)_', p.name)) else None
+def page(p):
+    "Number and letter of a page, as (48, 'a'); None for tutorials and experiments"
+    return (int(m[1]), m[2]) if p.parent == NBS and (m := re.match(r'(\d+)([a-z]?)_', p.name)) else None
 
 def exports(p):
     "Modules that notebook `p` writes"
