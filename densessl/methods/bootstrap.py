@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['byol_presets', 'byol_method', 'scrl_presets', 'scrl_method', 'pixpro_presets', 'pixpro_method', 'BYOLConfig',
            'Predictions', 'BYOL', 'PredictionTerms', 'byol_terms', 'SCRLConfig', 'BoxPredictions', 'SCRL', 'BoxTerms',
-           'scrl_terms', 'diagnose_boxes', 'PixProConfig', 'CellPredictions', 'PixPro', 'CellTerms', 'pixpro_terms']
+           'scrl_terms', 'diagnose_boxes', 'PixProConfig', 'CellPredictions', 'PixPro', 'CellTerms', 'pixpro_terms',
+           'diagnose_cells']
 
 # %% ../../nbs/48a_methods.bootstrap.ipynb #ccf3fe32
 from dataclasses import dataclass
@@ -227,7 +228,8 @@ class PixProConfig(MultiCropConfig, ProjectorConfig):
 pixpro_presets = dict(
     paper = PixProConfig(),
     scenes = PixProConfig(img_size=64, global_scale=(0.3,1.), hidden_dim=256, out_dim=64, optimizer='adamw', lr=16e-3,
-                          warmup=.1, wd=1e-4, momentum=(0.98,1.), augment=scene_colors, solarize_p=(0.,0.,0.)))
+                          warmup=.1, wd=1e-4, momentum=(0.98,1.), last_norm=True, augment=scene_colors,
+                          solarize_p=(0.,0.,0.)))
 
 # %% ../../nbs/48a_methods.bootstrap.ipynb #5438c76f
 @rebuilt_from_list
@@ -291,10 +293,22 @@ def pixpro_terms(out:CellPredictions)->CellTerms:
     any_two = (out.predicted.detach().mean(-2)*out.target.flip(0).mean(-2)).sum(-1).mean()
     return CellTerms(loss, cosine, cosine-any_two, matched_share(out.match).mean())
 
+# %% ../../nbs/48a_methods.bootstrap.ipynb #70fad2a1
+def diagnose_cells(m:dict)->list:
+    "What the monitor's row of an epoch means: collapse, cells as similar to any other, and views without matches"
+    remedy = 'Set last_norm=True or lower the learning rate.'
+    said = diagnose_embeddings(remedy)(m)
+    if m['gap']<.05 and m['progress']>1/3:
+        said.append(f"The cosine of matched cells is {m['cosine']:.2f}, only {m['gap']:.2f} above that of any two: "
+                    f'the cells share one direction. {remedy}')
+    if m['matched']<.05:
+        said.append(f"Only {100*m['matched']:.1f} % of the cells have a match: raise threshold or global_scale.")
+    return said
+
 # %% ../../nbs/48a_methods.bootstrap.ipynb #973bc26c
 pixpro_method = Method('pixpro', pixpro_presets, multicrop_recipe, PixPro, lambda c: PartsLoss(pixpro_terms),
     metrics=('cosine', 'gap'), schedules=PixProConfig.schedules, measure=embedding_state,
-    diagnose=diagnose_embeddings(),
+    diagnose=diagnose_cells,
     arch='resnet50', scene_arch='test_resnet', scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]',
     scene_epochs=16, paper='Xie et al., Propagate yourself, CVPR 2021', matches='place',
-    null=dict(match='chance'))
+    null=dict(match='chance'), collapse=dict(last_norm=False))
