@@ -298,9 +298,9 @@ def diagnose_cells(m:dict)->list:
     "What the monitor's row of an epoch means: collapse, cells as similar to any other, and views without matches"
     remedy = 'Set last_norm=True or lower the learning rate.'
     said = diagnose_embeddings(remedy)(m)
-    if m['gap']<.05 and m['progress']>1/3:
+    if m['gap']<.05 and m['cosine']>.5 and m['progress']>1/3:
         said.append(f"The cosine of matched cells is {m['cosine']:.2f}, only {m['gap']:.2f} above that of any two: "
-                    f'the cells share one direction. {remedy}')
+                    f'they have collapsed to one direction. {remedy}')
     if m['matched']<.05:
         said.append(f"Only {100*m['matched']:.1f} % of the cells have a match: raise threshold or global_scale.")
     return said
