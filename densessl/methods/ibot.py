@@ -219,7 +219,7 @@ def ibot_state(learn)->dict:
     return embedding_state(learn) | dict(K=len(out.center), information=parts.view_perplexity.log()-parts.view,
                                          alike=alike, center=out.center.norm())
 
-# %% ../../nbs/48e_methods.ibot.ipynb #4f214cb8
+# %% ../../nbs/48e_methods.ibot.ipynb #f876f07c
 ibot_method = Method('ibot', ibot_presets, multicrop_recipe, IBOT,
     lambda c: PartsLoss(ibot_terms, temp_s=c.temp_s, temp_t=c.temp_t[0], patch_weight=c.patch_weight,
                         koleo_weight=c.koleo, targets=c.targets),
