@@ -20,9 +20,10 @@ from ..methods.method import Method
 from ..methods.flsl import flsl_method
 from ..methods.clove import clove_method
 from ..methods.dino import dino_method
+from ..methods.bootstrap import byol_method
 from ..theory.schedules import cosine
 from .precision import AutocastBF16, compile_blocks, has_bf16
-from .optim import ClipGrad, FreezeLastLayer, adamw, lars, split_decay
+from .optim import ClipGrad, FreezeLastLayer, adamw, lars, sgd, split_decay
 from .dense_learner import DenseLearner, check_arguments
 from .teacher import TeacherEMA
 from .monitor import CollapseMonitor, LossPart, in_fit, pack_rows, unpack_rows
@@ -118,7 +119,7 @@ class ViewRecorder(Recorder):
         return super().plot_loss(skip_start, 'valid_loss' in self.metric_names and with_valid is not False, **kwargs)
 
 # %% ../../nbs/68_training.learner.ipynb #78a00484
-methods = {m.name: m for m in (flsl_method, clove_method, dino_method)}   # Name -> record
+methods = {m.name: m for m in (flsl_method, clove_method, dino_method, byol_method)}   # Name -> record
 
 # %% ../../nbs/68_training.learner.ipynb #26659aa8
 def find_method(method)->Method:
@@ -192,7 +193,7 @@ def _callbacks(method, config, model, bf16, monitor_every):
 def _split(model): return split_decay(unwrapped(model).student)
 
 # %% ../../nbs/68_training.learner.ipynb #bc704c50
-optimizers = dict(adamw=adamw, lars=lars)   # By the name in the settings
+optimizers = dict(adamw=adamw, lars=lars, sgd=sgd)   # By the name in the settings
 
 def learner(
     dls,                     # DataLoaders of views, from `image_dls` or `scene_dls` with the recipe of the method
