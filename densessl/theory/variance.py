@@ -93,15 +93,15 @@ class VICRegLTerms(NamedTuple):
 # %% ../../nbs/29f_theory.variance.ipynb #c0f97a86
 def _taken(cells, index): return cells.gather(1, index[...,None].expand(-1, -1, cells.shape[-1]))
 
-def _local_terms(a, b, n_pairs):
+def _local_terms(a, b, n_pairs, weights):
     "VICReg's terms on the nearest pairs of two views, each (cells, claimed features, claimed places)"
     found = []
     for by in (1, 2):
         distances = torch.cdist(a[by].detach(), b[by].detach())
         rows, columns = nearest_pairs(distances, n_pairs[0])
-        found.append(vicreg_loss(_taken(a[0], rows), _taken(b[0], columns)))
+        found.append(vicreg_loss(_taken(a[0], rows), _taken(b[0], columns), weights))
         columns, rows = nearest_pairs(distances.mT, n_pairs[1])
-        found.append(vicreg_loss(_taken(b[0], columns), _taken(a[0], rows)))
+        found.append(vicreg_loss(_taken(b[0], columns), _taken(a[0], rows), weights))
     loss, _, lacking, _ = zip(*found)
     return sum(loss)/2, sum(lacking)/4
 
@@ -115,6 +115,7 @@ def vicregl_loss(
     alpha:float=.75,      # Weight of the vectors; the cells have the rest
     n_pairs=(20,4),       # Pairs of cells kept, from a to b and from b to a (VICRegL public code)
     claims:list=None,     # (B, N) for each view: the cell whose place and feature a cell claims; None: its own
+    weights=(25.,25.,1.), # Of invariance, variance and covariance (VICRegL)
 )->VICRegLTerms:          # Scalars; gradient flows to vectors and cells through `loss`
     "VICReg on the vectors of the views and on their nearest pairs of cells (VICRegL, Eq. 5)"
     V = len(vectors)
@@ -128,10 +129,11 @@ def vicregl_loss(
     pairs = [(a,b) for a in range(n_global) for b in range(V) if a!=b]
     invariance = torch.stack([F.mse_loss(vectors[a], vectors[b]) for a,b in pairs]).mean()
     lacking, redundant = (torch.stack([f(z) for z in vectors]).mean() for f in (variance, covariance))
-    local, local_lacking = (torch.stack(o).mean() for o in zip(*(_local_terms(maps[a], maps[b], n_pairs)
-                                                                 for a,b in pairs)))
-    loss = alpha*(25*invariance + 25*lacking + redundant) + (1-alpha)*local
-    return VICRegLTerms(loss, *(o.detach() for o in (invariance, lacking, redundant, local, local_lacking)))
+    local, local_lacking = (torch.stack(o).mean() for o in zip(*(_local_terms(maps[a], maps[b], n_pairs,
+                                                                              weights) for a,b in pairs)))
+    parts = invariance, lacking, redundant
+    loss = alpha*sum(w*p for w,p in zip(weights, parts)) + (1-alpha)*local
+    return VICRegLTerms(loss, *(o.detach() for o in (*parts, local, local_lacking)))
 
 # %% ../../nbs/29f_theory.variance.ipynb #16f5babf
 def random_directions(dim:int, n:int)->Tensor:
