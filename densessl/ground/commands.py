@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['option', 'command_parser', 'as_typed', 'quiet_libraries', 'command', 'check_output', 'check_whole',
-           'densessl_pretrain', 'densessl_evaluate', 'densessl_show', 'densessl_shard', 'densessl_transfer']
+           'densessl_pretrain', 'densessl_evaluate', 'densessl_show', 'densessl_shard', 'densessl_transfer',
+           'densessl_compare']
 
 # %% ../../nbs/04_ground.commands.ipynb #ce00a12c
 import argparse, difflib, functools, math, os, re, shutil, sys, tempfile, time, warnings
@@ -273,3 +274,32 @@ def densessl_transfer(
     "Fine-tune a backbone as a row of the posters' tables, and score it"
     args = dict(locals())
     import_module('densessl.transfer.run').transfer_command(**args)
+
+# %% ../../nbs/04_ground.commands.ipynb #9a20f1d9
+@command('[PHOTOS] [options]', 'photos/ --methods byol,clove --arch resnet50 --labelled labelled/ --minutes 30 --seeds 3')
+def densessl_compare(
+    photos:option(str, 'Folder of photographs, searched recursively, or of shards; without it, drawn scenes',
+                  opt=False, nargs='?')=None,
+    methods:str='flsl,dino', # Methods, separated by commas; densessl_pretrain --help names them all
+    minutes:float=3.,       # Of training for each method and seed
+    seeds:int=1,            # Trainings of each method
+    nulls:bool=False,       # Train each method with nothing to learn from, too
+    arch:str=None,          # timm name of the network of all; by default that of the first method
+    model_kwargs:str=None,  # Arguments for timm, as patch_size=8,depth=3
+    init:str=None,          # Weights to start from: a file, a timm name or hf-hub:owner/name; by default random
+    pretrained:bool=False,  # Start from the weights that timm publishes for --arch
+    img_size:int=None,      # Side of the large views in pixels; by default that of each method
+    bs:int=None,            # Photographs in a batch; 64, scenes 32, fewer for a small folder
+    labelled:str=None,      # Folder of labelled photographs to score on, in any layout of densessl.data.labelled
+    labelled_as:str='',     # How to read them, as layout=folder,ignore_index=0
+    baseline:str=None,      # A backbone to compare with: a file, or a timm name (published weights)
+    seed:int=0,             # First seed
+    workers:int=None,       # Processes that decode, 0 or more
+    device:str=None,        # cpu, cuda or cuda:1; by default the GPU if there is one
+    resume:bool=False,      # Go on with the comparison in --out; more --methods and --seeds are added
+    out:str=None,           # Folder to write to; by default runs/compare-<number>
+    overwrite:bool=False,   # Write into a folder that holds files
+):
+    "Train several methods on the same photographs for the same minutes, and score them"
+    args = dict(locals())
+    import_module('densessl.compare').compare(**args)
