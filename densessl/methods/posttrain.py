@@ -143,14 +143,13 @@ def paka_terms(out:AlignedTokens)->PaKATerms:
     return PaKATerms(loss, 1-loss.detach(), out.shared.to(loss.dtype).mean())
 
 # %% ../../nbs/48h_methods.posttrain.ipynb #6507a8b9
-_remedy = 'Lower the learning rate or raise momentum: the teacher holds what the network knew.'
-
 paka_method = Method('paka', paka_presets, paka_recipe, PaKA, lambda c: PartsLoss(paka_terms),
     metrics=('alignment', 'shared'), schedules=PosttrainConfig.schedules, measure=embedding_state,
-    diagnose=diagnose_embeddings(_remedy), arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
+    diagnose=diagnose_embeddings('Lower the learning rate or raise momentum: the teacher holds what the network knew.'),
+    arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
     scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=16,
     paper='Yeo, Jang and Kim, Patch-level kernel alignment for dense self-supervised learning, 2025',
-    matches='place', null=dict(match='chance'), collapse=dict(momentum=(0.,0.)))
+    matches='place', null=dict(match='chance'), collapse=dict(momentum=(0.,0.), lr=.2))
 
 # %% ../../nbs/48h_methods.posttrain.ipynb #ad5a8c4d
 @dataclass(frozen=True)
@@ -209,4 +208,4 @@ gram_method = Method('gram', gram_presets, gram_recipe, Gram, lambda c: PartsLos
     diagnose=diagnose_embeddings('Keep the teacher where it began: momentum=(1, 1).'),
     arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
     scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=16,
-    paper='Siméoni et al., DINOv3, 2025', matches='place', null=dict(match='chance'), collapse=dict(momentum=(0.,0.)))
+    paper='Siméoni et al., DINOv3, 2025', matches='place', null=dict(match='chance'), collapse=dict(momentum=(0.,0.), lr=.2))
