@@ -104,7 +104,7 @@ class PaKAConfig(PosttrainConfig):
 # %% ../../nbs/48h_methods.posttrain.ipynb #a3799eb2
 paka_presets = dict(
     paper = PaKAConfig(),
-    scenes = PaKAConfig(img_size=64, scale=(0.3,1.), augment=scene_colors, lr=8e-3, layer_decay=1., freeze_norm=False,
+    scenes = PaKAConfig(img_size=64, scale=(0.3,1.), augment=scene_colors, lr=2.4e-3, layer_decay=1., freeze_norm=False,
                         momentum=(0.98,1.), wd=1e-4, pos_scale=0.25))
 
 # %% ../../nbs/48h_methods.posttrain.ipynb #29431c1d
@@ -149,7 +149,7 @@ paka_method = Method('paka', paka_presets, paka_recipe, PaKA, lambda c: PartsLos
     arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
     scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=16,
     paper='Yeo, Jang and Kim, Patch-level kernel alignment for dense self-supervised learning, 2025',
-    matches='place', null=dict(match='chance'), collapse=dict(momentum=(0.,0.), lr=.2))
+    matches='place', null=dict(match='chance'))
 
 # %% ../../nbs/48h_methods.posttrain.ipynb #ad5a8c4d
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class GramConfig(PosttrainConfig):
 # %% ../../nbs/48h_methods.posttrain.ipynb #7cf94fd8
 gram_presets = dict(
     paper = GramConfig(),
-    scenes = GramConfig(img_size=64, scale=(0.3,1.), augment=scene_colors, lr=8e-3, layer_decay=1., freeze_norm=False,
+    scenes = GramConfig(img_size=64, scale=(0.3,1.), augment=scene_colors, lr=2.4e-3, layer_decay=1., freeze_norm=False,
                         wd=1e-4, pos_scale=0.25))
 
 # %% ../../nbs/48h_methods.posttrain.ipynb #f5d278ba
@@ -186,7 +186,7 @@ class Gram(Posttrained):
         x, larger = views['student'].images[0], views['teacher'].images[0]
         student = self.student.encoder.feature_map(x)
         with torch.no_grad():
-            teacher = F.adaptive_avg_pool2d(self.teacher.encoder.feature_map(larger).float(), student.shape[-2:])
+            teacher = F.adaptive_avg_pool2d(self.teacher.encoder.feature_map(larger), student.shape[-2:])
         shared = torch.ones(len(x), dtype=torch.bool, device=x.device)
         return self.aligned(student, teacher, shared, student.flatten(2).mT)
 
@@ -208,4 +208,4 @@ gram_method = Method('gram', gram_presets, gram_recipe, Gram, lambda c: PartsLos
     diagnose=diagnose_embeddings('Keep the teacher where it began: momentum=(1, 1).'),
     arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
     scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=16,
-    paper='Siméoni et al., DINOv3, 2025', matches='place', null=dict(match='chance'), collapse=dict(momentum=(0.,0.), lr=.2))
+    paper='Siméoni et al., DINOv3, 2025', matches='place', null=dict(match='chance'))

@@ -97,7 +97,8 @@ def _local_terms(a, b, n_pairs, weights):
     "VICReg's terms on the nearest pairs of two views, each (cells, claimed features, claimed places)"
     found = []
     for by in (1, 2):
-        distances = torch.cdist(a[by].detach(), b[by].detach())
+        # not by way of products, which would lose the small distances
+        distances = torch.cdist(a[by].detach(), b[by].detach(), compute_mode='donot_use_mm_for_euclid_dist')
         rows, columns = nearest_pairs(distances, n_pairs[0])
         found.append(vicreg_loss(_taken(a[0], rows), _taken(b[0], columns), weights))
         columns, rows = nearest_pairs(distances.mT, n_pairs[1])
