@@ -23,7 +23,7 @@ from ..methods.dino import dino_method
 from ..methods.bootstrap import byol_method
 from ..theory.schedules import cosine
 from .precision import AutocastBF16, compile_blocks, has_bf16
-from .optim import ClipGrad, FreezeLastLayer, adamw, lars, sgd, split_decay
+from .optim import ClipGrad, FreezeLastLayer, LayerDecay, adamw, lars, sgd, split_decay
 from .dense_learner import DenseLearner, check_arguments
 from .teacher import TeacherEMA
 from .monitor import CollapseMonitor, LossPart, in_fit, pack_rows, unpack_rows
@@ -188,6 +188,7 @@ def _callbacks(method, config, model, bf16, monitor_every):
     if bf16: cbs.append(AutocastBF16())
     if hasattr(config, 'clip'): cbs.append(ClipGrad(config.clip))
     if getattr(config, 'freeze_epochs', 0): cbs.append(FreezeLastLayer(config.freeze_epochs))
+    if getattr(config, 'layer_decay', 1.)<1: cbs.append(LayerDecay(config.layer_decay))
     return [*cbs, *method.callbacks(config)]
 
 def _split(model): return split_decay(unwrapped(model).student)
