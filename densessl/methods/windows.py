@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ground.core import InputError, check_ranges, rebuilt_from_list
-from ..ground.ranks import gather_rows, this_rank
+from ..ground.ranks import gather_rows, mean_over_ranks, this_rank
 from ..theory.attention import unit_vectors
 from ..theory.common import sliding_windows
 from ..theory.contrast import Queue, info_nce
@@ -59,7 +59,9 @@ def window_contrast(
     k = gather_rows((keys*there[...,None]).flatten(0, 1))
     row = torch.arange(there.numel(), device=k.device)
     own = row[:,None]+this_rank()*there.numel()==torch.arange(len(k), device=k.device)
-    return info_nce(queries.flatten(0, 1)[None], k[None], temp, positives=(own & there.flatten()[:,None])[None])
+    loss = info_nce(queries.flatten(0, 1)[None], k[None], temp, positives=(own & there.flatten()[:,None])[None])
+    n = there.sum().to(loss.dtype)
+    return loss*n/mean_over_ranks(n).clamp(min=1)      # of all processes, which may have more or fewer windows
 
 # %% ../../nbs/48j_methods.windows.ipynb #d0f39b0b
 @rebuilt_from_list
