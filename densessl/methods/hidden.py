@@ -143,7 +143,7 @@ class MAE(StudentTeacher):
 
     def target(self, x):
         "What is to be predicted of photographs (B, 3, s, s), (B, N, D)"
-        patches = patchify(x.float(), self.student.encoder.stride)
+        patches = patchify(x, self.student.encoder.stride)
         if self.config.norm_pix: patches = standardize_patches(patches)
         return patches if self.config.match=='place' else patches.roll(1, 0)
 
@@ -167,7 +167,7 @@ def mae_terms(out:MAEOutput)->MAETerms:
     loss = hidden_error(out.predicted, out.target, out.mask)
     return MAETerms(loss, 1-loss.detach()/hidden_error(torch.zeros_like(out.target), out.target, out.mask))
 
-# %% ../../nbs/48f_methods.hidden.ipynb #b2d1fa79
+# %% ../../nbs/48f_methods.hidden.ipynb #b44975e2
 @dataclass(frozen=True, kw_only=True)
 class CAPIConfig(HiddenConfig):
     "Settings of CAPI; the defaults are those of the public code for ViT-L/14 (CAPI)"
@@ -194,13 +194,13 @@ class CAPIConfig(HiddenConfig):
                      predictor_heads='[1, inf)', temp_s='(0, inf)', temp_target='(0, inf)', temp_cluster='(0, inf)')
         check_ramp('momentum', self.momentum, hi=1)
 
-# %% ../../nbs/48f_methods.hidden.ipynb #79dd7f35
+# %% ../../nbs/48f_methods.hidden.ipynb #26a74c16
 capi_presets = dict(
     paper = CAPIConfig(),
     scenes = CAPIConfig(img_size=64, scale=(0.3,1.), asked=0.25, n_clusters=128, predictor_depth=1, predictor_heads=4,
                         momentum=(0.98,1.), lr=24e-3, pos_scale=0.25))
 
-# %% ../../nbs/48f_methods.hidden.ipynb #40b2c80a
+# %% ../../nbs/48f_methods.hidden.ipynb #b2d1fa79
 class CrossBlock(nn.Module):
     "Queries look at tokens, never at each other; then an MLP (CAPI, predictor)"
     def __init__(self, dim:int, heads:int):
@@ -213,7 +213,7 @@ class CrossBlock(nn.Module):
         x = x + self.attn(self.norm1(x), context, context, need_weights=False)[0]
         return x + self.mlp(self.norm2(x))
 
-# %% ../../nbs/48f_methods.hidden.ipynb #e2dae809
+# %% ../../nbs/48f_methods.hidden.ipynb #79dd7f35
 class Predictor(nn.Module):
     "Tokens of kept patches and places in, a feature for each place that is asked about out (CAPI)"
     def __init__(self, dim:int, depth:int, heads:int, grid, pos_scale:float=1.):
@@ -230,7 +230,7 @@ class Predictor(nn.Module):
         for block in self.blocks: x = block(x, context)
         return self.norm(x)
 
-# %% ../../nbs/48f_methods.hidden.ipynb #9574ff4c
+# %% ../../nbs/48f_methods.hidden.ipynb #22b8c4ad
 class Clusters(nn.Module):
     "Unit directions that unit features are scored against, (..., D) to (..., K) (CAPI, student head)"
     def __init__(self, dim:int, n_clusters:int):
@@ -239,7 +239,7 @@ class Clusters(nn.Module):
 
     def forward(self, x): return cosine_logits(unit_vectors(x), self.prototypes)
 
-# %% ../../nbs/48f_methods.hidden.ipynb #5ec7b6ff
+# %% ../../nbs/48f_methods.hidden.ipynb #c08e48da
 @rebuilt_from_list
 class CAPIOutput(NamedTuple):
     "The input of the loss in one step: B photographs of N places, k of them asked about, K clusters"
@@ -249,7 +249,7 @@ class CAPIOutput(NamedTuple):
     embedding:Tensor       # Predicted features, (B*k, D), no gradient; for the monitor
     tokens:Tensor          # The student's tokens of the kept patches, (B, n, D), no gradient; for the monitor
 
-# %% ../../nbs/48f_methods.hidden.ipynb #f1aaabba
+# %% ../../nbs/48f_methods.hidden.ipynb #9574ff4c
 class CAPI(StudentTeacher):
     "Student with `encoder`, predictor and prototypes, the clusters, and a teacher as a copy of the encoder (CAPI, Fig. 2)"
     def __init__(self, encoder:DenseEncoder, config:CAPIConfig=CAPIConfig()):
@@ -278,7 +278,7 @@ class CAPI(StudentTeacher):
         return CAPIOutput(student.clusters(seen), student.head(predicted), at, predicted.detach().flatten(0, 1),
                           kept.detach())
 
-# %% ../../nbs/48f_methods.hidden.ipynb #8cfcad93
+# %% ../../nbs/48f_methods.hidden.ipynb #5ec7b6ff
 class CAPITerms(NamedTuple):
     "The loss and its terms; only `loss` has a gradient"
     loss:Tensor        # Sum of the next two
@@ -287,7 +287,7 @@ class CAPITerms(NamedTuple):
     entropy:Tensor     # Mean entropy of the targets, 0 to ln K
     perplexity:Tensor  # Clusters that the targets use together, 1 to K
 
-# %% ../../nbs/48f_methods.hidden.ipynb #0ccf684e
+# %% ../../nbs/48f_methods.hidden.ipynb #f1aaabba
 def capi_terms(out:CAPIOutput, temp_s:float=.12, temp_target:float=.06, temp_cluster:float=.12, rounds:int=3,
                positionwise:bool=True, match:str='place')->CAPITerms:
     "Clusters follow their balanced assignments, the student predicts them at hidden places (CAPI)"
@@ -298,12 +298,12 @@ def capi_terms(out:CAPIOutput, temp_s:float=.12, temp_target:float=.06, temp_clu
     entropy, used = torch.special.entr(q).sum(-1).mean(), torch.special.entr(q.mean((0, 1))).sum().exp()
     return CAPITerms(student+cluster, student, cluster, entropy, used)
 
-# %% ../../nbs/48f_methods.hidden.ipynb #5f1481c0
+# %% ../../nbs/48f_methods.hidden.ipynb #fdc7f479
 def capi_state(learn)->dict:
     "Terms of the loss and state of the embeddings in the current step, and how many clusters there are"
     return embedding_state(learn) | dict(K=learn.pred.student_scores.shape[-1])
 
-# %% ../../nbs/48f_methods.hidden.ipynb #916dbdfb
+# %% ../../nbs/48f_methods.hidden.ipynb #cdb2e2b7
 def diagnose_capi(m:dict)->list:
     "What the monitor's row of an epoch (`capi_state` and `progress`) means; names the setting to change"
     said = diagnose_embeddings()(m)
@@ -315,17 +315,17 @@ def diagnose_capi(m:dict)->list:
                     'Use fewer clusters (n_clusters), or more photographs in a step.')
     return said
 
-# %% ../../nbs/48f_methods.hidden.ipynb #12b46cde
+# %% ../../nbs/48f_methods.hidden.ipynb #fad817ec
 _SCENE_VIT = dict(scene_arch='vit_tiny_patch16_224', scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4')
 
 mae_method = Method('mae', mae_presets, one_view_recipe, MAE, lambda c: PartsLoss(mae_terms), metrics=('explained',),
     schedules=MAEConfig.schedules, measure=embedding_state, diagnose=diagnose_embeddings('Lower the learning rate.'),
-    arch='vit_base_patch16_224', **_SCENE_VIT, scene_epochs=64,
+    arch='vit_base_patch16_224', **_SCENE_VIT, scene_epochs=32,
     describe=lambda c: [f'{c.mask_share:.0%} of the patches hidden at random'],
     paper='He et al., Masked autoencoders are scalable vision learners, CVPR 2022', networks='ViT',
     null=dict(match='chance'))
 
-# %% ../../nbs/48f_methods.hidden.ipynb #e89876ea
+# %% ../../nbs/48f_methods.hidden.ipynb #6ae08192
 capi_method = Method('capi', capi_presets, one_view_recipe, CAPI,
     lambda c: PartsLoss(capi_terms, temp_s=c.temp_s, temp_target=c.temp_target, temp_cluster=c.temp_cluster,
                         rounds=c.rounds, positionwise=c.positionwise, match=c.match),

@@ -207,7 +207,7 @@ def ibot_terms(
     views = view_cross_entropy(target(out.teacher_logits, out.center, temp_t), out.student_logits, temp_s)
     q = target(out.teacher_patches, out.patch_center, temp_patch or temp_t)
     patch = patch_cross_entropy(q, out.student_patches, out.weight, temp_s)
-    crowd = sum(koleo(_all_rows(x.float())) for x in out.pooled)/2 if koleo_weight else torch.zeros_like(patch)
+    crowd = sum(koleo(_all_rows(x)) for x in out.pooled)/2 if koleo_weight else torch.zeros_like(patch)
     used = torch.special.entr((out.weight[:,None]*q).sum(0)/out.weight.sum().clamp(min=1e-9)).sum().exp()
     return IBOTTerms(views.loss + patch_weight*patch + koleo_weight*crowd, views.loss, patch, crowd, *views[1:], used)
 
@@ -219,7 +219,7 @@ def ibot_state(learn)->dict:
     return embedding_state(learn) | dict(K=len(out.center), information=parts.view_perplexity.log()-parts.view,
                                          alike=alike, center=out.center.norm())
 
-# %% ../../nbs/48e_methods.ibot.ipynb #f876f07c
+# %% ../../nbs/48e_methods.ibot.ipynb #5a7eb665
 ibot_method = Method('ibot', ibot_presets, multicrop_recipe, IBOT,
     lambda c: PartsLoss(ibot_terms, temp_s=c.temp_s, temp_t=c.temp_t[0], patch_weight=c.patch_weight,
                         koleo_weight=c.koleo, targets=c.targets),
