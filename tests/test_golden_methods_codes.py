@@ -9,8 +9,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.testing import assert_close
 
+import densessl.methods.clusters
+from densessl.data.views import View
+from densessl.methods.clusters import SlotCon, SlotConConfig, slotcon_terms
+from densessl.theory.common import CommonBoxes
 from densessl.theory.codes import sinkhorn, slot_contrast, slot_features, slot_scores, swapped_prediction
 from golden_numbers import TOL, golden
+from torch import nn
 
 GRAD = dict(rtol=1e-9, atol=1e-10)
 load = partial(golden, 'methods')
@@ -47,6 +52,62 @@ def test_slots(name):
     total = (t['g_slots']*slots).sum() + (t['g_dots'].flatten(2).mT*scores).sum()
     for got,want in zip(torch.autograd.grad(total, (x, prototypes)), (t['grad_x'], t['grad_prototypes'])):
         assert_close(got, want, **GRAD)
+
+
+# ---- one whole step of SlotCon
+
+class Encoder(nn.Module):
+    "The encoder of the stored step: a convolution 8x8 of stride 8, batch norm, ReLU"
+    arch = 'a convolution'
+    def __init__(self, dim):
+        super().__init__()
+        self.net, self.embed_dim = nn.Sequential(nn.Conv2d(3, dim, 8, 8, bias=False), nn.BatchNorm2d(dim), nn.ReLU()), dim
+    def grid(self, h, w, name=''): return h//8, w//8
+    def tokens(self, x): return self.net(x).flatten(2).mT
+
+PARTS = dict(encoder='encoder.net', projector='projector', grouping='prototypes', predictor_slot='predictor')
+
+def slotcon_weights(t, kind, side):
+    "Stored numbers of one side by our names; 1x1 convolutions are linear layers"
+    found = {}
+    for k,v in t.items():
+        if not k.startswith(kind+'.'): continue
+        part, _, rest = k[len(kind)+1:].partition('.')
+        name, _, whose = part.rpartition('_')
+        if part=='predictor_slot': name, whose = part, 'q'
+        if whose==side: found[f'{PARTS[name]}.{rest.removeprefix("mlp.").removeprefix("slot_embed.")}'] = v.flatten(1) if v.shape[2:]==(1, 1) else v
+    return found
+
+def slotcon_step():
+    "Model, views and what is stored of the step"
+    t, s = load('slotcon_step_a')
+    config = SlotConConfig(img_size=56, hidden_dim=s['hidden'], out_dim=s['D'], n_prototypes=s['K'], student_temp=s['T_s'], teacher_temp=s['T_t'],
+                           contrast_temp=s['tau'], group_weight=s['w'], momentum=(s['m0'], 1.))
+    model = SlotCon(Encoder(s['channels']), config).double().train()
+    for net,side in ((model.student, 'q'), (model.teacher, 'k')):
+        lost = net.load_state_dict(slotcon_weights(t, 'before', side), strict=False)
+        assert not lost.unexpected_keys and all('running' in k or 'batches' in k for k in lost.missing_keys)
+    model.center.copy_(t['before.center'][0])
+    box = torch.tensor([0.,0.,1.,1.]).double().expand(s['B'], 4)
+    views = {f'global{v}': View(t[f'crop{v}'][None], torch.where(t[f'flag{v}'][:,None], box[:,[2,1,0,3]], box)[None]) for v in (1, 2)}
+    return model, views, t, s
+
+def test_slotcon_step(monkeypatch):
+    model, views, t, s = slotcon_step()
+    common = CommonBoxes(t['box1'], t['box2'], torch.ones(s['B'], dtype=torch.bool))
+    monkeypatch.setattr(densessl.methods.clusters, 'common_boxes', lambda *boxes: common)
+    model.update_teacher(s['m0'])                     # there before the forward pass, here after the step
+    out = model(views)
+    terms = slotcon_terms(out, s['T_s'], s['T_t'], s['tau'], s['w'])
+    assert_close(terms.group, t['group_12']+t['group_21'], **TOL)
+    assert_close(terms.contrast, t['contrast_12']+t['contrast_21'], **TOL)
+    assert_close(terms.loss.detach(), t['loss'], **TOL)
+    assert_close(model.center, t['center_after'][0], **TOL)
+    terms.loss.backward()
+    want = slotcon_weights(t, 'grad', 'q')
+    assert want.keys()==dict(model.student.named_parameters()).keys()
+    for k,p in model.student.named_parameters(): assert_close(p.grad, want[k], **GRAD, msg=lambda o: f'{k}: {o}')
+    assert all(p.grad is None for p in model.teacher.parameters())
 
 
 # ---- several processes share a batch

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ground.core import InputError, check_positive, fp32
-from ..ground.ranks import mean_over_ranks, n_ranks, this_rank
+from ..ground.ranks import gather_rows, mean_over_ranks, n_ranks, this_rank
 from .attention import unit_vectors
 
 # %% ../../nbs/29d_theory.codes.ipynb #cebd33e6
@@ -147,14 +147,6 @@ def present_slots(scores:Tensor)->Tensor:
     return first.scatter_(-1, scores.argmax(-1, keepdim=True), True).any(-2)
 
 # %% ../../nbs/29d_theory.codes.ipynb #6dd774bf
-@torch.no_grad()
-def _from_all_ranks(x):
-    "Rows of all processes, in order of rank; each has equally many"
-    if n_ranks()==1: return x
-    parts = [torch.empty_like(x) for _ in range(n_ranks())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
 @fp32
 def slot_contrast(
     pred:Tensor,       # Predictions of the student for its slots, (B, K, D)
@@ -165,7 +157,7 @@ def slot_contrast(
 )->Tensor:             # Scalar: a mean over the rows of all processes, so that it is to be averaged over processes
     "InfoNCE of each slot that two views share, against the slots of all photographs and processes (SlotCon, Eq. 6)"
     q, rows = unit_vectors(pred).flatten(0, 1), (present & there).flatten()
-    k, known = (_from_all_ranks(o.detach().flatten(0, 1)) for o in (unit_vectors(keys), there))
+    k, known = (gather_rows(o.detach().flatten(0, 1)) for o in (unit_vectors(keys), there))
     logits = (q@k.mT/temp).masked_fill(~known, -1e9)
     own = torch.arange(len(q), device=q.device) + this_rank()*len(q)
     losses = F.cross_entropy(logits, own, reduction='none')
