@@ -20,7 +20,14 @@ from ..methods.method import Method
 from ..methods.flsl import flsl_method
 from ..methods.clove import clove_method
 from ..methods.dino import dino_method
-from ..methods.bootstrap import byol_method
+from ..methods.bootstrap import byol_method, pixpro_method, scrl_method
+from ..methods.contrast import moby_method, moco_method, mocov3_method
+from ..methods.dense_contrast import densecl_method, setsim_method
+from ..methods.clusters import slotcon_method, swav_method
+from ..methods.ibot import ibot_method
+from ..methods.hidden import capi_method, mae_method
+from ..methods.variance import lejepa_method, vicregl_method
+from ..methods.posttrain import gram_method, paka_method
 from ..theory.schedules import cosine
 from .precision import AutocastBF16, compile_blocks, has_bf16
 from .optim import ClipGrad, FreezeLastLayer, LayerDecay, adamw, lars, sgd, split_decay
@@ -119,7 +126,10 @@ class ViewRecorder(Recorder):
         return super().plot_loss(skip_start, 'valid_loss' in self.metric_names and with_valid is not False, **kwargs)
 
 # %% ../../nbs/68_training.learner.ipynb #78a00484
-methods = {m.name: m for m in (flsl_method, clove_method, dino_method, byol_method)}   # Name -> record
+methods = {m.name: m for m in (   # Name -> record
+    flsl_method, clove_method, dino_method, byol_method, scrl_method, pixpro_method,
+    moco_method, mocov3_method, moby_method, densecl_method, setsim_method, swav_method, slotcon_method,
+    ibot_method, mae_method, capi_method, vicregl_method, lejepa_method, paka_method, gram_method)}
 
 # %% ../../nbs/68_training.learner.ipynb #26659aa8
 def find_method(method)->Method:
