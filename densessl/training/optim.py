@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['split_decay', 'DecayWrapper', 'adamw', 'clip_per_parameter_', 'ClipGrad', 'FreezeLastLayer', 'Lars', 'lars', 'sgd',
-           'layer_factors', 'LayerDecay']
+           'LayerDecay']
 
 # %% ../../nbs/61_training.optim.ipynb #bd948c33
 import math
