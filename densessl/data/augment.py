@@ -148,16 +148,18 @@ def make_views(
     square = torch.ones(B, 2)
     hw = square if hw is None else hw.cpu().float()
     views, boxes = {}, {}
-    def draw_boxes(c):
+    def draw_boxes(c, i):
         b = random_boxes(hw if c.within is None else square, c.scale, c.ratio, generator)
-        return b if c.within is None else nest_boxes(b, boxes[c.within][0])
+        if c.within is None: return b
+        outer = boxes[c.within]
+        return nest_boxes(b, outer[i if len(outer)>1 else 0])
     for c in recipe.crops:
         xs, bs = [], []
-        for _ in range(c.count):
-            b = draw_boxes(c)
+        for i in range(c.count):
+            b = draw_boxes(c, i)
             for _ in range(9 if c.overlap else 0):
                 enough = covered_share(b, boxes[recipe.crops[0].name][0])>=c.overlap
-                b = torch.where(enough[:,None], b, draw_boxes(c))
+                b = torch.where(enough[:,None], b, draw_boxes(c, i))
             x, b = crop_resize(canvas, flip_boxes(b, torch.rand(B, generator=generator)<c.flip), c.size, compile)
             xs.append(x)
             bs.append(b)

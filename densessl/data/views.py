@@ -137,7 +137,7 @@ class CropSpec:
     scale:tuple=(0.08,1.)      # Range of the share of the area, of the photograph or of the view named in `within`
     ratio:tuple=(3/4,4/3)      # Range of width over height, log-uniform, in pixels of the photograph or of that view
     count:int=1                # Views of this kind for each image, V
-    within:str|None=None       # Cut from this earlier crop (one with count 1); None: from the photograph
+    within:str|None=None       # Cut from this earlier crop, of count 1 or the same count; None: from the photograph
     flip:float=0.5             # Probability of a mirrored view
     augment:Augment|None=Augment()  # Colors; None leaves them alone
     overlap:float=0.           # Share of its area that the first crop must show too, in ten draws if possible; 0: any
@@ -171,8 +171,8 @@ class Recipe:
             where, outer = f'crop {c.name!r} is cut within {c.within!r}', seen.get(c.within)
             if c.within is not None and outer is None:
                 raise InputError(f'{where}, which is not an earlier crop: earlier are {list(seen)}')
-            if outer and outer.count!=1:
-                raise InputError(f'{where}, of which there are {outer.count}: nest in a crop with count 1')
+            if outer and outer.count not in (1, c.count):
+                raise InputError(f'{where}, of which there are {outer.count}: nest in a crop with count 1, or as many')
             if c.overlap and (c is self.crops[0] or self.crops[0].count!=1):
                 raise InputError(f'crop {c.name!r} must overlap the first crop by {c.overlap}: the first crop of a '
                                  f'recipe has overlap 0 and count 1, got {self.crops[0].name!r} with overlap '
