@@ -142,3 +142,7 @@ def test_the_command_line_runs_a_record_by_its_name(monkeypatch, tmp_path):
 def test_names_of_methods():
     with pytest.raises(InputError, match="there is no method 'simclr': use one of flsl, clove, dino, byol, scrl"): learner(None, 'resnet50', 'simclr')
     for name,m in methods.items(): assert m.name==name and {'paper', 'scenes'} <= m.presets.keys()
+
+def test_the_commands_name_every_method():
+    from densessl.ground.commands import METHODS
+    assert METHODS.split(', ')==list(methods)
