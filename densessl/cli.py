@@ -109,13 +109,13 @@ def _writable(run):
         raise InputError(f'{str(what)!r} could not be written ({why}), but training is safe up to {safe!r}: '
                          f'make room, then {how_to_resume(run.job, run.out)}') from e
 
-def train(run):
-    "Score the frozen baselines, then fit; fills in the score, the others and the seconds of a run"
+def train(run, starts:int=5, command:str=''):
+    "Score the frozen baselines and `starts` random starts, then fit; `command` resumes it, if `densessl_pretrain` does not"
     job, learn, device = run.job, run.learn, run.learn.dls.device
     run.score = DenseScore(job.score_every or job.epochs, run.labelled, out=run.out, linear=run.labelled is not None,
-                           say=False)
+                           starts=starts, say=False)
     save = SaveRun(run.out/'checkpoints', minutes=job.save_minutes, resume=job.resume, settings=dict(seed=job.seed),
-                   command=how_to_resume(job, run.out))
+                   command=command or how_to_resume(job, run.out))
     learn.add_cbs([run.score, save])
     if run.baseline and run.first:
         encoder, preparation = run.baseline

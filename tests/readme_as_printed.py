@@ -9,7 +9,8 @@ PYTHON = {'fit(100': 'fit(2', 'bs=64': 'bs=4', 'vit_small_patch16_224': 'vit_tin
 SMALLER = {'flsl_recipe()': "flsl_recipe(flsl_presets['scenes'])", "'vit_tiny_patch16_224')": "'vit_tiny_patch16_224', 'scenes')"}
 SMALL = ('--arch vit_tiny_patch16_224 --preset scenes --img_size 32 --model_kwargs patch_size=8,embed_dim=24,depth=1,num_heads=3 '
          '--epochs 3 --bs 4 --workers 0 --labelled labelled/')
-COMMANDS = {'densessl_pretrain photos/': SMALL, 'densessl_transfer': '--settings epochs=1,channels=16,width=16 --workers 0'}   # beginning of a command -> options added to it
+COMMANDS = {'densessl_pretrain photos/': SMALL, 'densessl_transfer': '--settings epochs=1,channels=16,width=16 --workers 0',
+            'densessl_compare': '--arch test_resnet --model_kwargs output_stride=8 --img_size 32 --bs 4 --workers 0 --minutes .001 --seeds 1'}   # beginning of a command -> options added to it
 DOWNLOADS = {'--others resnet50': '--others runs/photos/start.safetensors'}   # published weights -> a file that is there
 
 def draw_folders():

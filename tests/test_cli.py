@@ -94,7 +94,7 @@ BAD = {                                          # name -> command line, words i
     'folder with files':   (['photos', *TINY, '--out', 'full'], ['full', '--overwrite']),
     'out is a file':       (['photos', *TINY, '--out', 'notes/a.txt'], ['notes/a.txt', 'folder']),
     'preset':              (['photos', *tiny(preset='papr')], ['papr', 'paper']),
-    'method':              (['photos', *TINY, '--method', 'byol'], ['byol', 'flsl']),
+    'method':              (['photos', *TINY, '--method', 'simclr'], ['simclr', 'flsl']),
     'setting':             (['photos', *TINY, '--settings', 'beta=1'], ['beta', 'FLSLConfig']),
     'one cell':            (['photos', *tiny(arch='test_resnet', model_kwargs=''), '--method', 'clove'], ['test_resnet', '32', 'one cell']),
     'temperature':         (['photos', *TINY, '--settings', 'beta_sa=-1'], ['beta_sa', '-1']),
@@ -243,7 +243,7 @@ def test_two_processes_stopped_and_resumed(home):
 
 # ---- options and mistakes, before torch is imported
 
-COMMANDS = 'densessl_pretrain densessl_evaluate densessl_show densessl_shard densessl_transfer'.split()
+COMMANDS = 'densessl_pretrain densessl_evaluate densessl_show densessl_shard densessl_transfer densessl_compare'.split()
 LIGHT = """import sys
 from densessl.ground import commands
 f = getattr(commands, sys.argv.pop(1))
@@ -273,6 +273,7 @@ def test_help_is_light(tmp_path, command):
     (['densessl_transfer', 'scenes', '--limits', '3'], ['mean --limit?']),
     (['densessl_transfer', 'scenes', '--epochs', '3'], ['no option --epochs; a setting is given as --settings epochs=3 (see']),
     (['densessl_transfer', 'scenes', '--layer-decay=.7'], ['--settings layer_decay=.7']),
+    (['densessl_compare', 'photos', '--minuts', '3'], ['mean --minutes?']),
 ])
 def test_a_mistake_is_answered_at_once(tmp_path, args, words):
     r = run_anew(tmp_path, LIGHT, args)
@@ -285,7 +286,7 @@ def test_every_option_has_both_spellings(command):
     from densessl.ground import commands
     from fastcore.script import anno_parser
     func = getattr(commands, command).__wrapped__
-    names = [k for k,p in inspect.signature(func).parameters.items() if p.default is not inspect.Parameter.empty and k not in ('folder', 'places')]
+    names = [k for k,p in inspect.signature(func).parameters.items() if p.default is not inspect.Parameter.empty and k not in ('folder', 'photos', 'places')]
     needed = [k for k,p in inspect.signature(func).parameters.items() if p.default is inspect.Parameter.empty]
     parsers = [anno_parser(func), commands.command_parser(func, '', '')]     # fastcore's, and ours
     for parser in parsers:

@@ -120,7 +120,7 @@ def test_hours_and_epochs():
 
 
 @pytest.mark.parametrize('args, message', [
-    (dict(method='byol'), "no method 'byol': use one of flsl, clove, dino"), (dict(card='V100'), "card 'V100': use one of H100"),
+    (dict(method='simclr'), "no method 'simclr': use one of flsl, clove, dino"), (dict(card='V100'), "card 'V100': use one of H100"),
     (dict(batch=1), 'batch must be a whole number, at least 2, got 1'), (dict(batch=None), 'batch is the number'), (dict(batch=2.5), 'got 2.5'),
     (dict(img_size=0), 'img_size must be a whole number'), (dict(img_size=100), 'do not divide'), (dict(arch='vit_smal_patch16_224'), 'did you mean')])
 def test_what_is_wrong_is_one_sentence(args, message):

@@ -140,5 +140,9 @@ def test_the_command_line_runs_a_record_by_its_name(monkeypatch, tmp_path):
     assert (tmp_path/'run'/'backbone.safetensors').exists() and (tmp_path/'run'/'report.html').exists() and out
 
 def test_names_of_methods():
-    with pytest.raises(InputError, match="there is no method 'byol': use one of flsl, clove, dino"): learner(None, 'resnet50', 'byol')
+    with pytest.raises(InputError, match="there is no method 'simclr': use one of flsl, clove, dino, byol, scrl"): learner(None, 'resnet50', 'simclr')
     for name,m in methods.items(): assert m.name==name and {'paper', 'scenes'} <= m.presets.keys()
+
+def test_the_commands_name_every_method():
+    from densessl.ground.commands import METHODS
+    assert METHODS.split(', ')==list(methods)

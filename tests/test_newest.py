@@ -9,7 +9,7 @@ from test_readme import ROOT, check, run_readme
 USER = ROOT/'.venv-user'
 BIN = USER/('Scripts' if os.name == 'nt' else 'bin')
 NEWEST = ('fastai', 'fastcore>=2', 'fastprogress', 'fasttransform')
-COMMANDS = ('densessl_pretrain', 'densessl_evaluate', 'densessl_show', 'densessl_shard', 'densessl_transfer')
+COMMANDS = ('densessl_pretrain', 'densessl_evaluate', 'densessl_show', 'densessl_shard', 'densessl_transfer', 'densessl_compare')
 
 def clean():
     "Environment variables without what leads to this checkout"

@@ -13,7 +13,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 
 from ..ground.core import compiled, fp32, to_device
-from .views import Augment, Recipe, View, Views, crop_resize, flip_boxes, nest_boxes, random_boxes
+from .views import Augment, Recipe, View, Views, covered_share, crop_resize, flip_boxes, nest_boxes, random_boxes
 
 # %% ../../nbs/11_data.augment.ipynb #70bddd85
 LUMA = (.299, .587, .114)                                    # how bright red, green and blue look: Y of YIQ
@@ -148,11 +148,16 @@ def make_views(
     square = torch.ones(B, 2)
     hw = square if hw is None else hw.cpu().float()
     views, boxes = {}, {}
+    def draw_boxes(c):
+        b = random_boxes(hw if c.within is None else square, c.scale, c.ratio, generator)
+        return b if c.within is None else nest_boxes(b, boxes[c.within][0])
     for c in recipe.crops:
         xs, bs = [], []
         for _ in range(c.count):
-            b = random_boxes(hw if c.within is None else square, c.scale, c.ratio, generator)
-            if c.within is not None: b = nest_boxes(b, boxes[c.within][0])
+            b = draw_boxes(c)
+            for _ in range(9 if c.overlap else 0):
+                enough = covered_share(b, boxes[recipe.crops[0].name][0])>=c.overlap
+                b = torch.where(enough[:,None], b, draw_boxes(c))
             x, b = crop_resize(canvas, flip_boxes(b, torch.rand(B, generator=generator)<c.flip), c.size, compile)
             xs.append(x)
             bs.append(b)

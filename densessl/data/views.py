@@ -140,11 +140,12 @@ class CropSpec:
     within:str|None=None       # Cut from this earlier crop (one with count 1); None: from the photograph
     flip:float=0.5             # Probability of a mirrored view
     augment:Augment|None=Augment()  # Colors; None leaves them alone
+    overlap:float=0.           # Share of its area that the first crop must show too, in ten draws if possible; 0: any
     def __post_init__(self):
         for f in ('scale','ratio'): object.__setattr__(self, f, _tuple(getattr(self, f)))
         if isinstance(self.augment, dict): object.__setattr__(self, 'augment', Augment(**self.augment))
         try:
-            check_ranges(self, size='[1, inf)', count='[1, inf)', flip='[0, 1]')
+            check_ranges(self, size='[1, inf)', count='[1, inf)', flip='[0, 1]', overlap='[0, 1]')
             _range('scale', self.scale, 0, 1, 'in (0, 1]')
             _range('ratio', self.ratio, 0, math.inf, 'above 0')
         except InputError as e: raise InputError(f'crop {self.name!r}: {e}') from None
@@ -172,9 +173,23 @@ class Recipe:
                 raise InputError(f'{where}, which is not an earlier crop: earlier are {list(seen)}')
             if outer and outer.count!=1:
                 raise InputError(f'{where}, of which there are {outer.count}: nest in a crop with count 1')
+            if c.overlap and (c is self.crops[0] or self.crops[0].count!=1):
+                raise InputError(f'crop {c.name!r} must overlap the first crop by {c.overlap}: the first crop of a '
+                                 f'recipe has overlap 0 and count 1, got {self.crops[0].name!r} with overlap '
+                                 f'{self.crops[0].overlap} and count {self.crops[0].count}')
             seen[c.name] = c
-    def to_dict(self): return asdict(self)
+    def to_dict(self):
+        "As dictionaries; an overlap of 0 is left out, as in recipes that were saved before there was one"
+        d = asdict(self)
+        return d | dict(crops=tuple({k: v for k,v in c.items() if v or k!='overlap'} for c in d['crops']))
     def __getitem__(self, name): return {c.name: c for c in self.crops}[name]
+
+# %% ../../nbs/10_data.views.ipynb #1d597c34
+def covered_share(boxes:Tensor, by:Tensor)->Tensor:
+    "Share (...) of the area of `boxes` (..., 4) that lies inside the boxes `by` (..., 4), mirrored or not"
+    (a1, a2), (b1, b2) = ((torch.minimum(*o.split(2, -1)), torch.maximum(*o.split(2, -1))) for o in (boxes, by))
+    common = (torch.minimum(a2, b2)-torch.maximum(a1, b1)).clamp(min=0)
+    return common.prod(-1)/(a2-a1).prod(-1)
 
 # %% ../../nbs/10_data.views.ipynb #8be36762
 @dataclass

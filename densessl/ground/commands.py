@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['option', 'command_parser', 'as_typed', 'quiet_libraries', 'command', 'check_output', 'check_whole',
-           'densessl_pretrain', 'densessl_evaluate', 'densessl_show', 'densessl_shard', 'densessl_transfer']
+           'densessl_pretrain', 'densessl_evaluate', 'densessl_show', 'densessl_shard', 'densessl_transfer',
+           'densessl_compare']
 
 # %% ../../nbs/04_ground.commands.ipynb #ce00a12c
 import argparse, difflib, functools, math, os, re, shutil, sys, tempfile, time, warnings
@@ -158,21 +159,26 @@ def check_whole(name:str, value, least:int=0, most=math.inf):
     limit = '' if most==math.inf else f' and at most {most}'
     raise InputError(f'{name} must be a whole number, at least {least}{limit}, got {value!r}')
 
+# %% ../../nbs/04_ground.commands.ipynb #42b19747
+# every method, as `densessl.training.learner.methods` has them
+METHODS = ('flsl, clove, dino, byol, scrl, pixpro, moco-v2, moco-v3, moby, densecl, setsim, swav, slotcon, ibot, mae, '
+           'capi, vicregl, lejepa, paka, gram')
+
 # %% ../../nbs/04_ground.commands.ipynb #034c7487
 @command('[FOLDER] [options]', 'photos/ --arch vit_small_patch16_224 --out runs/photos')
 def densessl_pretrain(
     folder:option(str, 'Folder of photographs, searched recursively, or of shards; without it, drawn scenes',
                   opt=False, nargs='?')=None,
-    method:str=None,        # flsl for a ViT, clove for a CNN, or dino, the baseline; by default what fits --arch
-    preset:str=None,        # Settings: paper, official or scenes, clove also paper_400; by default paper
-    arch:str=None,          # timm name of the network; by default vit_small_patch16_224, with clove resnet50
+    method:option(str, f'{METHODS}; by default flsl for a ViT, clove for a CNN')=None,
+    preset:str=None,        # Settings: paper or scenes, some methods have more; by default paper
+    arch:str=None,          # timm name of the network; by default that of the method, vit_small_patch16_224 or resnet50
     model_kwargs:str=None,  # Arguments for timm, as patch_size=8,depth=3
     settings:str=None,      # Settings of the method, as beta_sa=5,augment=none
     init:str=None,          # Weights to start from: a file, a timm name or hf-hub:owner/name; by default random
     pretrained:bool=False,  # Start from the weights that timm publishes for --arch
     img_size:int=None,      # Side of the large views in pixels, a multiple of the patch; 224, scenes 64
     bs:int=None,            # Photographs in a batch of one process, at least 2; 64, scenes 32, fewer for a small folder
-    epochs:int=None,        # Epochs, at least 1; 100, more for a small folder; scenes 32, with clove 16
+    epochs:int=None,        # Epochs, at least 1; 100, more for a small folder; scenes 16 or 32, as the method needs
     lr:float=None,          # Learning rate for a batch of 256, above 0; by default that of the preset
     seed:int=0,             # Random seed
     workers:int=None,       # Processes that decode, 0 or more; by default one fewer than CPUs, without a GPU at most 8
@@ -275,3 +281,32 @@ def densessl_transfer(
     "Fine-tune a backbone as a row of the posters' tables, and score it"
     args = dict(locals())
     import_module('densessl.transfer.run').transfer_command(**args)
+
+# %% ../../nbs/04_ground.commands.ipynb #9a20f1d9
+@command('[PHOTOS] [options]', 'photos/ --methods byol,clove --arch resnet50 --labelled labelled/ --minutes 30')
+def densessl_compare(
+    photos:option(str, 'Folder of photographs, searched recursively, or of shards; without it, drawn scenes',
+                  opt=False, nargs='?')=None,
+    methods:option(str, f'Separated by commas, of {METHODS}')='flsl,dino',
+    minutes:float=3.,       # Of training for each method and seed
+    seeds:int=1,            # Trainings of each method
+    nulls:bool=False,       # Train each method with nothing to learn from, too
+    arch:str=None,          # timm name of the network of all; by default that of the first method
+    model_kwargs:str=None,  # Arguments for timm, as patch_size=8,depth=3
+    init:str=None,          # Weights to start from: a file, a timm name or hf-hub:owner/name; by default random
+    pretrained:bool=False,  # Start from the weights that timm publishes for --arch
+    img_size:int=None,      # Side of the large views in pixels; by default that of each method
+    bs:int=None,            # Photographs in a batch; 64, scenes 32, fewer for a small folder
+    labelled:str=None,      # Folder of labelled photographs to score on, in any layout of densessl.data.labelled
+    labelled_as:str='',     # How to read them, as layout=folder,ignore_index=0
+    baseline:str=None,      # A backbone to compare with: a file, or a timm name (published weights)
+    seed:int=0,             # First seed
+    workers:int=None,       # Processes that decode, 0 or more
+    device:str=None,        # cpu, cuda or cuda:1; by default the GPU if there is one
+    resume:bool=False,      # Go on with the comparison in --out; more --methods and --seeds are added
+    out:str=None,           # Folder to write to; by default runs/compare-<number>
+    overwrite:bool=False,   # Write into a folder that holds files
+):
+    "Train several methods on the same photographs for the same minutes, and score them"
+    args = dict(locals())
+    import_module('densessl.compare').compare(**args)

@@ -13,26 +13,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ground.core import InputError, check_ramp, check_ranges, fp32, rebuilt_from_list
+from ..ground.core import InputError, check_ranges, fp32, rebuilt_from_list
 from ..theory.attention import unit_vectors
 from ..theory.context import NMHSA
 from ..theory.margin import clove_objective
 from ..theory.matching import match_cells
-from ..theory.schedules import cosine, warmup_cosine
 from ..theory.statistics import effective_rank
 from ..data.views import Augment, Recipe, View
 from .encoders import DenseEncoder
 from .heads import ConvProjector
-from .method import Method, MultiCropConfig, multicrop_recipe, scene_colors
+from .method import Method, MultiCropConfig, ProjectorConfig, multicrop_recipe, scene_colors
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/47_methods.clove.ipynb #2b68d693
 @dataclass(frozen=True)
-class CLoVEConfig(MultiCropConfig):
+class CLoVEConfig(MultiCropConfig, ProjectorConfig):
     "Settings of CLoVE; the defaults are those of the public code for 200 epochs (CLoVE, ImageNet-1k recipe)"
     local_scale:tuple=(0.08,0.3)     # Area of a local view, share of the photograph
-    hidden_dim:int=4096              # Width of the projector
-    out_dim:int=256                  # Features that are compared
     num_heads:int=8                  # Heads of the attention
     cosine:bool=False                # Cosine attention; False: only the output is normalized, as in the public code
     attn_temp:float=0.2              # Temperature of cosine attention
@@ -46,18 +43,14 @@ class CLoVEConfig(MultiCropConfig):
     warmup:float=5/200               # Share of training over which the learning rate rises
     lr_floor:float=0.01              # Learning rate at the start and at the end, share of the peak
     wd:float=2e-5                    # Weight decay
-    optimizer:str='lars'             # 'lars' or 'adamw'
-    drop_path_rate:float=0.          # Stochastic depth of the student
 
     def __post_init__(self):
-        super().__post_init__()
-        check_ranges(self, hidden_dim='[1, inf)', out_dim='[1, inf)', num_heads='[1, inf)', attn_temp='(0, inf)',
-                     threshold='(0, inf)', lam='[0, inf)', margin='(-inf, inf)', lr='(0, inf)', warmup='[0, 1]',
-                     lr_floor='[0, 1]', wd='[0, inf)', drop_path_rate='[0, 1)', k='[2, inf)')
-        check_ramp('momentum', self.momentum, hi=1)
-        for k,(one, other) in dict(reduction=('pair', 'mean'), optimizer=('lars', 'adamw')).items():
-            value = getattr(self, k)
-            if value not in (one, other): raise InputError(f'{k} must be {one!r} or {other!r}, got {value!r}')
+        MultiCropConfig.__post_init__(self)
+        ProjectorConfig.__post_init__(self)
+        check_ranges(self, num_heads='[1, inf)', attn_temp='(0, inf)', threshold='(0, inf)', lam='[0, inf)',
+                     margin='(-inf, inf)', k='[2, inf)')
+        if self.reduction not in ('pair', 'mean'):
+            raise InputError(f"reduction must be 'pair' or 'mean', got {self.reduction!r}")
 
 # %% ../../nbs/47_methods.clove.ipynb #2c903453
 clove_presets = dict(
@@ -173,6 +166,6 @@ def match_state(learn)->dict:
 
 # %% ../../nbs/47_methods.clove.ipynb #d49525be
 clove_method = Method('clove', clove_presets, clove_recipe, CLoVE, CLoVELoss, metrics=('positive', 'negative', 'gap'),
-    schedules=lambda c: dict(lr=warmup_cosine(1., c.lr_floor, c.warmup, start=c.lr_floor), wd=cosine(c.wd, c.wd)),
+    schedules=CLoVEConfig.schedules,
     measure=match_state, diagnose=diagnose_matches, arch='resnet50',
     scene_arch='test_resnet', scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]', scene_epochs=16)

@@ -7,6 +7,7 @@ __all__ = ['LOADING_ARGUMENTS', 'WEIGHT_SUFFIXES', 'DenseEncoder', 'dense_encode
 
 # %% ../../nbs/40_methods.encoders.ipynb #0cd5ee59
 import difflib, functools, inspect, json, math, pathlib, re
+from contextlib import contextmanager
 
 import timm, torch
 from torch import nn, Tensor
@@ -104,10 +105,42 @@ class DenseEncoder(nn.Module):
                          'give views of one size (local_size equal to img_size, or n_local=0), '
                          'or choose a network for any size, as vit_small_patch16_224, resnet50 or convnext_tiny')
 
-    def tokens(self, x:Tensor)->Tensor:
-        "Features of images (B, 3, height, width) as tokens, (B, N, D), rows of the grid one after the other"
-        self.grid(*x.shape[-2:])    # or an error
-        z = self.net.forward_features(x)
+    def check_hiding(self):
+        "Refuse a network other than a plain ViT: only there a patch is a token of its own from beginning to end"
+        net = self.net
+        plain = isinstance(net, timm.models.VisionTransformer) and type(net.patch_embed) is timm.layers.PatchEmbed
+        if not plain or net.pos_embed is None:
+            raise InputError(f'{self.arch} cannot hide patches, which takes a plain ViT with absolute positions: '
+                             'choose one, as vit_small_patch16_224')
+
+    @contextmanager
+    def _hidden(self, mask, token, keep):
+        "Inside the `with` the network replaces the patches of `mask` by `token`, or goes on with those of `keep` only"
+        hooks, n = [], self.n_prefix
+        def replace(embed, images, z): return torch.where(mask.view(z.shape[:-1])[...,None], token.to(z.dtype), z)
+        def select(norm, before, z):
+            kept = z[:, n:].gather(1, keep[...,None].expand(*keep.shape, z.shape[-1]))
+            return torch.cat([z[:, :n], kept], 1) if n else kept
+        if mask is not None: hooks.append(self.net.patch_embed.register_forward_hook(replace))
+        if keep is not None: hooks.append(self.net.norm_pre.register_forward_hook(select))
+        try: yield
+        finally:
+            for h in hooks: h.remove()
+
+    def tokens(self,
+        x:Tensor,           # Images, (B, 3, height, width)
+        mask:Tensor=None,   # Of a plain ViT: patches to replace before positions are added, (B, N) bool
+        token:Tensor=None,  # What replaces them, (D,)
+        keep:Tensor=None,   # Of a plain ViT: places of the patches that enter the blocks, (B, n); the others do not
+    )->Tensor:              # Tokens, (B, N, D), rows of the grid one after the other, or (B, n, D) in the order of `keep`
+        "Features of images as tokens"
+        rows, columns = self.grid(*x.shape[-2:])    # or an error
+        if mask is None and keep is None: z = self.net.forward_features(x)
+        else:
+            self.check_hiding()
+            if mask is not None and mask.shape!=(len(x), rows*columns):
+                raise InputError(f'a mask of these images has shape {(len(x), rows*columns)}, got {tuple(mask.shape)}')
+            with self._hidden(mask, token, keep): z = self.net.forward_features(x)
         if self.layout=='tokens': return z[:, self.n_prefix:]
         return z.flatten(2).mT if self.layout=='maps' else z.flatten(1, 2)
 

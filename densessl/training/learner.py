@@ -20,9 +20,17 @@ from ..methods.method import Method
 from ..methods.flsl import flsl_method
 from ..methods.clove import clove_method
 from ..methods.dino import dino_method
+from ..methods.bootstrap import byol_method, pixpro_method, scrl_method
+from ..methods.contrast import moby_method, moco_method, mocov3_method
+from ..methods.dense_contrast import densecl_method, setsim_method
+from ..methods.clusters import slotcon_method, swav_method
+from ..methods.ibot import ibot_method
+from ..methods.hidden import capi_method, mae_method
+from ..methods.variance import lejepa_method, vicregl_method
+from ..methods.posttrain import gram_method, paka_method
 from ..theory.schedules import cosine
 from .precision import AutocastBF16, compile_blocks, has_bf16
-from .optim import ClipGrad, FreezeLastLayer, adamw, lars, split_decay
+from .optim import ClipGrad, FreezeLastLayer, LayerDecay, adamw, lars, sgd, split_decay
 from .dense_learner import DenseLearner, check_arguments
 from .teacher import TeacherEMA
 from .monitor import CollapseMonitor, LossPart, in_fit, pack_rows, unpack_rows
@@ -118,7 +126,10 @@ class ViewRecorder(Recorder):
         return super().plot_loss(skip_start, 'valid_loss' in self.metric_names and with_valid is not False, **kwargs)
 
 # %% ../../nbs/68_training.learner.ipynb #78a00484
-methods = {m.name: m for m in (flsl_method, clove_method, dino_method)}   # Name -> record
+methods = {m.name: m for m in (   # Name -> record
+    flsl_method, clove_method, dino_method, byol_method, scrl_method, pixpro_method,
+    moco_method, mocov3_method, moby_method, densecl_method, setsim_method, swav_method, slotcon_method,
+    ibot_method, mae_method, capi_method, vicregl_method, lejepa_method, paka_method, gram_method)}
 
 # %% ../../nbs/68_training.learner.ipynb #26659aa8
 def find_method(method)->Method:
@@ -187,12 +198,13 @@ def _callbacks(method, config, model, bf16, monitor_every):
     if bf16: cbs.append(AutocastBF16())
     if hasattr(config, 'clip'): cbs.append(ClipGrad(config.clip))
     if getattr(config, 'freeze_epochs', 0): cbs.append(FreezeLastLayer(config.freeze_epochs))
+    if getattr(config, 'layer_decay', 1.)<1: cbs.append(LayerDecay(config.layer_decay))
     return [*cbs, *method.callbacks(config)]
 
 def _split(model): return split_decay(unwrapped(model).student)
 
 # %% ../../nbs/68_training.learner.ipynb #bc704c50
-optimizers = dict(adamw=adamw, lars=lars)   # By the name in the settings
+optimizers = dict(adamw=adamw, lars=lars, sgd=sgd)   # By the name in the settings
 
 def learner(
     dls,                     # DataLoaders of views, from `image_dls` or `scene_dls` with the recipe of the method
