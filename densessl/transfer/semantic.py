@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'SemanticFPN', 'LinearHead', 'SegmenterConfig', 'Segmenter', 'LabelledImages', 'resize_labelled',
-           'fit_size', 'jitter_colors', 'ScaledCrop', 'stack_labelled', 'mirror_labelled', 'Shrunk', 'class_colors',
+           'jitter_colors', 'ScaledCrop', 'stack_labelled', 'mirror_labelled', 'Shrunk', 'class_colors',
            'SemanticLoaders', 'semantic_dls', 'segmentation_loss', 'semantic_scores', 'SemanticScore',
            'semantic_learner', 'segment', 'show_semantic']
 
@@ -34,7 +34,7 @@ from ..methods.encoders import DenseEncoder
 from ..training.monitor import in_fit
 from .pyramid import FeaturePyramid, FeatureTaps
 from .recipe import FineTune, encoder_from, fine_tuner
-from .together import draw
+from .together import draw, fit_size
 
 # %% ../../nbs/95_transfer.semantic.ipynb #1b181213
 class SemanticFPN(nn.Module):
@@ -165,12 +165,6 @@ def resize_labelled(
     "Image and labels at another size"
     small = resize_nearest(labels.numpy(), tuple(hw))
     return move.resize(image, list(hw), antialias=True), torch.from_numpy(small)
-
-# %% ../../nbs/95_transfer.semantic.ipynb #1f86b6f1
-def fit_size(hw, short:int, longest:int, factor:float=1.)->tuple:
-    "Height and width, scaled until the short side is `short` or the long one `longest`, times `factor`"
-    scale = factor*min(short/min(hw), longest/max(hw))
-    return tuple(max(int(scale*n+.5), 1) for n in hw)
 
 # %% ../../nbs/95_transfer.semantic.ipynb #23054107
 def jitter_colors(
