@@ -226,7 +226,7 @@ ibot_method = Method('ibot', ibot_presets, multicrop_recipe, IBOT,
                         koleo_weight=c.koleo, targets=c.targets),
     metrics=('view', 'patch', 'perplexity'), schedules=IBOTConfig.schedules, measure=ibot_state, diagnose=diagnose_dino,
     arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
-    scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=32,
+    scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=24,
     describe=lambda c: ['teacher temperature {:.2g} to {:.2g}, {:.0%} of the views masked'.format(*c.temp_t, c.mask_p)],
     paper='Zhou et al., iBOT: image BERT pre-training with online tokenizer, ICLR 2022', networks='ViT',
     null=dict(mask_p=0.), collapse=dict(center_momentum=.9999))
