@@ -58,7 +58,9 @@ def set_up():
     start = time.time()
     # made in another place or by another Python: nothing of it can be kept; without a stamp an install was cut short, so go on
     clear = ['--clear'] if have and have.split('\n')[:2] != want.split('\n')[:2] else []
-    pip = [tool('python'), '-m', 'pip', '--disable-pip-version-check', 'install'] + ([] if sys.stdout.isatty() else ['-q'])
+    # Python compiles what is imported; all of torch and its libraries would take a minute
+    pip = [tool('python'), '-m', 'pip', '--disable-pip-version-check', 'install', '--no-compile']
+    if not sys.stdout.isatty(): pip.append('-q')
     for what, cmd in (('make the virtual environment', [sys.executable, '-m', 'venv'] + clear + [VENV]),
                       ('install densessl', pip + ['-e', '.[dev]'])):
         if subprocess.call(cmd, cwd=ROOT, env=environ()):
@@ -80,7 +82,8 @@ def test():
     bad = subprocess.call([tool('nbdev_test'), '--n_workers', '2', '--do_print'], cwd=ROOT, env=env)
     verdict = 'Notebooks: {} in {:.0f} s.'.format('FAILED' if bad else 'passed', time.time() - start)
     print('{}\n\nTests (pytest):'.format(verdict), flush=True)
-    pytest = [tool('python'), '-m', 'pytest', '-n', '2', '--dist', 'loadfile', '--durations=5', '--durations-min=1', 'tests']
+    pytest = [tool('python'), '-m', 'pytest', '-n', '2', '--dist', 'loadfile', '--no-loadscope-reorder']    # the order of conftest
+    pytest += ['--durations=5', '--durations-min=1', 'tests']
     worse = subprocess.call(pytest, cwd=ROOT, env=env)
     if bad: print(verdict, 'Their names stand above.', flush=True)
     return 1 if bad or worse else 0

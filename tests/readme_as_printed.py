@@ -1,11 +1,12 @@
-"""README's Python and commands as they are printed, on small data: `python readme_as_printed.py README.md FOLDER`.
+"""README's Python and commands as they are printed, on small data: `python readme_as_printed.py README.md FOLDER [small]`.
 
 A plain script, so that it runs in an environment without pytest. FOLDER is empty; photographs are drawn into it. What is replaced, because a laptop has no
-hours to spare, stands in `PYTHON` and `COMMANDS`; everything else is the text of README. The last line printed is JSON: what each step said."""
+hours to spare, stands in `PYTHON` and `COMMANDS`, with `small` (images of 64 px) in `SMALLER` too; everything else is the text of README. The last line printed is JSON: what each step said."""
 import ast, contextlib, importlib, io, json, os, pkgutil, re, runpy, shlex, signal, subprocess, sys, traceback
 from pathlib import Path
 
 PYTHON = {'fit(100': 'fit(2', 'bs=64': 'bs=4', 'vit_small_patch16_224': 'vit_tiny_patch16_224'}   # text -> text in its place
+SMALLER = {'flsl_recipe()': "flsl_recipe(flsl_presets['scenes'])", "'vit_tiny_patch16_224')": "'vit_tiny_patch16_224', 'scenes')"}
 SMALL = ('--arch vit_tiny_patch16_224 --preset scenes --img_size 32 --model_kwargs patch_size=8,embed_dim=24,depth=1,num_heads=3 '
          '--epochs 3 --bs 4 --workers 0 --labelled labelled/')
 COMMANDS = {'densessl_pretrain photos/': SMALL, 'densessl_transfer': '--settings epochs=1,channels=16,width=16 --workers 0',
@@ -38,11 +39,11 @@ def replaced(text, table):
         text = text.replace(old, new)
     return text
 
-def run_python(readme):
+def run_python(readme, table):
     "All Python blocks in one namespace, statement by statement: source -> what it shows"
     names, shown = {'__name__': 'readme'}, {}
     for block in fenced(readme, 'python'):
-        if 'from densessl.all import *' in block: block = replaced(block, PYTHON)
+        if 'from densessl.all import *' in block: block = replaced(block, table)
         for statement in ast.parse(block).body:
             source = ast.get_source_segment(block, statement)
             if isinstance(statement, ast.Expr): shown[source] = repr(eval(source, names))
@@ -113,12 +114,12 @@ def import_all():
     for n in names: importlib.import_module(n)
     return names
 
-def main(readme, folder):
+def main(readme, folder, small=''):
     text = Path(readme).read_text(encoding='utf-8')
     os.chdir(folder)
     draw_folders()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        shown, names = run_python(text)
+        shown, names = run_python(text, PYTHON | (SMALLER if small else {}))
         rates = find_rate(names['learn'])
     said = run_commands(text)
     import densessl, fastcore

@@ -3,6 +3,7 @@ import csv
 import inspect
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from PIL import Image
 
 from densessl.ground.core import InputError
 from densessl.methods.export import load_backbone
+from processes import Script, run_script
 
 # what the console script of an installed package does
 SCRIPT = 'import sys\nfrom densessl.ground.commands import densessl_pretrain\nsys.exit(densessl_pretrain())\n'
@@ -44,10 +46,18 @@ def tiny(**change):
     return [o for kv in flags.items() for o in kv]
 
 
+ENV = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore::FutureWarning')   # torch on timm, at import
+
+
 def run(home, script, args=(), **kwargs):
     (home/'script.py').write_text(script)
-    env = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore::FutureWarning')   # torch on timm, at import
-    return subprocess.run([sys.executable, home/'script.py', *args], cwd=home, env=env, capture_output=True, text=True, timeout=300, **kwargs)
+    return run_script('script.py', args, home, ENV, **kwargs)
+
+
+def run_anew(home, script, args=()):
+    "The same by a Python that has imported nothing"
+    (home/'script.py').write_text(script)
+    return subprocess.run([sys.executable, home/'script.py', *args], cwd=home, env=ENV, capture_output=True, text=True, timeout=300)
 
 
 def tree(home): return {str(p.relative_to(home)): p.stat().st_mtime_ns for p in home.rglob('*') if p.is_file() and p.name!='script.py'}
@@ -145,7 +155,7 @@ def test_bad_input_writes_nothing(home, refusals):
 
 def test_bad_input_as_a_process(home):
     case, before = 'folder with files', tree(home)
-    r = run(home, SCRIPT, BAD[case][0])
+    r = run_anew(home, SCRIPT, BAD[case][0])
     check_refused(r.returncode, r.stdout, r.stderr, BAD[case][1])
     assert tree(home)==before
 
@@ -214,15 +224,20 @@ def test_stopped_and_resumed(home):
 
 def test_two_processes_stopped_and_resumed(home):
     def start(script, *args):
+        "As `torchrun` starts them: what both print, and how each ended"
         (home/'script.py').write_text(script)
-        env = {k: v for k,v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK')} | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore')
-        launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-        return subprocess.run([*launch, 'script.py', *args], cwd=home, env=env, capture_output=True, text=True, timeout=300)
-    r = start(STOPPED, 'photos', *tiny(bs=4), '--out', 'pair')
-    assert r.returncode and '3 steps an epoch' in r.stdout and 'stopped; the state' in r.stdout, r.stdout+r.stderr
+        with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+        pair = dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+        with open(home/'said.txt', 'w+') as f:
+            ps = [Script('script.py', args, home, ENV | pair | dict(RANK=r, LOCAL_RANK=r), stdout=f.fileno(), stderr=f.fileno()) for r in '01']
+            codes = [p.wait() for p in ps]
+            f.seek(0)
+            return codes, f.read()
+    codes, said = start(STOPPED, 'photos', *tiny(bs=4), '--out', 'pair')
+    assert codes==[143, 143] and said.count('3 steps an epoch')==said.count('stopped; the state')==1, said
     assert not (home/'pair'/'backbone.safetensors').exists()
-    r = start(SCRIPT, '--resume', '--out', 'pair')
-    assert r.returncode==0 and r.stdout.count('written to pair')==1 and r.stdout.count('resuming')==1, r.stdout+r.stderr
+    codes, said = start(SCRIPT, '--resume', '--out', 'pair')
+    assert codes==[0, 0] and said.count('written to pair')==1 and said.count('resuming')==1, said
     assert {p.name for p in (home/'pair').iterdir()} >= {'backbone.safetensors', 'best.safetensors', 'history.csv', 'scores.json', 'picture.png', 'settings.json'}
 
 
@@ -238,7 +253,7 @@ finally: print('heavy:', *{'torch', 'fastai', 'timm', 'numpy'} & sys.modules.key
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_help_is_light(tmp_path, command):
-    r = run(tmp_path, LIGHT, [command, '--help'])
+    r = run_anew(tmp_path, LIGHT, [command, '--help'])
     assert r.returncode==0 and r.stdout.rstrip().endswith('heavy:'), r.stdout + r.stderr
     assert f'usage: {command} ' in r.stdout and f'example:\n  {command} ' in r.stdout
     assert max(map(len, r.stdout.splitlines()))<=90
@@ -256,10 +271,12 @@ def test_help_is_light(tmp_path, command):
     (['densessl_show', 'a', 'b', '--layer', 'last'], ["--layer needs a whole number, got 'last'"]),
     (['densessl_shard', 'a', 'b', '--per-shard', '1e3'], ["--per_shard needs a whole number, got '1e3'"]),
     (['densessl_transfer', 'scenes', '--limits', '3'], ['mean --limit?']),
+    (['densessl_transfer', 'scenes', '--epochs', '3'], ['no option --epochs; a setting is given as --settings epochs=3 (see']),
+    (['densessl_transfer', 'scenes', '--layer-decay=.7'], ['--settings layer_decay=.7']),
     (['densessl_compare', 'photos', '--minuts', '3'], ['mean --minutes?']),
 ])
 def test_a_mistake_is_answered_at_once(tmp_path, args, words):
-    r = run(tmp_path, LIGHT, args)
+    r = run_anew(tmp_path, LIGHT, args)
     assert r.returncode==2 and r.stdout.strip()=='heavy:' and r.stderr.count('\n')==1, r.stdout + r.stderr
     for w in words: assert w in r.stderr, r.stderr
 

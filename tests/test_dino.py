@@ -1,7 +1,6 @@
 "DINO's loss against forms written otherwise, its center in several processes, and the module under fastai"
 import pytest, torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from dataclasses import replace
 from timm.loss import SoftTargetCrossEntropy
@@ -12,6 +11,7 @@ from densessl.methods.dino import (DINO, DINOLoss, DINOOutput, center_update, di
                                    dino_state, view_information)
 from densessl.methods.encoders import dense_encoder
 from densessl.ground.synthetic import draw_scenes
+from processes import in_ranks
 
 tiny = replace(dino_presets['scenes'], img_size=32, local_size=16, n_local=2, hidden_dim=32, bottleneck_dim=16, n_prototypes=32)
 
@@ -90,7 +90,7 @@ def rank(i, world, init, out):
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason='needs gloo')
 def test_processes_equal_one(tmp_path, world=2):
-    mp.spawn(rank, args=(world, f'file://{tmp_path}/init', str(tmp_path)), nprocs=world)
+    in_ranks(rank, world, tmp_path)
     s, t, c = new(4,6,9).requires_grad_(), new(2,6,9,seed=1), new(9,seed=2)
     loss = dino_loss(s, t, c).loss
     loss.backward()

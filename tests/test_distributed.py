@@ -1,6 +1,5 @@
 "Several processes train what one process with the joined batch trains; they stop together, and alone they do not hang"
 import importlib.util, os, re, shutil, signal, socket, subprocess, sys, tempfile, time
-import multiprocessing as mp
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -28,6 +27,7 @@ from densessl.training.learner import clove_learner, dino_learner, flsl_learner
 from densessl.training.optim import adamw
 from densessl.ground.synthetic import draw_scenes
 from densessl.data.views import View
+from processes import server
 
 pytestmark = [pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason='needs gloo'),
               pytest.mark.skipif(importlib.util.find_spec('accelerate') is None, reason='needs accelerate')]
@@ -55,10 +55,8 @@ def free_port():
 
 def start(work, world, out, *args):
     "Processes that run `work(rank, world, *args)`; the modules are imported once for all"
-    ctx = mp.get_context('forkserver')
-    ctx.set_forkserver_preload(['densessl.training.learner', 'densessl.training.distributed', 'fastai.distributed'])
     port = free_port()
-    ps = [ctx.Process(target=child, args=(r, world, port, str(out), work, args), daemon=True) for r in range(world)]
+    ps = [server().Process(target=child, args=(r, world, port, str(out), work, args), daemon=True) for r in range(world)]
     for p in ps: p.start()
     return ps
 

@@ -1,13 +1,13 @@
 "Several processes that share a batch find the loss and the averaged gradients of one process that has it all"
 import pytest, torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.testing import assert_close
 
 from densessl.ground.ranks import mean_over_ranks
 from densessl.theory.modes import flsl_objective, mode_loss
 from densessl.theory.prototypes import prototype_objective
+from processes import in_ranks
 
 N, D, K = 12, 5, 16  # queries in all, features, prototypes
 
@@ -61,7 +61,7 @@ def rank(i, world, init, out):
 
 @pytest.mark.parametrize('world', [2, 3])
 def test_ranks_equal_one_process(world, tmp_path):
-    mp.spawn(rank, args=(world, f'file://{tmp_path}/init', str(tmp_path)), nprocs=world)
+    in_ranks(rank, world, tmp_path)
     *batch, prior = data()
     for i in range(world):
         got = torch.load(tmp_path/f'{i}.pt')

@@ -1,14 +1,13 @@
 "The documentation can be built, up to Quarto: what `nbdev_docs` does to the pages before it calls Quarto"
-import os, re, shutil, subprocess, sys
+import os, re, shutil
 from pathlib import Path
 
 import pytest
 
+from processes import run_script
+
 ROOT = Path(__file__).resolve().parents[1]
-# nbdev starts its workers afresh, so this must be a file, and its work must stand under `__main__`
-SCRIPT = '''from nbdev.serve import proc_nbs
-if __name__ == '__main__': proc_nbs(n_workers=2, force=True)
-'''
+SCRIPT = 'from nbdev.serve import proc_nbs\nproc_nbs(n_workers=0, force=True)\n'
 
 def pages(d):
     "Paths of all pages below `d`, relative to it"
@@ -17,8 +16,8 @@ def pages(d):
 def process(d):
     "Run nbdev's processing in the project at `d`: import cells and exported cells are executed, lessons are not"
     (d/'process.py').write_text(SCRIPT)
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', MPLBACKEND='agg')
-    return subprocess.run([sys.executable, 'process.py'], cwd=d, env=env, capture_output=True, text=True, timeout=600)
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+    return run_script('process.py', (), d, env, timeout=600)
 
 @pytest.fixture
 def project(tmp_path):

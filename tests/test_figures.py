@@ -1,5 +1,5 @@
 "densessl_show and the pictures, beyond what the page shows"
-import os, subprocess, sys
+import os
 
 import pytest, torch
 from PIL import Image
@@ -16,6 +16,7 @@ from densessl.show import show_backbone
 from densessl.theory.softmask import suggest_beta
 from densessl.ground.synthetic import CLASSES, draw_scenes
 from densessl.methods.export import export_backbone
+from processes import run_script
 
 photos, masks = draw_scenes(3, 64, seed=5)
 
@@ -65,7 +66,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(home, kw, says, monkeypatc
 
 def test_as_a_process(home):
     (home/'show.py').write_text('from densessl.ground.commands import densessl_show\ndensessl_show()\n')
-    run = lambda *a: subprocess.run([sys.executable, 'show.py', *a], cwd=home, capture_output=True, text=True)
+    run = lambda *a: run_script('show.py', a, home)
     r = run('a.safetensors', 'photo0.png', 'photo1.png', '--other', 'b.safetensors', '--picture', 'retrieval', '--out', 'process.html')
     assert r.returncode==0 and 'written to process.html' in r.stdout, r.stderr
     assert (home/'process.html').read_text().count('<img')==1

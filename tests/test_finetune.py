@@ -173,6 +173,20 @@ def test_keypoints_are_scored():
     scores = detection_scores(config, said, data)
     assert scores['box AP']==scores['mask AP']==pytest.approx(1.) and scores['keypoint AP50']==pytest.approx(1.)
 
+def test_keypoints_other_than_coco_s_need_sigmas():
+    "Without them a fit does not begin; with them a detector that says the truth has AP 1"
+    data = scenes(4, 0)
+    for n in data.truth['annotations']:
+        x, y, w, h = n['bbox']
+        n |= dict(keypoints=[x, y, 2, x+w/2, y+h/2, 2], num_keypoints=2)
+    data = InstanceData(data.truth, data.read, kinds=('masks', 'keypoints'))
+    said, config = [dict(n, score=.9) for n in data.truth['annotations']], replace(SMALL, n_keypoints=2)
+    dls = detection_dls(data, data, 2)
+    with pytest.raises(InputError, match='2 keypoints cannot be scored with 17 sigmas'):
+        fit(detection_learner(dls, encoder(), config, cbs=DetectionScore()), 1)
+    learn = fit(detection_learner(dls, encoder(), config, cbs=DetectionScore(sigmas=(.05, .05))), 1)
+    assert 0<=learn.scores['keypoint AP']<1==pytest.approx(detection_scores(config, said, data, (.05, .05))['keypoint AP50'])
+
 # ---- killed and resumed
 
 KINDS = dict(

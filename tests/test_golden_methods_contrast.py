@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest, torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.testing import assert_close
 
@@ -17,6 +16,7 @@ from densessl.methods.encoders import dense_encoder
 from densessl.methods.heads import MLP
 from densessl.theory.attention import unit_vectors
 from densessl.theory.contrast import Queue, info_nce
+from processes import in_ranks
 
 load = partial(golden, 'methods')
 GRAD = dict(rtol=1e-9, atol=1e-10)
@@ -149,7 +149,7 @@ def batch():
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason='needs gloo')
 def test_processes_share_keys_and_queue(tmp_path):
-    mp.spawn(part, args=(2, f'file://{tmp_path}/init', str(tmp_path)), nprocs=2)
+    in_ranks(part, 2, tmp_path)
     q, k, queue = batch()
     loss = info_nce(q.requires_grad_(), k, .2) + info_nce(q, k, .2, queue(k))
     loss.backward()

@@ -1,6 +1,7 @@
 "Folders of each layout become the boxes, masks, classes and crowds that were written into them"
-import json, pickle
+import json, os, pickle
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np, pytest, torch
 from PIL import Image
@@ -8,10 +9,11 @@ from pycocotools import mask as runs
 from torch.utils.data import DataLoader
 
 from densessl.ground.core import InputError
-from densessl.transfer import instances
+from densessl.transfer import instances, layouts
 from densessl.transfer.ap import coco_scores, voc_scores
 from densessl.transfer.instances import encode_mask, number_notes
-from densessl.transfer.layouts import INSTANCE_LAYOUTS, cityscapes_scores, instance_data, keypoint_pairs, read_image
+from densessl.transfer.layouts import INSTANCE_LAYOUTS, cityscapes_scores, instance_data, read_image
+from densessl.transfer.together import keypoint_pairs
 
 def photo(path, wh=(20,16), color=(200,30,60), **kwargs):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,6 +244,23 @@ def test_cityscapes(city):
     assert np.array_equal(target['masks'].numpy(), [numbers==n for n in (24012, 26000, 33001)])
     assert [(n['category_id'], n['bbox']) for n in test.truth['annotations'] if n['iscrowd']]==[(26, [50,0,10,5])]*2
     assert AP_of_itself(test)==AP_of_itself(test, 'segm')==1
+
+def test_masks_are_decoded_once(city, monkeypatch):
+    "What Cityscapes' files say is kept until one of them changes; a cache that is broken or cannot be written is none"
+    def opened(): return instance_data(city, say=None)[1].truth
+    file, decoded = next(city.glob('gtFine/val/*/*.png')), []
+    was, read = opened(), layouts.read_mask
+    monkeypatch.setattr(layouts, 'read_mask', lambda f: decoded.append(f) or read(f))
+    assert opened()==was and not decoded
+    save_numbers(file, np.where(city_numbers()==26000, 26001, city_numbers())[:,::-1], np.uint16)
+    os.utime(file, (0, 0))
+    new = opened()
+    assert [p.name for p in decoded].count(file.name)==1 and new!=was and opened()==new and len(decoded)==2
+    for f in Path(os.environ['DENSESSL_CACHE']).glob('cityscapes-*.json'): f.write_text('[')
+    assert opened()==new and len(decoded)>2
+    (city/'file').touch()
+    monkeypatch.setenv('DENSESSL_CACHE', str(city/'file'))
+    assert opened()==new
 
 def test_cityscapes_own_scores(city):
     pytest.importorskip('cityscapesscripts')

@@ -22,7 +22,7 @@ from densessl.training.resume import SaveRun
 NETWORKS = dict(vit=('vit_tiny_patch16_224', dict(patch_size=8, embed_dim=24, depth=2, num_heads=3)),
                 cnn=('test_resnet', dict(output_stride=8, stem_width=8, channels=[8, 8, 8, 16])))
 SIZES = dict(img_size=32, local_size=16, n_local=2, hidden_dim=16, out_dim=8, bottleneck_dim=8, n_prototypes=8, queue=16, num_heads=2,
-             k=4, random_query=False)
+             k=4, random_query=False, node_size=16)
 
 def network(m): return NETWORKS['vit' if 'vit' in m.scene_arch else 'cnn']
 
@@ -42,8 +42,11 @@ def make(m, config, double=False):
     return (model.double() if double else model).train(), m.loss(config)
 
 def batch(m, config, n=8, seed=2, double=False):
+    "Views of `n` photographs, or of `n` clips, each of as many scenes as it has frames"
+    recipe = m.recipe(config)
     torch.manual_seed(7+seed)
-    views = make_views(m.recipe(config), draw_scenes(n, 48, seed=seed)[0], torch.full((n, 2), 48))
+    n *= recipe.frames
+    views = make_views(recipe, draw_scenes(n, 48, seed=seed)[0], torch.full((n, 2), 48))
     return {k: View(v.images.double() if double else v.images, v.boxes) for k,v in views.items()}
 
 def step(model, loss_func, views, seed=1):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from test_readme import ROOT, check, run_script
+from test_readme import ROOT, check, run_readme
 
 USER = ROOT/'.venv-user'
 BIN = USER/('Scripts' if os.name == 'nt' else 'bin')
@@ -53,7 +53,7 @@ def user(tmp_path_factory):
     return BIN
 
 def test_readme_in_the_newest_environment(user, tmp_path):
-    done = run_script(str(user/'python'), tmp_path, PYTHONPATH='')
+    done = run_readme(str(user/'python'), tmp_path, PYTHONPATH='')
     assert int(done['fastcore'].split('.')[0]) >= 2 and Path(done['place']).is_relative_to(USER), done['place']
     assert len(done['modules']) > 30
     check(done, tmp_path)

@@ -1,14 +1,16 @@
 "The progress of a run as a user sees it: a real process in a terminal of 80 columns, and one whose output goes to a file"
-import os, re, signal, subprocess, sys
+import os, re, signal
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from processes import Script
+
 SCRIPT = 'import sys\nfrom densessl.cli import densessl_pretrain\nsys.exit(densessl_pretrain())\n'
 ARGS = ('photos --arch vit_tiny_patch16_224 --preset scenes --img_size 32 --model_kwargs patch_size=8,embed_dim=24,depth=1,num_heads=3 '
         '--bs 8 --workers 0 --epochs 5 --score_every 2 --out run').split()
-ENV = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore::FutureWarning')
+ENV = {k: v for k,v in os.environ.items() if k not in ('COLUMNS', 'LINES')} | dict(PYTHONWARNINGS='ignore::FutureWarning')
 
 
 @pytest.fixture(scope='module')
@@ -22,20 +24,13 @@ def home(tmp_path_factory):
     return home
 
 
-def as_in_a_terminal():
-    "A process in the background, or of nohup, is started to ignore these, and a run keeps to that"
-    for s in (signal.SIGINT, signal.SIGHUP): signal.signal(s, signal.SIG_DFL)
-
-
 def in_terminal(home, args, columns=80, stop_at=None):
     "All that a command writes to a terminal; SIGINT once `stop_at` is seen"
     pty = pytest.importorskip('pty')
     import fcntl, struct, termios
     mine, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
-    env = {k: v for k,v in ENV.items() if k not in ('COLUMNS', 'LINES')}
-    p = subprocess.Popen([sys.executable, 'script.py', *args], cwd=home, env=env, stdin=its, stdout=its, stderr=its, start_new_session=True,
-                         preexec_fn=as_in_a_terminal)
+    p = Script('script.py', args, home, ENV, stdin=its, stdout=its, stderr=its)
     os.close(its)
     out = b''
     while True:
@@ -65,9 +60,9 @@ def runs(home):
     "A run in a terminal, stopped after its second epoch or in the third; and the rest of it, into a file"
     code, terminal = in_terminal(home, ARGS, stop_at=rb'epoch 2 of 5: ')
     with open(home/'log.txt', 'w') as f:
-        rest = subprocess.run([sys.executable, 'script.py', '--resume', '--out', 'run'], cwd=home, env=ENV, stdout=f, stderr=subprocess.STDOUT, timeout=300)
+        rest = Script('script.py', ['--resume', '--out', 'run'], home, ENV, stdout=f.fileno(), stderr=f.fileno()).wait()
     log = (home/'log.txt').read_bytes().decode()
-    assert (code, rest.returncode) == (128+signal.SIGINT, 0), terminal + log
+    assert (code, rest) == (128+signal.SIGINT, 0), terminal + log
     return terminal, log
 
 
@@ -97,14 +92,15 @@ def test_a_file_gets_one_line_an_epoch(runs):
 
 def test_a_run_outlives_its_reader_and_is_saved_with_its_terminal(home):
     "The rest of what a broken pipe does not take is on standard error; SIGHUP, as from a terminal that is closed, stops the run as SIGTERM does"
-    p = subprocess.Popen([sys.executable, 'script.py', *ARGS[:-1], 'unread'], cwd=home, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                         preexec_fn=as_in_a_terminal)
-    p.stdout.readline()
-    p.stdout.close()
+    (out, its_out), (err, its_err) = os.pipe(), os.pipe()
+    p = Script('script.py', [*ARGS[:-1], 'unread'], home, ENV, stdout=its_out, stderr=its_err)
+    for fd in (its_out, its_err): os.close(fd)
+    with open(out) as f: f.readline()
     said = []
-    for line in p.stderr:
-        said.append(line)
-        if line.startswith('epoch 2 of 5: '): p.send_signal(signal.SIGHUP)
+    with open(err) as f:
+        for line in f:
+            said.append(line)
+            if line.startswith('epoch 2 of 5: '): p.send_signal(signal.SIGHUP)
     said = ''.join(said)
     assert p.wait(60)==128+signal.SIGHUP and said.count('has no reader any more')==1 and 'Traceback' not in said, said
     assert 'epoch 1 of 5, scores' not in said and 'epoch 2 of 5, scores: ' in said and said.endswith('To resume: densessl_pretrain --resume --out unread\n'), said

@@ -1,19 +1,23 @@
 "README as it is printed: its Python and its commands are executed, with small data"
-import configparser, json, os, re, subprocess, sys
+import configparser, json, os, re, subprocess
 from pathlib import Path
 
-import pytest
-
 import readme_as_printed as printed
+from processes import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT/'README.md').read_text(encoding='utf-8')
 
-def run_script(python, folder, **env):
+SCRIPT = str(ROOT/'tests/readme_as_printed.py'), str(ROOT/'README.md')
+
+def run_readme(python, folder, **env):
     "All that README shows, with this Python"
     env = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='') | env
-    cmd = [python, '-W', 'ignore', str(ROOT/'tests/readme_as_printed.py'), str(ROOT/'README.md'), str(folder)]
-    r = subprocess.run(cmd, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
+    r = subprocess.run([python, '-W', 'ignore', *SCRIPT, str(folder)], cwd=folder, env=env, capture_output=True, text=True, timeout=900)
+    return said(r)
+
+def said(r):
+    "What the script found"
     assert r.returncode == 0, f'{r.stdout[-2000:]}\n{r.stderr[-4000:]}'
     return json.loads(r.stdout.splitlines()[-1])
 
@@ -47,4 +51,7 @@ def test_every_command_stands_in_readme():
     scripts = {l.partition('=')[0].strip() for l in cfg['DEFAULT']['console_scripts'].splitlines()}
     assert {c.split()[0] for c in printed.commands(README)} == scripts
 
-def test_readme_as_printed(tmp_path): check(run_script(sys.executable, tmp_path, PYTHONPATH=str(ROOT)), tmp_path)
+def test_readme_as_printed(tmp_path):
+    "With small images: `test_newest` takes those of README"
+    script, readme = SCRIPT
+    check(said(run_script(script, [readme, tmp_path, 'small'], tmp_path, os.environ | dict(PYTHONPATH=str(ROOT), PYTHONWARNINGS='ignore'))), tmp_path)

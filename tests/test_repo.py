@@ -28,6 +28,7 @@ def exports(p):
 
 def modules(): return {m: p for p in notebooks() for m in exports(p)}
 def maths(): return [m for m in modules() if m.startswith('theory.')]
+PURE = ['ground.core', 'ground.ranks', *maths()]     # need torch alone
 
 def imported(src, package=''):
     "Names of the densessl modules that `src` imports; `package` is where its relative imports start"
@@ -182,14 +183,25 @@ def test_page_numbers_are_unique():
 @pytest.mark.parametrize('p', [p for p in notebooks() if page(p) is None], ids=rel)
 def test_only_numbered_pages_export(p): assert not exports(p)
 
-@pytest.mark.parametrize('mod', ['ground.core', 'ground.ranks', *maths()])
-def test_maths_imports_torch_only(mod):
-    "Nothing heavy beyond torch, and of densessl nothing but `core`, `ranks` and the other pages of mathematics"
-    src = ('import sys, torch; was = set(sys.modules); import densessl.%s\n'
-           'print(*sorted({m if m.startswith("densessl") else m.split(".")[0] for m in set(sys.modules)-was}))' % mod)
-    r = subprocess.run([sys.executable, '-c', src], capture_output=True, text=True, cwd=ROOT)
+@pytest.fixture(scope='module')
+def loaded():
+    "What the import of each page of mathematics loads beyond torch; the imports fork from one process, as torch takes seconds"
+    src = """import os, sys, torch
+for mod in sys.argv[1:]:
+    if os.fork(): os.wait(); continue
+    was = set(sys.modules)
+    __import__(mod)
+    print(mod, *sorted({m if m.startswith('densessl') else m.split('.')[0] for m in set(sys.modules)-was}), flush=True)
+    os._exit(0)"""
+    r = subprocess.run([sys.executable, '-c', src, *(f'densessl.{m}' for m in PURE)], capture_output=True, text=True, cwd=ROOT)
     assert r.returncode == 0, r.stderr
-    new = set(r.stdout.split()) - set(sys.stdlib_module_names)
+    return {mod: set(new) for mod, *new in map(str.split, r.stdout.splitlines())}
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='forks')
+@pytest.mark.parametrize('mod', PURE)
+def test_maths_imports_torch_only(mod, loaded):
+    "Nothing heavy beyond torch, and of densessl nothing but `core`, `ranks` and the other pages of mathematics"
+    new = loaded[f'densessl.{mod}'] - set(sys.stdlib_module_names)
     own = {'densessl', 'densessl.ground', 'densessl.ground.core', 'densessl.ground.ranks', 'densessl.theory', *(f'densessl.{m}' for m in maths())}
     assert f'densessl.{mod}' in new
     # `torch` itself: it loads some of its parts late

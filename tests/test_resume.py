@@ -19,6 +19,7 @@ from densessl.training.arguments import absolute_paths, resumed
 from densessl.ground.core import InputError
 from densessl.data.images import image_dls, scene_dls
 from densessl.training.learner import learner, methods
+from processes import Script
 
 pytestmark = [pytest.mark.skipif(sys.platform!='linux', reason='forks'), pytest.mark.usefixtures('one_thread')]
 SMALL = dict(
@@ -643,11 +644,9 @@ class Process:
     "The command in a process, with a terminal or without; `says` is what it has printed"
     def __init__(self, home, args, threads, terminal, **env):
         (home/'command.py').write_text(COMMAND)
-        env = os.environ | dict(OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY='passive', MPLBACKEND='agg', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore') | env
+        env = os.environ | dict(PYTHONWARNINGS='ignore') | env
         self.ours, theirs = pty.openpty() if terminal else os.pipe()
-        heard = dict(stdin=theirs if terminal else subprocess.DEVNULL, stdout=theirs, stderr=theirs)
-        as_in_a_terminal = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.p = subprocess.Popen([sys.executable, 'command.py', *args], cwd=home, env=env, preexec_fn=as_in_a_terminal, **heard)
+        self.p = Script('command.py', args, home, env, threads, theirs if terminal else None, theirs, theirs)
         os.close(theirs)
         self.says, self.reader = '', threading.Thread(target=self.read, daemon=True)
         self.reader.start()

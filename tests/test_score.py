@@ -1,12 +1,11 @@
 "Scores while training: three methods, no influence, files that survive a kill, exact resume, two processes"
-import os, subprocess, sys, warnings
+import os, warnings
 from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest, torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from PIL import Image
 
@@ -24,6 +23,7 @@ from densessl.methods.flsl import flsl_presets
 from densessl.training.learner import learner as learner_of, methods
 from densessl.ground.synthetic import CLASSES, draw_scenes
 from densessl.methods.export import load_backbone
+from processes import in_ranks, run_script
 
 VIT = 'vit_tiny_patch16_224', dict(patch_size=8, embed_dim=24, depth=1, num_heads=2)
 TINY = dict(
@@ -110,7 +110,6 @@ def test_prototype_head_is_the_methods_own():
 KILLED = '''import os, signal, sys, warnings
 warnings.simplefilter('ignore')
 sys.path.insert(0, sys.argv[2])
-import torch; torch.set_num_threads(1)
 from test_score import *
 class Kill(Callback):
     order = 95
@@ -120,7 +119,8 @@ fit(learner('dino', None, Kill(), DenseScore(labelled=LABELLED, out=sys.argv[1])
 '''
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs SIGKILL')
 def test_killed_run_keeps_its_curve(tmp_path):
-    r = subprocess.run([sys.executable, '-c', KILLED, tmp_path/'run', os.path.dirname(__file__)], capture_output=True, text=True, env=os.environ|dict(OMP_NUM_THREADS='1'), timeout=300)
+    (tmp_path/'killed.py').write_text(KILLED)
+    r = run_script('killed.py', [tmp_path/'run', os.path.dirname(__file__)], tmp_path)
     assert r.returncode==-9, r.stderr
     scores = read_scores(tmp_path/'run/scores_by_epoch.json')
     assert list(dict.fromkeys(s.model for s in scores))==['before training', 'epoch 1', 'epoch 2']
@@ -235,6 +235,6 @@ def rank(i, world, init, out):
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason='needs gloo')
 def test_first_process_scores(tmp_path, world=2):
-    mp.spawn(rank, args=(world, f'file://{tmp_path}/init', str(tmp_path)), nprocs=world)
+    in_ranks(rank, world, tmp_path)
     a, b = (torch.load(tmp_path/f'{i}.pt') for i in range(world))
     assert [h['epoch'] for h in a['history']]==[0,1] and a['files'] and b==dict(history=[], files=False)

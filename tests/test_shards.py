@@ -4,8 +4,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import warnings
 from pathlib import Path
@@ -24,6 +22,7 @@ from densessl.data.views import CropSpec, Recipe
 from densessl.ground.commands import densessl_shard
 from densessl.ground.core import InputError
 from densessl.ground.synthetic import draw_scenes
+from processes import run_script
 
 RECIPE = Recipe((CropSpec('teacher', 32, (.8, 1.)), CropSpec('local', 16, (.05, .4), within='teacher', count=2)))
 N, PER = 43, 6
@@ -408,10 +407,10 @@ SCRIPT = 'import sys\nfrom densessl.ground.commands import densessl_shard\nsys.e
 
 
 def run(*args):
-    env = os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONWARNINGS='ignore::FutureWarning')
+    env = os.environ | dict(PYTHONWARNINGS='ignore::FutureWarning')
     home = Path(args[1]).parent
     (home/'script.py').write_text(SCRIPT)
-    return subprocess.run([sys.executable, home/'script.py', *map(str, args)], env=env, capture_output=True, text=True, timeout=120)
+    return run_script(home/'script.py', args, home, env)
 
 
 def test_command(photos, tmp_path):

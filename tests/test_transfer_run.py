@@ -90,6 +90,8 @@ def test_frozen_starts_with_gathered_statistics(home):
     (dict(row='scenes', seed=-1), 'seed must be a whole number'),
     (dict(row='scenes', settings='epochs=many'), 'epochs must be like'),
     (dict(row='scenes', settings='drop=1'), "there is no setting 'drop'"),
+    (dict(row='scenes', backbone='test_resnet', settings='layer_decay=.7,optimizer=lamb'), "'sgd', got 'lamb'"),
+    (dict(row='scenes', settings='anchors=[8]', limit=8), 'give one side for each stride'),     # while its network is built
 ])
 def test_wrong_words(home, monkeypatch, words, said):
     monkeypatch.chdir(home)

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Moved', 'mirror_half', 'in_lists', 'drawn_objects', 'DetectionLoaders', 'detection_dls', 'TargetsToModel',
-           'sum_of_losses', 'move_settings', 'detection_learner', 'detect', 'detection_scores', 'without_repeats',
-           'DetectionScore']
+           'sum_of_losses', 'detection_learner', 'detect', 'detection_scores', 'without_repeats', 'DetectionScore']
 
 # %% ../../nbs/92_transfer.finetune.ipynb #bbc93b55
 import hashlib
@@ -24,9 +23,8 @@ from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmenta
 from ..data.order import same_random_state
 from ..ground.core import InputError, unwrapped
 from ..ground.ranks import from_first_rank, gather_objects
-from ..training.learner import ViewRecorder
 from ..training.monitor import in_fit
-from .ap import coco_scores
+from .ap import COCO_SIGMAS, coco_scores
 from .detector import Detector, as_results
 from .recipe import FineTune, encoder_from, fine_tuner, set_batch_norm
 from .together import ShortSide, mirror
@@ -121,14 +119,6 @@ def sum_of_losses(losses, *numbers):
     "The loss of a detector"
     return sum(losses.values())
 
-# %% ../../nbs/92_transfer.finetune.ipynb #c93f0004
-def move_settings(move):
-    "What a transform is and how it is set, in plain values, for the resume of a run"
-    if move is None or isinstance(move, (bool, int, float, str)): return move
-    if isinstance(move, (list, tuple)): return [move_settings(o) for o in move]
-    name = getattr(move, '__qualname__', type(move).__qualname__)
-    return dict(kind=name) | {k: move_settings(v) for k,v in vars(move).items()}
-
 # %% ../../nbs/92_transfer.finetune.ipynb #9e5fe426
 def detection_learner(
     dls:DetectionLoaders,   # As `detection_dls` makes them
@@ -144,14 +134,8 @@ def detection_learner(
     model = Detector(encoder, len(dls.classes), config)
     for name,v in norm.items(): getattr(model, name).copy_(torch.tensor(v).view(3,1,1))
     if model.config.pyramid=='c4' and fit.norm: set_batch_norm(model.heads.box_roi_pool.stage, fit.norm)
-    facts = dict(arch=encoder.arch, model_kwargs=encoder.model_kwargs, classes=dict(enumerate(dls.classes, 1)),
-                 augment=move_settings(dls.train.dataset.move))
-    learn = fine_tuner(dls, model, model.backbone, sum_of_losses, fit, [TargetsToModel(), *L(cbs)],
-                       inputs=lambda batch: batch, facts=facts, **kwargs)
-    learn.encoder = encoder
-    learn.remove_cb(learn.recorder).add_cb(ViewRecorder())
-    learn.recorder.train_metrics, learn.recorder.valid_metrics = True, False
-    return learn
+    return fine_tuner(dls, model, encoder, sum_of_losses, fit, [TargetsToModel(), *L(cbs)],
+                      inputs=lambda batch: batch, net=model.backbone, valid_loss=False, **kwargs)
 
 # %% ../../nbs/92_transfer.finetune.ipynb #ab0957f2
 @torch.no_grad()
@@ -174,13 +158,14 @@ def detection_scores(
     config,      # `DetectorConfig` of the detector
     said:list,   # Its results, as `detect` gives them
     data,        # `InstanceData`
+    sigmas=COCO_SIGMAS,   # Of each keypoint
 )->dict:         # 'box AP', 'mask AP50', and so on, in [0,1]
     "All numbers of a detector"
     kinds = dict(box='bbox')
     if config.masks: kinds['mask'] = 'segm'
     if config.n_keypoints: kinds['keypoint'] = 'keypoints'
     return {f'{name} {k}': v for name,kind in kinds.items()
-            for k,v in coco_scores(data.truth, said, kind, mask_area=kind=='segm')[0].items()}
+            for k,v in coco_scores(data.truth, said, kind, mask_area=kind=='segm', sigmas=sigmas)[0].items()}
 
 # %% ../../nbs/92_transfer.finetune.ipynb #c93f0007
 def without_repeats(
@@ -198,22 +183,29 @@ def without_repeats(
 class DetectionScore(Callback):
     "Average precision on the images to score, every few epochs and at the end: `learn.scores`, and a `history`"
     order = TargetsToModel.order-1
-    def __init__(self, every:int=1):
+    def __init__(self,
+        every:int=1,          # Epochs
+        sigmas=COCO_SIGMAS,   # Of each keypoint
+    ):
         if every<1: raise InputError(f'every must be at least 1 epoch, got {every}')
-        self.every, self.history, self.said = every, [], None
+        self.every, self.sigmas, self.history, self.said = every, sigmas, [], None
     def before_fit(self):
-        "There must be images to score on"
+        "There must be images to score on, and a sigma for each keypoint"
         self.run, self.learn.scores = in_fit(self.learn), {}
         if self.dls.instances is None:
             message = 'there are no images to score on: give detection_dls(train, test), or leave DetectionScore out'
             raise InputError(message)
+        n = unwrapped(self.learn.model).config.n_keypoints
+        if n and n!=len(self.sigmas):
+            raise InputError(f'{n} keypoints cannot be scored with {len(self.sigmas)} sigmas, 17 of COCO if none are '
+                             'given: give one for each, as DetectionScore(sigmas=[.05]*n)')
     def before_validate(self):
         "Score, if it is time"
         if (self.epoch+1)%self.every and self.epoch+1<self.n_epoch: return
         model, data = unwrapped(self.learn.model), self.dls.instances
         with same_random_state(): parts = gather_objects(detect(model, self.dls.valid, data))
         self.said = without_repeats(parts)
-        found = from_first_rank(lambda: detection_scores(model.config, self.said, data))
+        found = from_first_rank(lambda: detection_scores(model.config, self.said, data, self.sigmas))
         self.learn.scores = found
         self.history.append(dict(epoch=self.epoch+1, **found))
     @property

@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ..ground.core import InputError
-from .ap import coco_curve, coco_scores, match_detections
+from .ap import COCO_SIGMAS, coco_curve, coco_scores, match_detections
 from .finetune import detect
 from .heads import mask_targets, paste_masks
 from .instances import InstanceData, decode_mask
@@ -221,6 +221,7 @@ def result_pictures(
     folder,              # Where the pictures go; those of an earlier run are drawn anew
     kinds=('bbox',),     # Of 'bbox', 'segm' and 'keypoints'
     n:int=4,             # Images
+    sigmas=COCO_SIGMAS,  # Of each keypoint
     **kwargs,            # Of `show_results`
 )->list:                 # Their paths
     "Draw detections, curves and AP by size into png files"
@@ -228,7 +229,7 @@ def result_pictures(
     folder.mkdir(parents=True, exist_ok=True)
     figures = dict(detections=show_results(data, said, n, **kwargs))
     figures['curve'], axs = plt.subplots(1, len(kinds), figsize=(4*len(kinds), 3), dpi=110, squeeze=False)
-    for ax,kind in zip(axs[0], kinds): plot_curves(data, said, kind, ax=ax)
+    for ax,kind in zip(axs[0], kinds): plot_curves(data, said, kind, ax=ax, sigmas=sigmas)
     sized = [k for k in kinds if k!='keypoints']
     if sized:
         figures['sizes'], ax = plt.subplots(figsize=(3.8,2.8), dpi=100)

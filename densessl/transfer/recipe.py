@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FineTune', 'rate_factor', 'parameter_groups', 'RateSchedule', 'encoder_from', 'Frozen', 'prepare_encoder',
-           'freeze_unread', 'PreciseBN', 'FineTuner', 'fine_tuner']
+           'freeze_unread', 'PreciseBN', 'FineTuner', 'move_settings', 'fine_tuner']
 
 # %% ../../nbs/91_transfer.recipe.ipynb #a3a6b204
 import copy, math, re
@@ -30,7 +30,7 @@ from ..methods.encoders import DenseEncoder
 from ..methods.weights import keep_fixed_positions, open_backbone
 from ..training.distributed import ManyProcesses
 from ..training.guard import OutOfMemory, StopIfNotFinite
-from ..training.learner import Schedules
+from ..training.learner import Schedules, ViewRecorder
 from ..training.optim import DecayWrapper, layer_factors
 from ..training.precision import precision_of_a_batch, tf32_beside_bf16
 from ..training.progress import show_progress
@@ -197,6 +197,24 @@ class Frozen(Callback):
     def __init__(self, net:nn.Module): self.net = net.requires_grad_(False)
     def before_train(self): self.net.eval()
 
+# %% ../../nbs/91_transfer.recipe.ipynb #9ac01ffb
+def _hold(norm, args):
+    "Maps that the backward pass computes again do not count"
+    norm.again = torch._C._current_graph_task_id()>=0        # -1 outside a backward pass
+    if norm.again: norm.kept, norm.momentum = norm.momentum, 0.
+
+def _release(norm, args, out):
+    if not norm.again: return
+    norm.momentum = norm.kept
+    if norm.training and norm.num_batches_tracked is not None: norm.num_batches_tracked -= 1
+
+def gather_once(net:nn.Module):
+    "Batch norms under checkpoints gather the statistics of a step once, in place"
+    for m in net.modules():
+        if not isinstance(m, nn.modules.batchnorm._BatchNorm): continue
+        m.register_forward_pre_hook(_hold)
+        m.register_forward_hook(_release, always_call=True)  # the second pass may end early
+
 # %% ../../nbs/91_transfer.recipe.ipynb #94a4ce62
 def prepare_encoder(
     net:nn.Module,  # timm's network of an encoder
@@ -210,6 +228,7 @@ def prepare_encoder(
         if not hasattr(net, 'set_grad_checkpointing'):
             raise InputError(f'timm cannot recompute the maps of a {type(net).__name__}: leave out checkpoint')
         net.set_grad_checkpointing(True)
+        gather_once(net)
 
 # %% ../../nbs/91_transfer.recipe.ipynb #9752fecd
 class InnerGradients(nn.Module):
@@ -286,20 +305,40 @@ def saving_memory(fit:FineTune)->list:
     advice = [] if fit.checkpoint or fit.frozen else ['set FineTune(checkpoint=True)']
     return [*advice, 'make the images smaller in augment']
 
+# %% ../../nbs/91_transfer.recipe.ipynb #b6961758
+def move_settings(move):
+    "What a transform is and how it is set, in plain values, for the resume of a run"
+    if move is None or isinstance(move, (bool, int, float, str)): return move
+    if isinstance(move, (list, tuple)): return [move_settings(o) for o in move]
+    name = getattr(move, '__qualname__', type(move).__qualname__)
+    return dict(kind=name) | {k: move_settings(v) for k,v in vars(move).items()}
+
+# %% ../../nbs/91_transfer.recipe.ipynb #2ef866be
+def run_facts(
+    dls,                   # DataLoaders
+    encoder:DenseEncoder,
+    fit:FineTune,
+)->dict:
+    "What must be the same when a run is resumed"
+    classes, move = getattr(dls, 'classes', ()), getattr(dls.train.dataset, 'move', None)
+    return dict(fit=fit, arch=encoder.arch, model_kwargs=encoder.model_kwargs, classes=dict(enumerate(classes)),
+                augment=move_settings(move))
+
 # %% ../../nbs/91_transfer.recipe.ipynb #444444e4
 def fine_tuner(
-    dls,                           # DataLoaders
+    dls,                           # DataLoaders; their `classes`, and how images move, are facts of the run
     model:nn.Module,
-    net:nn.Module,                 # timm's network of the encoder inside `model`
+    encoder:DenseEncoder,          # Inside `model`
     loss_func,
     fit:FineTune=None,             # The recipe; default `FineTune()`
     cbs=(),                        # Further callbacks
     inputs=lambda batch: batch[:1],# From a batch to what the model is called with in training
-    facts:dict=None,               # More settings that must be the same when the run is resumed
+    net:nn.Module=None,            # timm's network as the model has it, if it is not `encoder.net`
+    valid_loss:bool=True,          # Whether validation computes the loss
     **kwargs,                      # Of `Learner`
 )->Learner:
     "A learner that trains a model as a recipe says, for plain `fit`"
-    fit = fit or FineTune()
+    fit, net = fit or FineTune(), net or encoder.net
     for k in ('opt_func', 'splitter'):
         if k in kwargs: raise InputError(f'{k}: the recipe decides it, leave it out and give fit=FineTune(...)')
     if dls.device is None: dls.to(usable_device())
@@ -316,6 +355,8 @@ def fine_tuner(
     if fit.frozen: usual.append(Frozen(net))
     if fit.precise_bn: usual.append(PreciseBN(fit.precise_bn, inputs))
     learn = FineTuner(dls, model, loss_func, cbs=[*usual, *L(cbs)], **kwargs)
-    learn.recipe, learn.facts = fit, dict(fit=fit) | (facts or {})
+    learn.recipe, learn.encoder, learn.facts = fit, encoder, run_facts(dls, encoder, fit)
     learn.memory_settings = dict(bf16='add AutocastBF16() to cbs', more=saving_memory(fit))
+    learn.remove_cb(learn.recorder).add_cb(ViewRecorder())
+    learn.recorder.train_metrics, learn.recorder.valid_metrics = True, valid_loss
     return show_progress(learn)

@@ -30,6 +30,7 @@ from ..evaluation.verdict import gather_statistics, has_batch_norm, random_start
 from ..ground.commands import check_whole, quiet_libraries
 from ..ground.core import InputError, unwrapped, usable_device
 from ..ground.files import whole_file
+from ..methods.encoders import dense_encoder
 from ..methods.export import backbone_labels, export_backbone
 from ..methods.weights import open_backbone
 from ..training.arguments import write_json
@@ -41,11 +42,12 @@ from ..training.resume import SaveRun
 from ..training.runfile import one_process
 from .ap import coco_scores, voc_scores
 from .finetune import DetectionScore, detect, detection_dls, detection_learner
-from .layouts import INSTANCE_LAYOUTS, keypoint_pairs
+from .layouts import INSTANCE_LAYOUTS
 from .pictures import result_pictures
 from .posters import (
     OWN_ROWS, POSTER_ROWS, Row, RowData, change_row, find_row, points, poster_table, row_command, row_data)
 from .semantic import SemanticScore, semantic_dls, semantic_learner, show_semantic
+from .together import keypoint_pairs
 
 # %% ../../nbs/98_transfer.run.ipynb #464c7b15
 SCORER = f'pycocotools {version("pycocotools")}'
@@ -54,16 +56,23 @@ SCORER = f'pycocotools {version("pycocotools")}'
 def scene_backbone(
     seed:int=0,
     n:int=1024,       # Scenes
-    epochs:int=None,  # Default those of the scene preset
+    epochs:int=6,
     device=None,
 ):                    # `DenseEncoder`
     "A small CNN, pretrained by CLoVE on drawn scenes"
     m = methods['clove']
+    config = replace(m.settings('scenes'), lr=32e-3)      # twice that of the preset, which trains longer
     set_seed(seed)
-    dls = scene_dls(n, m.recipe(m.settings('scenes')), bs=32, seed=1000+seed, natural=True, device=device)
-    learn = learner(dls, m.scene_arch, m, 'scenes', parse_kwargs(m.scene_kwargs))
-    learn.fit(epochs or m.scene_epochs)
+    dls = scene_dls(n, m.recipe(config), bs=32, seed=1000+seed, natural=True, device=device)
+    learn = learner(dls, m.scene_arch, m, config, parse_kwargs(m.scene_kwargs))
+    learn.fit(epochs)
     return learn.model.backbone
+
+# %% ../../nbs/98_transfer.run.ipynb #5c38b6a6
+def scene_encoder():
+    "The network of `scene_backbone`, untrained"
+    m = methods['clove']
+    return dense_encoder(m.scene_arch, m.settings('scenes').img_size, **parse_kwargs(m.scene_kwargs))
 
 # %% ../../nbs/98_transfer.run.ipynb #a2cde488
 def row_learner(
@@ -222,6 +231,11 @@ def start_and_backbone(row, backbone, out, seed, device, baseline, frozen, data)
     if frozen and has_batch_norm(start): with_statistics(start, data)
     return {'random start': start, label: backbone}
 
+# %% ../../nbs/98_transfer.run.ipynb #c42564a9
+def try_row(row, backbone, data, device):
+    "Build what a run trains, so that what does not fit is said before anything is written"
+    row_learner(row, scene_encoder() if backbone is None else backbone, data, device=device)
+
 # %% ../../nbs/98_transfer.run.ipynb #49523b92
 def run_row(row, backbone, data, settings, limit, frozen, baseline, seed, workers, device, resume, out, overwrite):
     "Open everything, train, write, and say what came of it"
@@ -235,7 +249,10 @@ def run_row(row, backbone, data, settings, limit, frozen, baseline, seed, worker
     if baseline is None: baseline = name in OWN_ROWS
     device, parts = usable_device(device), row_data(row, data, limit)
     if workers is None: workers = 0 if name=='scenes' else min(8, max(1, (os.cpu_count() or 1)-1))
-    out = Path(out).expanduser() if resume else run_folder(out, name, overwrite)
+    out = Path(out).expanduser() if resume else run_folder(out, name, overwrite, make=False)
+    if not resume:
+        try_row(row, backbone, parts, device)
+        if not rank_distrib(): run_folder(out, name, overwrite)
     say = print if not rank_distrib() else lambda *lines: None
     say(f'{name}: {parts.said}\nwriting to {out}', flush=True)
     with one_process(out) if not rank_distrib() else nullcontext():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'SemanticFPN', 'LinearHead', 'SegmenterConfig', 'Segmenter', 'LabelledImages', 'resize_labelled',
-           'fit_size', 'jitter_colors', 'ScaledCrop', 'stack_labelled', 'mirror_labelled', 'Shrunk', 'class_colors',
+           'jitter_colors', 'ScaledCrop', 'stack_labelled', 'mirror_labelled', 'Shrunk', 'class_colors',
            'SemanticLoaders', 'semantic_dls', 'segmentation_loss', 'semantic_scores', 'SemanticScore',
            'semantic_learner', 'segment', 'show_semantic']
 
@@ -31,12 +31,10 @@ from ..ground.core import InputError, check_ranges, unwrapped, usable_device
 from ..ground.ranks import gather_objects
 from ..ground.visualize import LABELS, picture_axes, show_photo
 from ..methods.encoders import DenseEncoder
-from ..training.learner import ViewRecorder
 from ..training.monitor import in_fit
-from .finetune import move_settings
 from .pyramid import FeaturePyramid, FeatureTaps
 from .recipe import FineTune, encoder_from, fine_tuner
-from .together import draw
+from .together import draw, fit_size
 
 # %% ../../nbs/95_transfer.semantic.ipynb #1b181213
 class SemanticFPN(nn.Module):
@@ -168,12 +166,6 @@ def resize_labelled(
     small = resize_nearest(labels.numpy(), tuple(hw))
     return move.resize(image, list(hw), antialias=True), torch.from_numpy(small)
 
-# %% ../../nbs/95_transfer.semantic.ipynb #1f86b6f1
-def fit_size(hw, short:int, longest:int, factor:float=1.)->tuple:
-    "Height and width, scaled until the short side is `short` or the long one `longest`, times `factor`"
-    scale = factor*min(short/min(hw), longest/max(hw))
-    return tuple(max(int(scale*n+.5), 1) for n in hw)
-
 # %% ../../nbs/95_transfer.semantic.ipynb #23054107
 def jitter_colors(
     image:Tensor,  # uint8 (3,H,W)
@@ -285,6 +277,11 @@ def semantic_dls(
     if batch_size>len(train):
         raise InputError(f'batch_size is {batch_size}, but {train.name} has only {len(train)} images: '
                          'choose at most that')
+    for part,purpose in ((train, 'learn from'), (test, 'score on')):
+        images = LabelledImages(part)
+        if not any((images[i][1]!=IGNORED).any() for i in range(len(part))):    # as a rule the first one decides
+            raise InputError(f'{part.name} has no pixel with a class to {purpose}, all labels are ignored: '
+                             'check its masks and the list of classes')
     image, mask = train.sizes
     if augment is not None and image!=mask:
         raise InputError(f'{train.name} has images of {image} and masks of {mask} pixels, which do not move together: '
@@ -342,8 +339,6 @@ class SemanticScore(Callback):
         if not self.counts: return
         data, steps = self.dl.dataset.data, zip(*gather_objects(self.counts))
         counts = torch.cat([part for step in steps for part in step])[:len(data)]
-        if not counts[:,2].sum():
-            raise InputError(f'{data.name} has no pixel with a class, all labels are ignored: give others to score on')
         self.learn.scores, self.per_class = semantic_scores(counts, data.ignore_index)
         if self.in_fit: self.history.append(dict(epoch=self.epoch+1, **self.learn.scores))
     def row(self):
@@ -378,13 +373,7 @@ def semantic_learner(
     config = head if isinstance(head, SegmenterConfig) else SegmenterConfig(head)
     encoder, norm = encoder_from(encoder)
     model = Segmenter(encoder, len(dls.classes), config, **norm)
-    facts = dict(arch=encoder.arch, model_kwargs=encoder.model_kwargs, classes=dict(enumerate(dls.classes)),
-                 augment=move_settings(dls.train.dataset.move))
-    learn = fine_tuner(dls, model, encoder.net, segmentation_loss, fit, cbs, facts=facts, **kwargs)
-    learn.encoder = encoder
-    learn.remove_cb(learn.recorder).add_cb(ViewRecorder())
-    learn.recorder.train_metrics, learn.recorder.valid_metrics = True, True
-    return learn
+    return fine_tuner(dls, model, encoder, segmentation_loss, fit, cbs, **kwargs)
 
 # %% ../../nbs/95_transfer.semantic.ipynb #ef0bc016
 @torch.no_grad()
