@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['moco_presets', 'moco_method', 'mocov3_presets', 'mocov3_method', 'moby_presets', 'moby_method', 'MoCoConfig',
-           'Contrasted', 'ContrastModel', 'MoCo', 'ContrastTerms', 'contrast_terms', 'moco_complete',
-           'diagnose_contrast', 'MoCoV3Config', 'MoCoV3', 'MoBYConfig', 'MoBY']
+           'Contrasted', 'ContrastModel', 'MoCo', 'contrast_terms', 'diagnose_contrast', 'MoCoV3Config', 'MoCoV3',
+           'MoBYConfig', 'MoBY']
 
 # %% ../../nbs/48b_methods.contrast.ipynb #92b8e0b7
 from dataclasses import dataclass
@@ -220,9 +220,9 @@ mocov3_method = Method('moco-v3', mocov3_presets, multicrop_recipe, MoCoV3,
     arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
     scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=32,
     paper='Chen, Xie and He, An empirical study of training self-supervised vision transformers, ICCV 2021',
-    null=dict(match='chance'), collapse=dict(lr=1.))
+    null=dict(match='chance'))
 
-# %% ../../nbs/48b_methods.contrast.ipynb #3c69dc4e
+# %% ../../nbs/48b_methods.contrast.ipynb #75842e07
 @dataclass(frozen=True)
 class MoBYConfig(MoCoV3Config):
     "Settings of MoBY; the defaults are those of the public code for ViT-S and Swin-T, 300 epochs"
@@ -238,14 +238,14 @@ class MoBYConfig(MoCoV3Config):
         super().__post_init__()
         check_ranges(self, queue_size='[1, inf)', clip='(0, inf]')
 
-# %% ../../nbs/48b_methods.contrast.ipynb #63bccab9
+# %% ../../nbs/48b_methods.contrast.ipynb #3c69dc4e
 moby_presets = dict(
     paper = MoBYConfig(),
     scenes = MoBYConfig(img_size=64, global_scale=(0.3,1.), hidden_dim=256, out_dim=64, queue_size=256, lr=24e-3,
                         warmup=.1, wd=.04, momentum=(0.98,1.), augment=scene_colors, solarize_p=(0.,0.,0.),
                         pos_scale=0.25, drop_path_rate=0.))
 
-# %% ../../nbs/48b_methods.contrast.ipynb #79cedb51
+# %% ../../nbs/48b_methods.contrast.ipynb #63bccab9
 class MoBY(ContrastModel):
     "MoCo-v2's queues, one a view, and BYOL's predictor (MoBY)"
     def __init__(self, encoder:DenseEncoder, config:MoBYConfig=MoBYConfig()):
@@ -260,10 +260,10 @@ class MoBY(ContrastModel):
         negatives = torch.stack([queue(k) for queue,k in zip(self.queues, keys)])
         return Contrasted(queries, self.partners(keys.flip(0)), negatives.flip(0), queries[0].detach(), tokens.detach())
 
-# %% ../../nbs/48b_methods.contrast.ipynb #dfc670e2
+# %% ../../nbs/48b_methods.contrast.ipynb #a796bb02
 moby_method = Method('moby', moby_presets, multicrop_recipe, MoBY, lambda c: PartsLoss(contrast_terms, temp=c.temp),
     metrics=('positive', 'negative'), schedules=MoBYConfig.schedules, complete=moco_complete,
     measure=embedding_state, diagnose=diagnose_contrast(), arch='vit_small_patch16_224',
     scene_arch='vit_tiny_patch16_224', scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=32,
     paper='Xie et al., Self-supervised learning with Swin transformers, 2021',
-    null=dict(match='chance'), collapse=dict(lr=1.))
+    null=dict(match='chance'), collapse=dict(temp=20., lr=1.))
