@@ -52,7 +52,7 @@ def similar_neighbors(
     u, near = unit_vectors(x), to_device(neighbors(grid), x.device).expand(len(x), -1, -1)
     return near.gather(-1, (u@u.mT).gather(-1, near).topk(k).indices)
 
-# %% ../../nbs/48i_methods.patches.ipynb #7506e0f1
+# %% ../../nbs/48i_methods.patches.ipynb #c8f77163
 class Aggregation(nn.Module):
     "What tokens have in common: a learned token that looks at them in blocks of class attention (SelfPatch, Sec. 3.2)"
     def __init__(self, dim:int, num_heads:int=6, depth:int=2):
@@ -66,7 +66,7 @@ class Aggregation(nn.Module):
         nn.init.trunc_normal_(self.token, std=.02)
         for name,p in self.named_parameters():
             if 'gamma' in name: p.requires_grad_(False)
-            elif p.dim()==2: nn.init.trunc_normal_(p, std=.02)
+            elif p.dim()==2: nn.init.trunc_normal_(p, std=.02*math.sqrt(384/dim))
             elif name.endswith('bias'): nn.init.zeros_(p)
 
     def aggregate(self, x:Tensor)->Tensor:
@@ -83,7 +83,7 @@ class Aggregation(nn.Module):
         rows = torch.arange(len(x), device=x.device)[:,None,None]
         return view, self.norm(self.aggregate(x[rows, near]))
 
-# %% ../../nbs/48i_methods.patches.ipynb #2af4856c
+# %% ../../nbs/48i_methods.patches.ipynb #878093ad
 @dataclass(frozen=True)
 class SelfPatchConfig(DINOConfig):
     "Settings of SelfPatch; the defaults are those of the public code for ViT-S/16 (SelfPatch, ImageNet-1k recipe)"
@@ -103,7 +103,7 @@ class SelfPatchConfig(DINOConfig):
         if self.match not in ('similarity', 'chance'):
             raise InputError(f"match must be 'similarity' or 'chance', got {self.match!r}")
 
-# %% ../../nbs/48i_methods.patches.ipynb #9121f4d1
+# %% ../../nbs/48i_methods.patches.ipynb #4d8d4327
 selfpatch_presets = dict(
     paper = SelfPatchConfig(),
     scenes = SelfPatchConfig(img_size=64, local_size=32, n_local=2, local_scale=(0.1,0.4), n_prototypes=1024,
@@ -111,7 +111,7 @@ selfpatch_presets = dict(
                              norm_last_layer=True, momentum=(0.98,1.), lr=24e-3, warmup=.1, augment=scene_colors,
                              solarize_p=(0.,0.,0.), drop_path_rate=0., pos_scale=0.25, freeze_epochs=0, wd=(0.04,0.04)))
 
-# %% ../../nbs/48i_methods.patches.ipynb #4d8d4327
+# %% ../../nbs/48i_methods.patches.ipynb #5afe79bc
 @rebuilt_from_list
 class SelfPatchOutput(NamedTuple):
     "The input of the loss in one step: V views of B photographs and their M patches, of student and teacher"
@@ -125,7 +125,7 @@ class SelfPatchOutput(NamedTuple):
     embedding:Tensor        # Points on the sphere of the student's global views, (2B, d), no gradient
     tokens:Tensor           # The student's tokens of its first view, (B, N, D), no gradient; for the monitor
 
-# %% ../../nbs/48i_methods.patches.ipynb #bec9a479
+# %% ../../nbs/48i_methods.patches.ipynb #cf3c8d56
 def _head(dim, K, c):
     return PrototypeHead(dim, K, c.hidden_dim, c.bottleneck_dim, norm_last_layer=c.norm_last_layer)
 
@@ -180,7 +180,7 @@ class SelfPatch(StudentTeacher):
         t = self.teacher
         return lambda z: t.head(t.aggregation(z)[0]) - self.center, self.config.temp_t[-1]
 
-# %% ../../nbs/48i_methods.patches.ipynb #5afe79bc
+# %% ../../nbs/48i_methods.patches.ipynb #ab073475
 class PatchTerms(NamedTuple):
     "The loss and its terms; only `loss` has a gradient"
     loss:Tensor              # Of views, and of patches or queries by their weight
@@ -192,7 +192,7 @@ class PatchTerms(NamedTuple):
     view_perplexity:Tensor   # The same of one view's targets
     patch_perplexity:Tensor  # Prototypes that the targets of patches or queries use together
 
-# %% ../../nbs/48i_methods.patches.ipynb #cf3c8d56
+# %% ../../nbs/48i_methods.patches.ipynb #b89a4264
 def selfpatch_terms(
     out:SelfPatchOutput,      # Of a step
     temp_s:float=0.1,         # Student temperature
@@ -206,7 +206,7 @@ def selfpatch_terms(
     used = torch.special.entr((out.weight[:,None]*targets).sum(0)).sum().exp()
     return PatchTerms(views.loss + patch_weight*patch, views.loss, patch, *views[1:], used)
 
-# %% ../../nbs/48i_methods.patches.ipynb #4f11c94c
+# %% ../../nbs/48i_methods.patches.ipynb #366ac321
 selfpatch_method = Method('selfpatch', selfpatch_presets, multicrop_recipe, SelfPatch,
     lambda c: PartsLoss(selfpatch_terms, temp_s=c.temp_s, temp_t=c.temp_t[0], patch_weight=c.patch_weight),
     metrics=('view', 'patch', 'perplexity'), schedules=SelfPatchConfig.schedules, measure=ibot_state,
@@ -216,14 +216,14 @@ selfpatch_method = Method('selfpatch', selfpatch_presets, multicrop_recipe, Self
     paper='Yun et al., Patch-level representation learning for self-supervised vision transformers, CVPR 2022',
     matches='similarity', null=dict(match='chance'), collapse=dict(center_momentum=.9999))
 
-# %% ../../nbs/48i_methods.patches.ipynb #2837892a
+# %% ../../nbs/48i_methods.patches.ipynb #42b1dde3
 def query_attention(n:int, n_queries:int)->Tensor:
     "Who looks (rows) at what (columns), bool (n+Q, n+Q): patches at patches, a query at them and itself (ADCLR)"
     mask = torch.eye(n+n_queries, dtype=torch.bool)
     mask[:,:n] = True
     return mask
 
-# %% ../../nbs/48i_methods.patches.ipynb #42b1dde3
+# %% ../../nbs/48i_methods.patches.ipynb #c3c261f8
 def tokens_and_queries(
     encoder:DenseEncoder,  # A plain ViT
     images:Tensor,         # Views, (B, 3, s, s)
@@ -239,7 +239,7 @@ def tokens_and_queries(
     finally: joined.remove()
     return z[:, encoder.n_prefix:].split((n, queries.shape[1]), 1)
 
-# %% ../../nbs/48i_methods.patches.ipynb #c3c261f8
+# %% ../../nbs/48i_methods.patches.ipynb #b2dc10b0
 @dataclass(frozen=True)
 class ADCLRConfig(DINOConfig):
     "Settings of ADCLR: those of DINO, and of the queries, which are ours (ADCLR)"
@@ -253,7 +253,7 @@ class ADCLRConfig(DINOConfig):
         check_ranges(self, n_queries='[1, inf)', query_size='[1, inf)', query_weight='[0, inf)')
         CropSpec('query1', self.query_size, self.query_scale)     # or an error
 
-# %% ../../nbs/48i_methods.patches.ipynb #fd400731
+# %% ../../nbs/48i_methods.patches.ipynb #bd825626
 adclr_presets = dict(
     paper = ADCLRConfig(),
     scenes = ADCLRConfig(img_size=64, local_size=32, n_local=2, local_scale=(0.1,0.4), n_queries=4, query_size=8,
@@ -261,7 +261,7 @@ adclr_presets = dict(
                          lr=24e-3, warmup=.1, augment=scene_colors, solarize_p=(0.,0.,0.), drop_path_rate=0.,
                          pos_scale=0.25, freeze_epochs=0, temp_t=(0.04,0.04), wd=(0.04,0.04)))
 
-# %% ../../nbs/48i_methods.patches.ipynb #b2dc10b0
+# %% ../../nbs/48i_methods.patches.ipynb #457a3360
 def adclr_recipe(config:ADCLRConfig=ADCLRConfig())->Recipe:
     "DINO's crops, and queries in the colors of either global view: 'query1', and 'query2' of the same boxes (ADCLR)"
     c, recipe = config, multicrop_recipe(config)
@@ -271,7 +271,7 @@ def adclr_recipe(config:ADCLRConfig=ADCLRConfig())->Recipe:
     again = crop(2, (1.,1.), ratio=(1.,1.), within='query1')
     return Recipe((*recipe.crops, crop(1, c.query_scale), again))
 
-# %% ../../nbs/48i_methods.patches.ipynb #457a3360
+# %% ../../nbs/48i_methods.patches.ipynb #ebd7f46b
 @rebuilt_from_list
 class ADCLROutput(NamedTuple):
     "The input of the loss in one step: V views and 2 x Q queries of B photographs, of student and teacher"
@@ -284,7 +284,7 @@ class ADCLROutput(NamedTuple):
     embedding:Tensor        # Points on the sphere of the student's global views, (2B, d), no gradient
     tokens:Tensor           # The student's tokens of its first view, (B, N, D), no gradient; for the monitor
 
-# %% ../../nbs/48i_methods.patches.ipynb #5ad38107
+# %% ../../nbs/48i_methods.patches.ipynb #d2fb80c2
 class ADCLR(StudentTeacher):
     "DINO's student, teacher and head; queries beside the global views, with a center of their own (ADCLR, Fig. 1)"
     def __init__(self, encoder:DenseEncoder, config:ADCLRConfig=ADCLRConfig()):
@@ -326,7 +326,7 @@ class ADCLR(StudentTeacher):
         "(Function from tokens (n, N, D) to centered logits (n, K), temperature), by the teacher's head"
         return lambda z: self.teacher.head(z.mean(1)) - self.center, self.config.temp_t[-1]
 
-# %% ../../nbs/48i_methods.patches.ipynb #ebd7f46b
+# %% ../../nbs/48i_methods.patches.ipynb #958c398a
 def adclr_terms(
     out:ADCLROutput,          # Of a step
     temp_s:float=0.1,         # Student temperature
@@ -340,7 +340,7 @@ def adclr_terms(
     loss = views.loss + query_weight*queries.loss
     return PatchTerms(loss, views.loss, queries.loss, *views[1:], queries.perplexity)
 
-# %% ../../nbs/48i_methods.patches.ipynb #c111ba5c
+# %% ../../nbs/48i_methods.patches.ipynb #1134edd9
 adclr_method = Method('adclr', adclr_presets, adclr_recipe, ADCLR,
     lambda c: PartsLoss(adclr_terms, temp_s=c.temp_s, temp_t=c.temp_t[0], query_weight=c.query_weight),
     metrics=('view', 'patch', 'perplexity'), schedules=ADCLRConfig.schedules, measure=ibot_state,
