@@ -57,11 +57,13 @@ def _exit_with_mistake(parser, message):
     def needs(m): return f'{m[1]} needs {kinds[m[2]]}, got {m[3]}'
     message = re.sub(r'argument ([^/:]+)\S*: invalid (int|float) value: (.*)', needs, message)
     message = re.sub(r'argument ([^/:]+)\S*:', r'\1:', message)
-    if unknown := re.match(r'unrecognized arguments: ([^\s=]+)', message):
-        word, options = unknown[1], [o for a in parser._actions for o in a.option_strings]
+    if unknown := re.match(r'unrecognized arguments: ([^\s=]+)[\s=]*(\S*)', message):
+        (word, value), options = unknown.groups(), [o for a in parser._actions for o in a.option_strings]
         near = [o for o in options if o.startswith(word)] or difflib.get_close_matches(word, options, 1, .75)
         message = f'there is no option {word}' if word.startswith('-') else f'{word!r} is one argument too many'
         if near: message += f': did you mean {near[0]}?'
+        elif '--settings' in options and word.startswith('--') and value:
+            message += f'; a setting is given as --settings {word[2:].replace("-", "_")}={value}'
     parser.exit(2, f'{parser.prog}: {message} (see {parser.prog} --help)\n')
 
 # %% ../../nbs/04_ground.commands.ipynb #6cb9986b
@@ -160,7 +162,7 @@ def check_whole(name:str, value, least:int=0, most=math.inf):
 # %% ../../nbs/04_ground.commands.ipynb #42b19747
 # every method, as `densessl.training.learner.methods` has them
 METHODS = ('flsl, clove, dino, byol, scrl, pixpro, moco-v2, moco-v3, moby, densecl, setsim, swav, slotcon, ibot, mae, '
-           'capi, vicregl, lejepa, paka, gram, crw, mast')
+           'capi, vicregl, lejepa, paka, gram, selfpatch, adclr, resim, crw, mast')
 
 # %% ../../nbs/04_ground.commands.ipynb #034c7487
 @command('[FOLDER] [options]', 'photos/ --arch vit_small_patch16_224 --out runs/photos')
