@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['moco_presets', 'moco_method', 'mocov3_presets', 'mocov3_method', 'moby_presets', 'moby_method', 'MoCoConfig',
-           'Contrasted', 'ContrastModel', 'MoCo', 'contrast_terms', 'diagnose_contrast', 'MoCoV3Config', 'MoCoV3',
-           'MoBYConfig', 'MoBY']
+           'ContrastModel', 'MoCo', 'contrast_terms', 'diagnose_contrast', 'MoCoV3Config', 'MoCoV3', 'MoBYConfig',
+           'MoBY']
 
 # %% ../../nbs/48b_methods.contrast.ipynb #92b8e0b7
 from dataclasses import dataclass
