@@ -94,7 +94,7 @@ def test_the_null_is_another_training(m):
 
 def trained(m, config, steps=60):
     "What the monitor says after some steps at a high rate, or at that of `collapse`"
-    lr = config.lr*8/256 if 'lr' in m.collapse else 1e-2
+    lr = max(1e-2, config.lr*8/256 if 'lr' in m.collapse else 0.)
     model, loss_func = make(m, config)
     opt = torch.optim.AdamW([p for p in model.student.parameters() if p.requires_grad], lr=lr, weight_decay=0.)
     for i in range(steps):
