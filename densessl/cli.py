@@ -110,7 +110,7 @@ def _writable(run):
                          f'make room, then {how_to_resume(run.job, run.out)}') from e
 
 def train(run, starts:int=5, command:str=''):
-    "Score the frozen baselines and `starts` random starts, then fit; `command` resumes it, if `densessl_pretrain` does not"
+    "Score the frozen baselines and `starts` random starts, then fit; `command` resumes it if not `densessl_pretrain`"
     job, learn, device = run.job, run.learn, run.learn.dls.device
     run.score = DenseScore(job.score_every or job.epochs, run.labelled, out=run.out, linear=run.labelled is not None,
                            starts=starts, say=False)

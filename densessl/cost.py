@@ -136,7 +136,8 @@ def count_step(model, loss_func, recipe, batch:int, bf16:bool=True, states:int=2
         weights = [p for p in model.parameters() if p.requires_grad]
         kept = [torch.empty_like(p) for p in weights for _ in range(states)]
         fixed = count.now + sum(p.numel()*p.element_size() for p in weights)
-        views = {c.name: View(torch.empty(c.count, batch, 3, c.size, c.size), torch.empty(c.count, batch, 4))
+        T, n = recipe.frames, max(1, batch//recipe.frames)
+        views = {c.name: View(torch.empty(T*c.count, n, 3, c.size, c.size), torch.empty(T*c.count, n, 4))
                  for c in recipe.crops}
         count.operators.clear()
         with torch.autocast('cpu', torch.bfloat16, enabled=bf16): loss = loss_func(model(views))

@@ -125,9 +125,11 @@ def _apply(x, d, mean, std, out=None, compile=False):
     return torch.sub(x, mean, out=x if out is None else out).div_(std)
 
 # %% ../../nbs/11_data.augment.ipynb #af68b4ba
-def augment(x:Tensor, spec:Augment|None, mean:tuple, std:tuple, generator=None, compile=False)->Tensor:
-    "Color, blur and solarize views, uint8 (n, 3, s, s), each with its own draw, and normalize them to float32"
-    d = None if spec is None else draw_augment(spec, len(x), x.shape[-1], generator)
+def augment(x:Tensor, spec:Augment|None, mean:tuple, std:tuple, generator=None, compile=False, frames=1)->Tensor:
+    """Color, blur and solarize views, uint8 (n, 3, s, s), each with its own draw, `frames` in a row with the same, and
+    normalize them to float32"""
+    d = None if spec is None else draw_augment(spec, len(x)//frames, x.shape[-1], generator)
+    if d and frames>1: d = AugmentDraws(*(o.repeat_interleave(frames, 0) for o in d))
     mean, std = (to_device(torch.tensor(o, dtype=torch.float32).view(3,1,1), x.device) for o in (mean, std))
     if x.device.type!='cpu': return _apply(x, d, mean, std, compile=compile)
     out = torch.empty(x.shape)
@@ -135,33 +137,43 @@ def augment(x:Tensor, spec:Augment|None, mean:tuple, std:tuple, generator=None, 
     return out
 
 # %% ../../nbs/11_data.augment.ipynb #b95f5ad7
+def _as_clips(canvas, frames):
+    "Canvases (n, 3, S, S) as clips (B, 3*frames, S, S); if the last one is not whole, it repeats its last frame"
+    if missing := -len(canvas)%frames: canvas = torch.cat([canvas, canvas[-1:].repeat(missing, 1, 1, 1)])
+    return canvas.unflatten(0, (-1, frames)).flatten(1, 2)
+
 @torch.no_grad()
 def make_views(
     recipe:Recipe,        # Which views to cut, and their colors
-    canvas:Tensor,        # Photographs resized to squares, uint8 (B, 3, S, S)
+    canvas:Tensor,        # Photographs resized to squares, uint8 (B, 3, S, S); or frames, clip after clip
     hw:Tensor|None=None,  # Their heights and widths before that, (B, 2); None: square
     generator=None,       # Generator of the CPU; None: torch's default
     compile=False,        # On an accelerator: crops and colors compiled by `torch.compile`
 )->Views:                 # Name -> `View`, on the device of `canvas`
-    "All views of a batch of photographs"
+    "All views of a batch of photographs, or of clips: each view of a clip is `frames` images, cut alike"
+    T, canvas = recipe.frames, _as_clips(canvas, recipe.frames) if recipe.frames>1 else canvas
     B = len(canvas)
     square = torch.ones(B, 2)
-    hw = square if hw is None else hw.cpu().float()
+    hw = square if hw is None else hw[::T].cpu().float()
     views, boxes = {}, {}
-    def draw_boxes(c):
+    def draw_boxes(c, i):
         b = random_boxes(hw if c.within is None else square, c.scale, c.ratio, generator)
-        return b if c.within is None else nest_boxes(b, boxes[c.within][0])
+        if c.within is None: return b
+        outer = boxes[c.within]
+        return nest_boxes(b, outer[i if len(outer)>1 else 0])
     for c in recipe.crops:
         xs, bs = [], []
-        for _ in range(c.count):
-            b = draw_boxes(c)
+        for i in range(c.count):
+            b = draw_boxes(c, i)
             for _ in range(9 if c.overlap else 0):
                 enough = covered_share(b, boxes[recipe.crops[0].name][0])>=c.overlap
-                b = torch.where(enough[:,None], b, draw_boxes(c))
+                b = torch.where(enough[:,None], b, draw_boxes(c, i))
             x, b = crop_resize(canvas, flip_boxes(b, torch.rand(B, generator=generator)<c.flip), c.size, compile)
             xs.append(x)
             bs.append(b)
-        boxes[c.name] = torch.stack(bs)
-        x = augment(torch.cat(xs), c.augment, recipe.mean, recipe.std, generator, compile)
-        views[c.name] = View(x.unflatten(0, (c.count, B)), to_device(boxes[c.name], canvas.device))
+        boxes[c.name] = torch.stack(bs).repeat_interleave(T, 0)
+        x = torch.cat(xs).unflatten(1, (T, 3)).flatten(0, 1)
+        x = augment(x, c.augment, recipe.mean, recipe.std, generator, compile, T)
+        x = x.unflatten(0, (c.count, B, T)).transpose(1, 2).flatten(0, 1)
+        views[c.name] = View(x, to_device(boxes[c.name], canvas.device))
     return views

@@ -16,6 +16,7 @@ from fastcore.foundation import defaults
 
 from .augment import make_views
 from .canvases import BadFiles, CanvasDataset, SceneCanvases
+from .clips import clips_of, draw_clips
 from .folders import find_images, survey_images
 from .kept import KeptCanvases, keep_canvases
 from .views import Recipe
@@ -58,9 +59,13 @@ class ViewLoader(DataLoader):
         self.spare_processes(self.fake_l, idxs)
         return idxs
     def shuffle_fn(self, idxs):
-        "The order of an epoch, which a data set may choose itself by `shuffled`"
+        "The order of an epoch, which a data set may choose itself by `shuffled`; frames of a clip stay together"
         own = getattr(self.dataset, 'shuffled', None)
-        return super().shuffle_fn(idxs) if own is None else own(self.rng)
+        if own is not None: return own(self.rng)
+        frames = getattr(getattr(self.after_batch, 'recipe', None), 'frames', 1)
+        if frames==1: return super().shuffle_fn(idxs)
+        clips = super().shuffle_fn(range(len(idxs)//frames))
+        return [idxs[frames*c+t] for c in clips for t in range(frames)]
     def spare_processes(self, fake, idxs):
         "Start no processes once hardly anything of an epoch is left to decode"
         if self.kept and self.kept.few_to_read(idxs, self.bs):
@@ -115,12 +120,16 @@ def _own_device():
     rank = int(os.environ.get('LOCAL_RANK', torch.cuda.current_device()))
     return torch.device('cuda', rank%torch.cuda.device_count())
 
-def _check_batch(bs, n):
+def _check_batch(bs, n, frames=1):
     "An error for a batch size that is not possible"
     if not isinstance(bs, int) or bs<2:
         raise InputError(f'bs must be a whole number, at least 2, got {bs}: the images of a batch are compared')
     if n<bs:
         raise InputError(f'bs is {bs} but there are only {n} images to train on: choose a smaller bs or add images')
+
+    if bs%frames:
+        near = ' or '.join(str(o) for o in (bs//frames*frames, -(-bs//frames)*frames) if o)
+        raise InputError(f'bs is {bs}, which is no multiple of the {frames} frames of a clip: use {near}')
 
 def _check_readable(ds):
     "An error before the training starts, if none of the first photographs can be read"
@@ -137,7 +146,10 @@ def view_loaders(split, n:int, recipe:Recipe, bs:int=64, canvas=None, num_worker
     if not 0<=valid_pct<1: raise InputError(f'valid_pct must lie in [0, 1), got {valid_pct}')
     size, bad = canvas_side(canvas, recipe), BadFiles(n, max_bad, kind)
     train, valid = split(int(valid_pct*n), size)
-    _check_batch(bs, len(train))
+    if recipe.frames>1 and hasattr(train, 'shuffled'):
+        raise InputError(f'clips of {recipe.frames} frames are cut from folders of frames, one a video, not from shards: '
+                         'give the folder that holds them')
+    _check_batch(bs, len(train), recipe.frames)
     device = _own_device() if device is None else torch.device(device)
     if num_workers is None: num_workers = n_workers(device, 3*bs*size**2)
     check_whole('the number of workers', num_workers)
@@ -155,9 +167,9 @@ def view_loaders(split, n:int, recipe:Recipe, bs:int=64, canvas=None, num_worker
 
 # %% ../../nbs/15_data.images.ipynb #2b26da31
 def image_dls(
-    path,                      # Folder of images, searched with all the folders in it; see `find_images`
+    path,                      # Folder of images, searched with all the folders in it; of clips one folder a video
     recipe:Recipe,             # Views to make
-    bs:int=64,                 # Photographs in a batch
+    bs:int=64,                 # Photographs, or frames of clips, in a batch
     canvas:int|None=None,      # Side of the square that photographs are resized to first; None: 8/7 of the largest view
     num_workers:int|None=None, # Processes that decode; None: one fewer than the CPUs, without a GPU at most 8
     valid_pct:float=0.,        # Share of the images set aside for a validation loss
@@ -168,12 +180,14 @@ def image_dls(
     max_bad:float=0.1,         # Share of unreadable files that ends the run; 0: the first one, 1: never
     cache:bool|None=None,      # Decode once and keep the canvases; None: if they fit, see `keep_canvases`
 )->DataLoaders:                # Batches (views, hw); `bad_files` lists what could not be read so far
-    "Batches of views of a folder of photographs"
-    files = find_images(path)
+    "Batches of views of a folder of photographs, or of a folder of videos where `recipe.frames` is above 1"
+    files, T = find_images(path), recipe.frames
+    if T>1: files = clips_of(files, T)
     def split(k, size):
-        order = list(range(len(files)))
+        order = list(range(len(files)//T))
         if k: random.Random(seed).shuffle(order)
-        return [CanvasDataset([files[i] for i in sorted(o)], size) for o in (order[k:], order[:k])]
+        def chosen(o): return [f for i in sorted(o) for f in files[T*i:T*(i+1)]]
+        return [CanvasDataset(chosen(o), size) for o in (order[k//T:], order[:k//T])]
     dls = view_loaders(split, len(files), recipe, bs, canvas, num_workers, valid_pct, seed, device, pin_memory,
                        drop_last, max_bad, cache)
     some = random.Random(0).sample(files, min(100, len(files)))
@@ -182,7 +196,7 @@ def image_dls(
 
 # %% ../../nbs/15_data.images.ipynb #8d845e65
 def scene_dls(
-    n:int,                 # Scenes
+    n:int,                 # Scenes, or frames of moving ones where `recipe.frames` is above 1
     recipe:Recipe,         # Views to make
     bs:int=64,             # Scenes in a batch
     canvas:int|None=None,  # Side of a scene; None: 8/7 of the largest view
@@ -193,7 +207,8 @@ def scene_dls(
 )->DataLoaders:            # Batches (views, hw); `train_ds.images` holds the scenes
     "Batches of views of drawn scenes: training without any file"
     def split(k, size):
-        images = draw_scenes(n, size, seed, **kwargs)[0]
+        if (T := recipe.frames)==1: images = draw_scenes(n, size, seed, **kwargs)[0]
+        else: images = draw_clips(max(1, n//T), T, size, seed, **kwargs)[0].flatten(0, 1)
         return SceneCanvases(images), SceneCanvases(images[:0])
     return view_loaders(split, n, recipe, bs, canvas, num_workers, seed=seed, device=device, pin_memory=False,
                         cache=False)

@@ -137,7 +137,7 @@ class CropSpec:
     scale:tuple=(0.08,1.)      # Range of the share of the area, of the photograph or of the view named in `within`
     ratio:tuple=(3/4,4/3)      # Range of width over height, log-uniform, in pixels of the photograph or of that view
     count:int=1                # Views of this kind for each image, V
-    within:str|None=None       # Cut from this earlier crop (one with count 1); None: from the photograph
+    within:str|None=None       # Cut from this earlier crop, of count 1 or the same count; None: from the photograph
     flip:float=0.5             # Probability of a mirrored view
     augment:Augment|None=Augment()  # Colors; None leaves them alone
     overlap:float=0.           # Share of its area that the first crop must show too, in ten draws if possible; 0: any
@@ -153,10 +153,11 @@ class CropSpec:
 # %% ../../nbs/10_data.views.ipynb #3fe73ee1
 @dataclass(frozen=True)
 class Recipe:
-    "All views of one image: crops in the order they are cut, and the normalization of the pixels"
+    "All views of one image or clip: crops in the order they are cut, and the normalization of the pixels"
     crops:tuple                            # `CropSpec`s
     mean:tuple=(0.485,0.456,0.406)         # Subtracted from colors in [0,1] (ImageNet)
     std:tuple=(0.229,0.224,0.225)          # Divides them after that
+    frames:int=1                           # Consecutive frames of a clip, all cut and changed alike; 1: photographs
     def __post_init__(self):
         object.__setattr__(self, 'crops', tuple(CropSpec(**c) if isinstance(c, dict) else c for c in self.crops))
         for f in ('mean','std'):
@@ -164,6 +165,7 @@ class Recipe:
             if len(getattr(self, f))!=3:
                 raise InputError(f'{f} needs three numbers (red, green, blue), got {getattr(self, f)}')
         if min(self.std)<=0: raise InputError(f'std must be above 0, got {self.std}')
+        check_ranges(self, frames='[1, inf)')
         if not self.crops: raise InputError('a recipe needs at least one crop, got none')
         seen = {}
         for c in self.crops:
@@ -171,16 +173,16 @@ class Recipe:
             where, outer = f'crop {c.name!r} is cut within {c.within!r}', seen.get(c.within)
             if c.within is not None and outer is None:
                 raise InputError(f'{where}, which is not an earlier crop: earlier are {list(seen)}')
-            if outer and outer.count!=1:
-                raise InputError(f'{where}, of which there are {outer.count}: nest in a crop with count 1')
+            if outer and outer.count not in (1, c.count):
+                raise InputError(f'{where}, of which there are {outer.count}: nest in a crop with count 1, or as many')
             if c.overlap and (c is self.crops[0] or self.crops[0].count!=1):
                 raise InputError(f'crop {c.name!r} must overlap the first crop by {c.overlap}: the first crop of a '
                                  f'recipe has overlap 0 and count 1, got {self.crops[0].name!r} with overlap '
                                  f'{self.crops[0].overlap} and count {self.crops[0].count}')
             seen[c.name] = c
     def to_dict(self):
-        "As dictionaries; an overlap of 0 is left out, as in recipes that were saved before there was one"
-        d = asdict(self)
+        "As dictionaries; an overlap of 0 and 1 frame are left out, as in recipes saved before there were these"
+        d = {k: v for k,v in asdict(self).items() if k!='frames' or v>1}
         return d | dict(crops=tuple({k: v for k,v in c.items() if v or k!='overlap'} for c in d['crops']))
     def __getitem__(self, name): return {c.name: c for c in self.crops}[name]
 
@@ -195,7 +197,7 @@ def covered_share(boxes:Tensor, by:Tensor)->Tensor:
 @dataclass
 class View:
     "All views of one kind of a batch, and the boxes of the photographs that they show"
-    images:Tensor  # (V, B, 3, s, s)
+    images:Tensor  # (V, B, 3, s, s); of clips the frames of a view one after the other
     boxes:Tensor   # (V, B, 4): x1, y1, x2, y2 in [0,1] of the photograph, x1 > x2 if the view is mirrored
     def to(self, *args, **kwargs): return View(self.images.to(*args, **kwargs), self.boxes.to(*args, **kwargs))
 

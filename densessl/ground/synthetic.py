@@ -54,6 +54,7 @@ def draw_scene(
     noise:float=None,     # Standard deviation of the noise, colors being in [0,1]; None is 0.03, natural scenes 0.6
     box=(0.,0.,1.,1.),    # Part of the scene to draw, (x1,y1,x2,y2); x1 > x2 mirrors it
     instances:bool=False, # Return the number of the object of each pixel, too, 0 for none
+    moved:Tensor=None,    # How far each object has moved by now, x and y, (most objects, 2), in sides of the scene
 ):                        # Image, uint8 (3,size,size); classes, int64 (size,size), an index into `CLASSES`
     "One random scene and its mask"
     if size<1: raise InputError(f'size must be at least 1 pixel, got {size}')
@@ -72,6 +73,7 @@ def draw_scene(
     for k in range(int(torch.randint(n_objects[0], n_objects[1]+1, (), generator=g))):
         kind, outline = int(torch.randint(len(TEXTURES), (), generator=g)), int(torch.randint(3, (), generator=g))
         dx, dy = x-U(.1,.9), y-U(.1,.9)
+        if moved is not None: dx, dy = dx-moved[k,0], dy-moved[k,1]
         r, stretch, turn = U(*radius), U(.75,1.35), U(0, math.pi)
         c, s = math.cos(turn), math.sin(turn)
         inside = _shape(outline, (c*dx+s*dy)/(r*stretch), (c*dy-s*dx)/(r/stretch))

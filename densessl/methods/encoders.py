@@ -132,7 +132,7 @@ class DenseEncoder(nn.Module):
         mask:Tensor=None,   # Of a plain ViT: patches to replace before positions are added, (B, N) bool
         token:Tensor=None,  # What replaces them, (D,)
         keep:Tensor=None,   # Of a plain ViT: places of the patches that enter the blocks, (B, n); the others do not
-    )->Tensor:              # Tokens, (B, N, D), rows of the grid one after the other, or (B, n, D) in the order of `keep`
+    )->Tensor:              # Tokens, (B, N, D), rows of the grid one after the other; or of `keep`, in its order
         "Features of images as tokens"
         rows, columns = self.grid(*x.shape[-2:])    # or an error
         if mask is None and keep is None: z = self.net.forward_features(x)

@@ -28,6 +28,9 @@ from ..methods.ibot import ibot_method
 from ..methods.hidden import capi_method, mae_method
 from ..methods.variance import lejepa_method, vicregl_method
 from ..methods.posttrain import gram_method, paka_method
+from ..methods.patches import adclr_method, selfpatch_method
+from ..methods.windows import resim_method
+from ..methods.video import crw_method, mast_method
 from ..theory.schedules import cosine
 from .precision import AutocastBF16, compile_blocks, has_bf16
 from .optim import ClipGrad, FreezeLastLayer, LayerDecay, adamw, lars, sgd, split_decay
@@ -129,7 +132,8 @@ class ViewRecorder(Recorder):
 methods = {m.name: m for m in (   # Name -> record
     flsl_method, clove_method, dino_method, byol_method, scrl_method, pixpro_method,
     moco_method, mocov3_method, moby_method, densecl_method, setsim_method, swav_method, slotcon_method,
-    ibot_method, mae_method, capi_method, vicregl_method, lejepa_method, paka_method, gram_method)}
+    ibot_method, mae_method, capi_method, vicregl_method, lejepa_method, paka_method, gram_method,
+    selfpatch_method, adclr_method, resim_method, crw_method, mast_method)}
 
 # %% ../../nbs/68_training.learner.ipynb #26659aa8
 def find_method(method)->Method:
@@ -149,6 +153,9 @@ def _settings(method, config, dls):
     wanted, there = ({(c.name, c.size) for c in r.crops} for r in (method.recipe(config), dls.recipe))
     if missing := sorted(wanted-there):
         raise InputError(f'the data lacks the views {dict(missing)} (name: size) of the settings: '
+                         f'make the DataLoaders with {make}(config)')
+    if (T := method.recipe(config).frames)!=dls.recipe.frames:
+        raise InputError(f'{method.name} trains on clips of {T} frames, the data has {dls.recipe.frames}: '
                          f'make the DataLoaders with {make}(config)')
     return config
 

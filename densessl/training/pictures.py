@@ -27,8 +27,10 @@ def _first(dls, n):
 @patch
 def show_views(self:Learner, n=2, **kwargs):
     "The first `n` photographs with their views drawn on them, and the views as the network gets them"
-    recipe, (canvas, hw) = self.dls.recipe, _first(self.dls, n)
-    return visualize.show_views(canvas, make_views(recipe, canvas, hw), recipe.mean, recipe.std, n, **kwargs)
+    recipe = self.dls.recipe
+    canvas, hw = _first(self.dls, n*recipe.frames)
+    views = make_views(recipe, canvas, hw)
+    return visualize.show_views(canvas[::recipe.frames], views, recipe.mean, recipe.std, n, **kwargs)
 
 # %% ../../nbs/72_training.pictures.ipynb #25e20d9a
 def _unit_tokens(encoder, x, recipe):
