@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -34,7 +35,6 @@ from densessl.training.precision import AutocastBF16, compile_blocks
 from densessl.ground.synthetic import draw_scenes
 from densessl.data.views import Augment, _crop_resize_batched
 from pretend_gpu import OnGPU, pretend_gpu
-from processes import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location('gpu_experiment', ROOT/'experiments/gpu.py')
@@ -327,7 +327,8 @@ def test_stochastic_depth_as_a_tensor():
 
 def test_the_experiment_in_miniature(tmp_path):
     "Every stage to its end, every check right, a table with all arms; it calls the library as it is now"
-    r = run_script(ROOT/'experiments/gpu.py', ['--tiny', '--out', tmp_path], ROOT)
+    r = subprocess.run([sys.executable, str(ROOT/'experiments/gpu.py'), '--tiny', '--out', str(tmp_path)], capture_output=True, text=True,
+                       env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=''))
     assert r.returncode==0, r.stderr[-2000:]
     right, fast = (json.loads((tmp_path/f'{o}.json').read_text()) for o in ('right', 'fast'))
     assert not (wrong := {k: v for k,v in right.items() if not v.get('ok', True)}), wrong
