@@ -297,19 +297,19 @@ def right(record, device, a):
     "Stage: is it right?"
     record.put('environment', environment(device))
     record.measure('ceilings', ceilings, device, a.tiny)
-    for m in methods: record.measure(f'views {m}', views_beside_cpu, m, device)
-    for m in methods:
+    for m in NETWORKS: record.measure(f'views {m}', views_beside_cpu, m, device)
+    for m in NETWORKS:
         for how in PRECISIONS if device.type=='cuda' else ('fp32', 'bf16'): record.measure(f'step {m} {how}', step_beside_cpu, m, how, device)
-    for m in ('flsl',) if a.tiny else methods:
+    for m in ('flsl',) if a.tiny else NETWORKS:
         for how in ('bf16',) if a.tiny else ('fp32', 'tf32', 'bf16', 'to_fp16', 'to_bf16'): record.measure(f'learner {m} {how}', learner_in, m, how, device)
     record.measure(f'export {CNN[0]}', export_from, CNN[0], device, img_size=32, **CNN[1])
     if not a.tiny:
         for arch in ('vit_small_patch16_224', 'resnet50'): record.measure(f'export {arch}', export_from, arch, device)
-    for m in ('dino',) if a.tiny else methods: record.measure(f'resume {m}', resume_on, m, device)
+    for m in ('dino',) if a.tiny else NETWORKS: record.measure(f'resume {m}', resume_on, m, device)
     record.measure('scores', scores_beside_cpu, device)
     record.measure('pictures', pictures_of, device)
     if device.type=='cuda':
-        for m in methods: record.measure(f'waits {m}', waits_of, m, device)
+        for m in NETWORKS: record.measure(f'waits {m}', waits_of, m, device)
 
 
 # ---- fast?

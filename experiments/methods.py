@@ -8,7 +8,7 @@ A row that the file has already is not run again. About three minutes a row on t
 import argparse, json, tempfile, warnings
 from pathlib import Path
 
-from densessl import cli
+from densessl.cli import pretrain
 from densessl.training.learner import methods
 
 PROBES = ('nearest neighbor', 'linear')
@@ -20,7 +20,7 @@ def run(name, seed, null):
     m = methods[name]
     settings = ','.join(f'{k}={v!r}' for k,v in m.null.items()) if null else ''
     with tempfile.TemporaryDirectory() as d:
-        _, _, learn = cli.pretrain(method=name, seed=seed, settings=settings, score_every=0, out=f'{d}/run')
+        _, _, learn = pretrain(method=name, seed=seed, settings=settings, score_every=0, out=f'{d}/run')
     score = learn._dense_score
     start, end = (in_percent(score.scores, model) for model in ('before training', f'epoch {m.scene_epochs}'))
     return dict(method=name, seed=seed, null=settings, network=m.scene_arch, epochs=m.scene_epochs, start=start, end=end)
