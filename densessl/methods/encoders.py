@@ -153,7 +153,7 @@ class DenseEncoder(nn.Module):
         stages = getattr(self.net, 'feature_info', [])
         staged = self.layout!='tokens' and hasattr(self.net, 'forward_intermediates')
         if not staged or not 0<n<=len(stages):
-            raise InputError(f'{self.arch} does not give maps of {n} stages: choose a CNN, as resnet50 or convnext_tiny')
+            raise InputError(f'{self.arch} does not give maps of {n} stages: choose a CNN, as resnet50')
         return [stage['num_chs'] for stage in stages[-n:-1]] + [self.embed_dim]
 
     def levels(self, x:Tensor, n:int=4)->list:
