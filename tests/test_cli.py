@@ -241,6 +241,22 @@ def test_two_processes_stopped_and_resumed(home):
     assert {p.name for p in (home/'pair').iterdir()} >= {'backbone.safetensors', 'best.safetensors', 'history.csv', 'scores.json', 'picture.png', 'settings.json'}
 
 
+def test_a_run_on_scenes_is_resumed_with_its_own_network(tmp_path, monkeypatch):
+    "The network of the drawn scenes was chosen, not given: a resume must find it again"
+    from densessl import cli
+    from densessl.training.resume import SaveRun
+    monkeypatch.chdir(tmp_path)
+    whole = SaveRun.after_batch
+    def stop(self):
+        whole(self)
+        if self.learn.train_iter==2: raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(SaveRun, 'after_batch', stop)
+        with pytest.raises(KeyboardInterrupt): cli.pretrain(method='clove', n_scenes=16, bs=8, epochs=2, out='run', score_every=0)
+    _, scores, learn = cli.pretrain(out='run', resume=True)
+    assert learn.model.backbone.model_kwargs['output_stride']==8 and scores and not (tmp_path/'run'/'checkpoints').exists()
+
+
 # ---- options and mistakes, before torch is imported
 
 COMMANDS = 'densessl_pretrain densessl_evaluate densessl_show densessl_shard densessl_transfer densessl_compare'.split()

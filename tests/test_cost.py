@@ -49,7 +49,7 @@ def test_the_roofline_is_the_longer_of_arithmetic_and_memory():
         assert roofline(operators, card)==pytest.approx(seconds)
 
 
-@pytest.mark.parametrize('method', list(methods))
+@pytest.mark.parametrize('method', ['flsl', 'clove', 'dino'])
 def test_memory_that_is_counted_is_held_by_the_step(method):
     "Weights, their gradients and what the optimizer keeps are fixed; all else is in proportion to the batch"
     def built():
@@ -67,6 +67,14 @@ def test_memory_that_is_counted_is_held_by_the_step(method):
 
 
 @pytest.mark.parametrize('method', list(methods))
+def test_every_method_has_a_cost(method):
+    m, cnn = methods[method], 'vit' not in methods[method].scene_arch
+    arch, kwargs = ('test_resnet', TINY_CNN) if cnn else ('vit_tiny_patch16_224', TINY)
+    got = page.cost(method, arch, batch=64, config=m.presets['scenes'], model_kwargs=kwargs)
+    assert got.source=='roofline' and got.images_per_second>0 and got.gib>0
+
+
+@pytest.mark.parametrize('method', ['flsl', 'clove', 'dino'])
 def test_a_larger_batch_takes_more_memory_and_is_no_slower(method):
     found = [tiny(method, n) for n in (8, 64, 512, 4096, 2**15, 2**16)]
     assert all(a.gib<b.gib and a.images_per_second<=b.images_per_second*(1+1e-9) for a,b in zip(found, found[1:]))

@@ -249,7 +249,7 @@ def test_other_data_and_settings_are_refused_on_resume(tmp_path):
     with pytest.raises(InputError, match="those to score on"): detection_dls(other, data)
     learn = make('cnn', [save(tmp_path, resume=True)])
     learn = detection_learner(detection_dls(other, InstanceData(other.truth, other.read), 2), encoder(), SMALL, KINDS['cnn'][2], [save(tmp_path, resume=True)])
-    with pytest.raises(InputError, match=f"classes.2 was '{was}', now 'cat'"): fit(learn, 1)
+    with pytest.raises(InputError, match=f"classes.1 was '{was}', now 'cat'"): fit(learn, 1)
     assert 'fit.rate was 0.001, now 0.002' in told(change=dict(rate=2e-3))
     assert 'data.hash was' in told(train=scene_instances(2*STEPS, 64, 3, n_objects=(1,2)))
 

@@ -8,6 +8,7 @@ from fastai.callback.core import Callback
 from torch.testing import assert_close
 
 import test_distributed as several
+from pretend_gpu import pretend_gpu
 from densessl.data.augment import make_views
 from densessl.data.images import scene_dls
 from densessl.data.views import View
@@ -79,6 +80,24 @@ def test_gradients_and_monitor(m):
     model.update_teacher(.5)
 
 @every
+@pytest.mark.skipif(torch.cuda.is_available(), reason='pretends to have a GPU')
+def test_a_step_stays_on_the_device(m):
+    "Tensors that pretend to be on a GPU: no mixed devices, no wait, and the numbers of the CPU"
+    config = tiny(m)
+    views = batch(m, config)
+    model, loss_func = make(m, config)
+    _, want = step(model, loss_func, views)
+    with pretend_gpu() as g:
+        model, loss_func = make(m, config)
+        model.to('cuda'); loss_func.to('cuda')
+        there = {k: v.to('cuda') for k,v in views.items()}
+        with g.counted() as counts:
+            _, loss = step(model, loss_func, there)
+            loss.backward()
+        assert not counts.waits, counts.waits
+        assert_close(float(loss), float(want), rtol=1e-3, atol=1e-4)
+
+@every
 def test_the_null_is_another_training(m):
     "Same start and views: settings that take away what the method learns from change the loss or its gradient"
     if m.name in ('flsl', 'clove', 'dino'): pytest.skip('the pages of experiments hold their nulls')
@@ -94,7 +113,7 @@ def test_the_null_is_another_training(m):
 
 def trained(m, config, steps=60):
     "What the monitor says after some steps at a high rate, or at that of `collapse`"
-    lr = config.lr*8/256 if 'lr' in m.collapse else 1e-2
+    lr = max(1e-2, config.lr*8/256 if 'lr' in m.collapse else 0.)
     model, loss_func = make(m, config)
     opt = torch.optim.AdamW([p for p in model.student.parameters() if p.requires_grad], lr=lr, weight_decay=0.)
     for i in range(steps):

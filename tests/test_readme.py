@@ -54,4 +54,4 @@ def test_every_command_stands_in_readme():
 def test_readme_as_printed(tmp_path):
     "With small images: `test_newest` takes those of README"
     script, readme = SCRIPT
-    check(said(run_script(script, [readme, tmp_path, 'small'], tmp_path, os.environ | dict(PYTHONPATH=str(ROOT), PYTHONWARNINGS='ignore'))), tmp_path)
+    check(said(run_script(script, [readme, tmp_path, 'small'], tmp_path, os.environ | dict(PYTHONPATH=str(ROOT), PYTHONWARNINGS='ignore'), timeout=900)), tmp_path)

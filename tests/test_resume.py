@@ -126,7 +126,7 @@ def test_stop_and_resume(method, step, photos, tmp_path):
     assert_same(everything(learn), want)
 
 
-@pytest.mark.parametrize('method', methods)
+@pytest.mark.parametrize('method', SMALL)
 def test_crash_and_resume_twice(method, tmp_path):
     "An error in the middle of a step, two times; the checkpoints are older than the crash"
     want = straight(method, None)

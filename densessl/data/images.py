@@ -147,8 +147,8 @@ def view_loaders(split, n:int, recipe:Recipe, bs:int=64, canvas=None, num_worker
     size, bad = canvas_side(canvas, recipe), BadFiles(n, max_bad, kind)
     train, valid = split(int(valid_pct*n), size)
     if recipe.frames>1 and hasattr(train, 'shuffled'):
-        raise InputError(f'clips of {recipe.frames} frames are cut from folders of frames, one a video, not from shards: '
-                         'give the folder that holds them')
+        raise InputError(f'clips of {recipe.frames} frames are cut from folders of frames, one a video, not from '
+                         'shards: give the folder that holds them')
     _check_batch(bs, len(train), recipe.frames)
     device = _own_device() if device is None else torch.device(device)
     if num_workers is None: num_workers = n_workers(device, 3*bs*size**2)

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from ..ground.core import InputError, check_ranges, rebuilt_from_list, to_device
 from ..theory.attention import unit_vectors
@@ -84,7 +83,7 @@ class DenseCL(StudentTeacher):
 
     def partners(self, a, b, boxes, grid):
         "Which cells of the teacher's features `b` are partners of which of the student's `a`, bool (B, N, N)"
-        return one_hot(match_similar(a, b), b.shape[1]).bool()
+        return match_similar(a, b)[...,None]==torch.arange(b.shape[1], device=b.device)
 
     def near(self, boxes, grid, threshold):
         "Which cells of the two views show the same place, bool (B, N, N)"

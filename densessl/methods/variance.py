@@ -181,7 +181,7 @@ class LeJEPA(StudentTeacher):
     def forward(self, views)->ProjectedViews:
         tokens = [self.student.encoder.tokens(x) for x,_ in each_view(views)]
         vectors = torch.stack([self.student.projector(z.mean(1)) for z in tokens])
-        directions = to_device(random_directions(vectors.shape[-1], self.config.n_directions), vectors.device)
+        directions = random_directions(vectors.shape[-1], self.config.n_directions, vectors.device)
         return ProjectedViews(vectors, directions, vectors[0].detach(), tokens[0].detach())
 
 # %% ../../nbs/48g_methods.variance.ipynb #128baafa

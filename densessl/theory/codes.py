@@ -9,6 +9,8 @@ __all__ = ['sinkhorn', 'centered_target', 'center_update', 'soft_cross_entropy',
 # %% ../../nbs/29d_theory.codes.ipynb #db509fee
 from typing import NamedTuple
 
+import math
+
 import torch, torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,7 @@ def sinkhorn(
     if rounds<0: raise InputError(f'rounds must be 0 or more, got {rounds}')
     if scores.dim()<2: raise InputError(f'scores must be (..., K) of several rows, got shape {tuple(scores.shape)}')
     dim = tuple(range(scores.dim()-1)) if dim is None else dim
-    log_p, floor = scores/temp, torch.as_tensor(floor, dtype=scores.dtype, device=scores.device).log()
+    log_p, floor = scores/temp, scores.new_full((), math.log(floor) if floor else -math.inf)
     if not rounds: return log_p.softmax(-1)
     for _ in range(rounds):
         log_p = log_p - torch.logaddexp(_logsumexp_over_ranks(log_p, dim), floor)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ground.core import InputError, fp32
+from ..ground.core import InputError, fp32, to_device
 from ..ground.ranks import mean_over_ranks, n_ranks
 
 # %% ../../nbs/29f_theory.variance.ipynb #ae63cd60
@@ -137,9 +137,9 @@ def vicregl_loss(
     return VICRegLTerms(loss, *(o.detach() for o in (*parts, local, local_lacking)))
 
 # %% ../../nbs/29f_theory.variance.ipynb #16f5babf
-def random_directions(dim:int, n:int)->Tensor:
+def random_directions(dim:int, n:int, device='cpu')->Tensor:
     "Unit columns (dim, n), drawn anew at each call and the same in all processes: a mean of Gaussians is one too"
-    return F.normalize(mean_over_ranks(torch.randn(dim, n)), dim=0)
+    return F.normalize(mean_over_ranks(to_device(torch.randn(dim, n), device)), dim=0)
 
 # %% ../../nbs/29f_theory.variance.ipynb #0e741706
 @fp32
@@ -154,12 +154,11 @@ def sigreg(
         raise InputError(f'directions must be ({z.shape[-1]}, M) for embeddings of {z.shape[-1]} coordinates, got '
                          f'{tuple(directions.shape)}')
     t = torch.linspace(0, limit, points, dtype=z.dtype, device=z.device)
-    step = torch.full_like(t, 2*limit/(points-1))
-    step[[0,-1]] /= 2
     gauss = (-t*t/2).exp()
     x = (z@directions.to(z))[...,None]*t                                      # (V, N, M, points)
     real, imaginary = (mean_over_ranks(f(x).mean(-3)) for f in (torch.cos, torch.sin))
-    tests = ((real-gauss).square() + imaginary.square()) @ (step*gauss)
+    distance = ((real-gauss).square() + imaginary.square())*gauss             # even in t: twice the right half
+    tests = torch.trapezoid(distance, dx=2*limit/(points-1))
     return tests.mean()*(z.shape[-2]*n_ranks())
 
 # %% ../../nbs/29f_theory.variance.ipynb #675c1bdd
