@@ -2,8 +2,8 @@
 
     python benchmarks/methods.py [--methods byol,mae] [--repeats 9] [--save FILE]
 
-Settings are those for drawn scenes, in batches of 32. Steps are interleaved with DINO's, medians and ratios printed; peak memory comes from a process
-of its own (`python benchmarks/methods.py peak byol` prints that of one).
+Settings are those for drawn scenes, in batches of 32. Steps are interleaved with DINO's, medians and ratios printed; memory is what three steps take
+beyond the model and the libraries, in a process of its own (`python benchmarks/methods.py peak byol byol` prints that of one).
 """
 import argparse, json
 
@@ -38,9 +38,9 @@ def the_step(name, network=None):
     return step
 
 def one_peak(name, network):
-    step = the_step(name, network)
+    step, before = the_step(name, network), rss()
     for _ in range(3): step()
-    print(rss())
+    print(rss()-before)
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

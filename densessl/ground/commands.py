@@ -162,7 +162,7 @@ def check_whole(name:str, value, least:int=0, most=math.inf):
 # %% ../../nbs/04_ground.commands.ipynb #42b19747
 # every method, as `densessl.training.learner.methods` has them
 METHODS = ('flsl, clove, dino, byol, scrl, pixpro, moco-v2, moco-v3, moby, densecl, setsim, swav, slotcon, ibot, mae, '
-           'capi, vicregl, lejepa, paka, gram, selfpatch, adclr, resim, crw, mast')
+           'capi, vicregl, lejepa, paka, gram, selfpatch, adclr, resim, detco, crw, mast')
 
 # %% ../../nbs/04_ground.commands.ipynb #034c7487
 @command('[FOLDER] [options]', 'photos/ --arch vit_small_patch16_224 --out runs/photos')

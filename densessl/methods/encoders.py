@@ -148,6 +148,20 @@ class DenseEncoder(nn.Module):
         "The same features as a map, (B, D, H, W)"
         return self.tokens(x).mT.unflatten(-1, self.grid(*x.shape[-2:]))
 
+    def level_dims(self, n:int=4)->list:
+        "Widths of the maps of `levels`; an error for a network without stages"
+        stages = getattr(self.net, 'feature_info', [])
+        staged = self.layout!='tokens' and hasattr(self.net, 'forward_intermediates')
+        if not staged or not 0<n<=len(stages):
+            raise InputError(f'{self.arch} does not give maps of {n} stages: choose a CNN, as resnet50')
+        return [stage['num_chs'] for stage in stages[-n:-1]] + [self.embed_dim]
+
+    def levels(self, x:Tensor, n:int=4)->list:
+        "Maps (B, D, H, W) of the last `n` stages of a CNN, the finest first; the last one is `feature_map`"
+        self.grid(*x.shape[-2:])    # or an error
+        last, maps = self.net.forward_intermediates(x, indices=n, output_fmt='NCHW')
+        return [*maps[:-1], last if self.layout=='maps' else last.movedim(-1, 1)]
+
     def forward(self, x): return self.tokens(x)
 
 # %% ../../nbs/40_methods.encoders.ipynb #3551e8ed

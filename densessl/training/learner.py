@@ -31,6 +31,7 @@ from ..methods.posttrain import gram_method, paka_method
 from ..methods.patches import adclr_method, selfpatch_method
 from ..methods.windows import resim_method
 from ..methods.video import crw_method, mast_method
+from ..methods.levels import detco_method
 from ..theory.schedules import cosine
 from .precision import AutocastBF16, compile_blocks, has_bf16
 from .optim import ClipGrad, FreezeLastLayer, LayerDecay, adamw, lars, sgd, split_decay
@@ -133,7 +134,7 @@ methods = {m.name: m for m in (   # Name -> record
     flsl_method, clove_method, dino_method, byol_method, scrl_method, pixpro_method,
     moco_method, mocov3_method, moby_method, densecl_method, setsim_method, swav_method, slotcon_method,
     ibot_method, mae_method, capi_method, vicregl_method, lejepa_method, paka_method, gram_method,
-    selfpatch_method, adclr_method, resim_method, crw_method, mast_method)}
+    selfpatch_method, adclr_method, resim_method, detco_method, crw_method, mast_method)}
 
 # %% ../../nbs/68_training.learner.ipynb #26659aa8
 def find_method(method)->Method:
