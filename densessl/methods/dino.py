@@ -179,4 +179,5 @@ dino_method = Method('dino', dino_presets, dino_recipe, DINO, DINOLoss, metrics=
     schedules=DINOConfig.schedules, measure=dino_state, diagnose=diagnose_dino,
     arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
     scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=32,
-    describe=lambda c: ['teacher temperature {:.2g} to {:.2g}'.format(*c.temp_t)])
+    describe=lambda c: ['teacher temperature {:.2g} to {:.2g}'.format(*c.temp_t)],
+    paper='Caron et al., Emerging properties in self-supervised vision transformers, ICCV 2021')

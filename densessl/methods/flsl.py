@@ -235,4 +235,5 @@ flsl_method = Method('flsl', flsl_presets, flsl_recipe, FLSL, FLSLLoss, metrics=
     arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
     scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=32,
     describe=lambda c: [f'inverse temperatures {c.beta_sa:g} and {c.beta_ca:g}, {c.n_prototypes:,} prototypes',
-                        'teacher temperature {:.2g} to {:.2g}'.format(*c.temp_t)])
+                        'teacher temperature {:.2g} to {:.2g}'.format(*c.temp_t)],
+    paper='Su et al., FLSL: Feature-level self-supervised learning, NeurIPS 2023', matches='similarity')
