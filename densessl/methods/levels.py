@@ -130,6 +130,6 @@ detco_method = Method('detco', detco_presets, detco_recipe, DetCo,
     lambda c: PartsLoss(detco_terms, temp=c.temp, weights=c.weights), metrics=('positive', 'negative'),
     schedules=DetCoConfig.schedules, complete=moco_complete, measure=embedding_state,
     diagnose=diagnose_contrast(old_keys=True), arch='resnet50', scene_arch='test_resnet',
-    scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]', scene_epochs=8, networks='CNN',
+    scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]', scene_epochs=16, networks='CNN',
     paper='Xie et al., DetCo: Unsupervised contrastive learning for object detection, ICCV 2021',
     null=dict(match='chance'), collapse=dict(temp=20., lr=64e-3))
