@@ -169,4 +169,5 @@ clove_method = Method('clove', clove_presets, clove_recipe, CLoVE, CLoVELoss, me
     schedules=CLoVEConfig.schedules,
     measure=match_state, diagnose=diagnose_matches, arch='resnet50',
     scene_arch='test_resnet', scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]', scene_epochs=16,
-    matches='place', paper='Silva et al., Self-supervised learning of contextualized local embeddings, ICCVW 2023')
+    matches='place',
+    paper='Silva et al., Self-supervised learning of contextualized local visual embeddings, ICCVW 2023')
