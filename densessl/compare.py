@@ -136,6 +136,7 @@ def compare_plot(scores):
     axes[0,0].set_yticks(range(len(models)), models)
     axes[0,0].invert_yaxis()
     fig.supxlabel('%', fontsize=8)
+    plt.close(fig)
     return fig
 
 # %% ../nbs/83a_compare.ipynb #b11b606f
