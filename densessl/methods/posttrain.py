@@ -91,7 +91,7 @@ class Posttrained(StudentTeacher):
 # %% ../../nbs/48h_methods.posttrain.ipynb #3a614376
 @dataclass(frozen=True)
 class PaKAConfig(PosttrainConfig):
-    "Settings of PaKA; rates, momentum and views are those of NeCo, as the paper's are not public (PaKA)"
+    "Settings of PaKA; learning rate, momentum and weight decay are those of NeCo's code (PaKA; NeCo)"
     n_views:int=2                    # Student views a photograph
     overlap:float=0.3                # Share of its area that a student's view has in common with the teacher's
     cells:int=7                      # Rows and columns into which the common part is cut
