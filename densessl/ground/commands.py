@@ -283,7 +283,7 @@ def densessl_transfer(
     import_module('densessl.transfer.run').transfer_command(**args)
 
 # %% ../../nbs/04_ground.commands.ipynb #9a20f1d9
-@command('[PHOTOS] [options]', 'photos/ --methods byol,clove --arch resnet50 --labelled labelled/ --minutes 30')
+@command('[PHOTOS] [options]', 'photos/ --methods byol,clove --minutes 30 --seeds 3')
 def densessl_compare(
     photos:option(str, 'Folder of photographs, searched recursively, or of shards; without it, drawn scenes',
                   opt=False, nargs='?')=None,
