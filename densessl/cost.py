@@ -166,7 +166,7 @@ def _built(method, arch, config, model_kwargs):
         encoder = dense_encoder(arch, img_size=c.img_size, **depth, **model_kwargs)
         encoder.check_size(c.img_size, c.img_size, 'img_size')
         if isinstance(config, int): c = fit_local_views(c, paper, encoder.stride)
-        c = m.complete(c, encoder, LARGE_BATCH)
+        c = m.complete(c, encoder, min(LARGE_BATCH, getattr(c, 'queue_size', LARGE_BATCH)))   # a queue holds a step
         return m.model(encoder, c).train(), m.loss(c), m.recipe(c)
 
 @lru_cache(256)
