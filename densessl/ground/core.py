@@ -58,6 +58,14 @@ def check_ranges(settings, **intervals):
             where = 'that is finite' if lo==-math.inf else f'in {interval}'
             raise InputError(f'{name} must be {kind} {where}, got {value}')
 
+# %% ../../nbs/01_ground.core.ipynb #c4ec7a3e
+def check_names(settings, **known):
+    "Check that fields of a dataclass have one of the values in a tuple"
+    for name,values in known.items():
+        value, (*most, last) = getattr(settings, name), map(repr, values)
+        if value not in values: raise InputError(f'{name} must be {", ".join(most)} or {last}, got {value!r}')
+
+
 # %% ../../nbs/01_ground.core.ipynb #23bf1237
 def fp32(f):
     "Run `f` outside autocast, its half-precision tensor arguments upcast to float32; float64 stays float64"

@@ -22,29 +22,24 @@ from ..theory.regression import matched_cosine, propagate, regression
 from .align import align
 from .encoders import DenseEncoder
 from .heads import MLP
-from .method import (Method, MultiCropConfig, PartsLoss, ProjectorConfig, diagnose_embeddings,
-                                     embedding_state, global_views, multicrop_recipe, scene_colors)
+from .method import (Method, PartsLoss, ProjectorConfig, diagnose_embeddings, embedding_state, global_views,
+                                     multicrop_recipe, scene_cnn, scene_settings)
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48a_methods.bootstrap.ipynb #f8f16aab
 @dataclass(frozen=True)
-class BYOLConfig(MultiCropConfig, ProjectorConfig):
+class BYOLConfig(ProjectorConfig):
     "Settings of BYOL; the defaults are those of the paper for 300 epochs (BYOL, ImageNet-1k recipe)"
     n_local:int=0                    # Local views a photograph: none
     global_scale:tuple=(0.08,1.)     # Area of a view, share of the photograph
     momentum:tuple=(0.99,1.)         # Weight kept from the teacher, first and last
     predictor:bool=True              # False: the student's projection is the prediction
 
-    def __post_init__(self):
-        MultiCropConfig.__post_init__(self)
-        ProjectorConfig.__post_init__(self)
-
 # %% ../../nbs/48a_methods.bootstrap.ipynb #b21bf239
 byol_presets = dict(
     paper = BYOLConfig(),
     paper_1000 = BYOLConfig(momentum=(0.996,1.), lr=0.2, wd=1.5e-6, warmup=10/1000),
-    scenes = BYOLConfig(img_size=64, global_scale=(0.3,1.), hidden_dim=256, out_dim=64, optimizer='adamw', lr=16e-3,
-                        warmup=.1, wd=1e-4, momentum=(0.98,1.), augment=scene_colors, solarize_p=(0.,0.,0.)))
+    scenes = BYOLConfig(**scene_settings, momentum=(0.98,1.)))
 
 # %% ../../nbs/48a_methods.bootstrap.ipynb #6536ab98
 @rebuilt_from_list
@@ -89,16 +84,9 @@ def byol_terms(out:Predictions)->PredictionTerms:
 
 # %% ../../nbs/48a_methods.bootstrap.ipynb #079afa6b
 byol_method = Method('byol', byol_presets, multicrop_recipe, BYOL, lambda c: PartsLoss(byol_terms), metrics=('cosine',),
-    schedules=BYOLConfig.schedules, measure=embedding_state,
-    diagnose=diagnose_embeddings('Use a predictor, or lower the learning rate.'),
-    arch='resnet50', scene_arch='test_resnet', scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]',
-    scene_epochs=16, paper='Grill et al., Bootstrap your own latent, NeurIPS 2020',
+    measure=embedding_state, diagnose=diagnose_embeddings('Use a predictor, or lower the learning rate.'),
+    arch='resnet50', **scene_cnn, scene_epochs=16, paper='Grill et al., Bootstrap your own latent, NeurIPS 2020',
     null=dict(predictor=False), collapse=dict(predictor=False))
-
-# %% ../../nbs/48a_methods.bootstrap.ipynb #9ae98e0c
-def _check_match(match):
-    "An error for a way to find partners that there is not"
-    if match not in ('place', 'chance'): raise InputError(f"match must be 'place' or 'chance', got {match!r}")
 
 # %% ../../nbs/48a_methods.bootstrap.ipynb #3917e40b
 @dataclass(frozen=True)
@@ -114,6 +102,7 @@ class SCRLConfig(BYOLConfig):
     max_overlap:float=0.5            # Largest intersection over union of two boxes of a photograph
     aligned:bool=False               # RoIAlign: whether the center of the first cell is at half a cell
     match:str='place'                # 'place': a box with itself; 'chance': with another box of the photograph
+    match_kinds = ('place', 'chance')
 
     def __post_init__(self):
         super().__post_init__()
@@ -121,7 +110,6 @@ class SCRLConfig(BYOLConfig):
         if self.min_side>=self.img_size:
             raise InputError(f'min_side must be smaller than the views, got {self.min_side} px '
                              f'with img_size={self.img_size}: no box would fit')
-        _check_match(self.match)
         if self.match=='chance' and self.n_boxes<2:
             raise InputError("match='chance' compares a box with another one: n_boxes must be at least 2, got 1")
 
@@ -129,9 +117,7 @@ class SCRLConfig(BYOLConfig):
 scrl_presets = dict(
     paper = SCRLConfig(),
     paper_1000 = SCRLConfig(momentum=(0.996,1.), lr=0.2, warmup=10/1000),
-    scenes = SCRLConfig(img_size=64, global_scale=(0.3,1.), hidden_dim=256, out_dim=64, min_side=16, aligned=True,
-                        optimizer='adamw', lr=16e-3, warmup=.1, wd=1e-4, momentum=(0.98,1.), augment=scene_colors,
-                        solarize_p=(0.,0.,0.)))
+    scenes = SCRLConfig(**scene_settings, momentum=(0.98,1.), min_side=16, aligned=True))
 
 # %% ../../nbs/48a_methods.bootstrap.ipynb #9523da42
 @rebuilt_from_list
@@ -195,14 +181,13 @@ def diagnose_boxes(m:dict)->list:
 
 # %% ../../nbs/48a_methods.bootstrap.ipynb #fa0ca538
 scrl_method = Method('scrl', scrl_presets, multicrop_recipe, SCRL, lambda c: PartsLoss(scrl_terms), metrics=('cosine',),
-    schedules=SCRLConfig.schedules, measure=embedding_state, diagnose=diagnose_boxes,
-    arch='resnet50', scene_arch='test_resnet', scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]',
-    scene_epochs=16, paper='Roh et al., Spatially consistent representation learning, CVPR 2021', matches='place',
+    measure=embedding_state, diagnose=diagnose_boxes, arch='resnet50', **scene_cnn, scene_epochs=16,
+    paper='Roh et al., Spatially consistent representation learning, CVPR 2021', matches='place',
     null=dict(match='chance'), collapse=dict(predictor=False))
 
 # %% ../../nbs/48a_methods.bootstrap.ipynb #b7992b39
 @dataclass(frozen=True)
-class PixProConfig(MultiCropConfig, ProjectorConfig):
+class PixProConfig(ProjectorConfig):
     "Settings of PixPro; the defaults are those of the public code for 400 epochs (PixPro, ImageNet-1k recipe)"
     n_local:int=0                    # Local views a photograph: none
     global_scale:tuple=(0.08,1.)     # Area of a view, share of the photograph
@@ -215,19 +200,16 @@ class PixProConfig(MultiCropConfig, ProjectorConfig):
     threshold:float=0.7              # Cells match when nearer than this, in diagonals of the larger cell
     match:str='place'                # 'place': cells that show the same place; 'chance': as many others
     last_norm:bool=False             # Batch norm without parameters behind the projector, as CLoVE's has
+    match_kinds = ('place', 'chance')
 
     def __post_init__(self):
-        MultiCropConfig.__post_init__(self)
-        ProjectorConfig.__post_init__(self)
+        super().__post_init__()
         check_ranges(self, power='(0, inf)', threshold='(0, inf)')
-        _check_match(self.match)
 
 # %% ../../nbs/48a_methods.bootstrap.ipynb #a6c1ba68
 pixpro_presets = dict(
     paper = PixProConfig(),
-    scenes = PixProConfig(img_size=64, global_scale=(0.3,1.), hidden_dim=256, out_dim=64, optimizer='adamw', lr=16e-3,
-                          warmup=.1, wd=1e-4, momentum=(0.98,1.), last_norm=True, augment=scene_colors,
-                          solarize_p=(0.,0.,0.)))
+    scenes = PixProConfig(**scene_settings, momentum=(0.98,1.), last_norm=True))
 
 # %% ../../nbs/48a_methods.bootstrap.ipynb #5438c76f
 @rebuilt_from_list
@@ -244,9 +226,7 @@ class PixPro(StudentTeacher):
     "Student with `encoder`, projector and value layer, teacher as a copy of the first two (PixPro, Fig. 2)"
     def __init__(self, encoder:DenseEncoder, config:PixProConfig=PixProConfig()):
         c = config
-        if encoder.grid(c.img_size, c.img_size)==(1, 1):
-            raise InputError(f'{encoder.arch} turns a view of {c.img_size} px into one cell, so no cell can '
-                             'ask another: raise img_size, or take a network of smaller stride (output_stride)')
+        encoder.check_cells(c.img_size)
         projector = MLP(encoder.embed_dim, c.hidden_dim, c.out_dim, last_norm=c.last_norm)
         value = nn.Linear(c.out_dim, c.out_dim) if c.value_layer else nn.Identity()
         super().__init__(dict(encoder=encoder, projector=projector, value=value),
@@ -306,8 +286,6 @@ def diagnose_cells(m:dict)->list:
 
 # %% ../../nbs/48a_methods.bootstrap.ipynb #973bc26c
 pixpro_method = Method('pixpro', pixpro_presets, multicrop_recipe, PixPro, lambda c: PartsLoss(pixpro_terms),
-    metrics=('cosine', 'gap'), schedules=PixProConfig.schedules, measure=embedding_state,
-    diagnose=diagnose_cells,
-    arch='resnet50', scene_arch='test_resnet', scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]',
+    metrics=('cosine', 'gap'), measure=embedding_state, diagnose=diagnose_cells, arch='resnet50', **scene_cnn,
     scene_epochs=16, paper='Xie et al., Propagate yourself, CVPR 2021', matches='place',
     null=dict(match='chance'), collapse=dict(last_norm=False))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ground.core import InputError, check_ranges, fp32, rebuilt_from_list
+from ..ground.core import InputError, check_names, check_ranges, fp32, rebuilt_from_list
 from ..theory.attention import unit_vectors
 from ..theory.context import NMHSA
 from ..theory.margin import clove_objective
@@ -22,12 +22,12 @@ from ..theory.statistics import effective_rank
 from ..data.views import Augment, Recipe, View
 from .encoders import DenseEncoder
 from .heads import ConvProjector
-from .method import Method, MultiCropConfig, ProjectorConfig, multicrop_recipe, scene_colors
+from .method import Method, ProjectorConfig, multicrop_recipe, scene_cnn, scene_settings
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/47_methods.clove.ipynb #2b68d693
 @dataclass(frozen=True)
-class CLoVEConfig(MultiCropConfig, ProjectorConfig):
+class CLoVEConfig(ProjectorConfig):
     "Settings of CLoVE; the defaults are those of the public code for 200 epochs (CLoVE, ImageNet-1k recipe)"
     local_scale:tuple=(0.08,0.3)     # Area of a local view, share of the photograph
     num_heads:int=8                  # Heads of the attention
@@ -45,21 +45,17 @@ class CLoVEConfig(MultiCropConfig, ProjectorConfig):
     wd:float=2e-5                    # Weight decay
 
     def __post_init__(self):
-        MultiCropConfig.__post_init__(self)
-        ProjectorConfig.__post_init__(self)
+        super().__post_init__()
         check_ranges(self, num_heads='[1, inf)', attn_temp='(0, inf)', threshold='(0, inf)', lam='[0, inf)',
                      margin='(-inf, inf)', k='[2, inf)')
-        if self.reduction not in ('pair', 'mean'):
-            raise InputError(f"reduction must be 'pair' or 'mean', got {self.reduction!r}")
+        check_names(self, reduction=('pair', 'mean'))
 
 # %% ../../nbs/47_methods.clove.ipynb #2c903453
 clove_presets = dict(
     paper = CLoVEConfig(),
     paper_400 = CLoVEConfig(warmup=5/400),
     official = CLoVEConfig(margin=100., reduction='mean', augment=Augment(solarize_p=0., blur_at=0)),
-    scenes = CLoVEConfig(img_size=64, local_size=32, n_local=4, global_scale=(0.3,1.), hidden_dim=256, out_dim=64,
-                         num_heads=4, optimizer='adamw', lr=16e-3, warmup=.1, wd=1e-4, momentum=(0.98,1.),
-                         augment=scene_colors, solarize_p=(0.,0.,0.)))
+    scenes = CLoVEConfig(**scene_settings, local_size=32, n_local=4, num_heads=4, momentum=(0.98,1.)))
 
 # %% ../../nbs/47_methods.clove.ipynb #03dd0577
 def clove_recipe(config:CLoVEConfig=CLoVEConfig())->Recipe:
@@ -166,8 +162,5 @@ def match_state(learn)->dict:
 
 # %% ../../nbs/47_methods.clove.ipynb #d49525be
 clove_method = Method('clove', clove_presets, clove_recipe, CLoVE, CLoVELoss, metrics=('positive', 'negative', 'gap'),
-    schedules=CLoVEConfig.schedules,
-    measure=match_state, diagnose=diagnose_matches, arch='resnet50',
-    scene_arch='test_resnet', scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]', scene_epochs=16,
-    matches='place',
+    measure=match_state, diagnose=diagnose_matches, arch='resnet50', **scene_cnn, scene_epochs=16, matches='place',
     paper='Silva et al., Self-supervised learning of contextualized local visual embeddings, ICCVW 2023')

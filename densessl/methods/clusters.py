@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ground.core import InputError, check_ranges, fp32, rebuilt_from_list, to_device
+from ..ground.core import check_ranges, fp32, rebuilt_from_list, to_device
 from ..ground.ranks import mean_over_ranks, n_ranks, this_rank
 from ..theory.attention import unit_vectors
 from ..theory.codes import (CodeTerms, center_update, centered_target, present_slots, slot_contrast,
@@ -28,13 +28,13 @@ from .align import align
 from .dino import view_information
 from .encoders import DenseEncoder
 from .heads import MLP, PrototypeHead, cosine_logits
-from .method import (Method, MultiCropConfig, PartsLoss, ProjectorConfig, diagnose_embeddings,
-                                     embedding_state, global_views, multicrop_recipe, scene_colors)
+from .method import (Method, PartsLoss, ProjectorConfig, diagnose_embeddings, embedding_state,
+                                     global_views, multicrop_recipe, scene_cnn, scene_settings)
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48d_methods.clusters.ipynb #a7904e6e
 @dataclass(frozen=True)
-class SwAVConfig(MultiCropConfig, ProjectorConfig):
+class SwAVConfig(ProjectorConfig):
     "Settings of SwAV; the defaults are those of the public recipe for 200 epochs in batches of 256 (SwAV, ImageNet-1k)"
     global_scale:tuple=(0.14,1.)     # Area of a global view, share of the photograph
     local_scale:tuple=(0.05,0.14)    # Area of a local view, share of the photograph
@@ -54,14 +54,12 @@ class SwAVConfig(MultiCropConfig, ProjectorConfig):
     queue_start:float=15/200         # Share of training after which they take part
     freeze_epochs:int=1              # Epochs in which the prototypes stay fixed
     match:str='photograph'           # Whose code is predicted: the 'photograph' itself, or another by 'chance'
+    match_kinds = ('photograph', 'chance')
 
     def __post_init__(self):
-        MultiCropConfig.__post_init__(self)
-        ProjectorConfig.__post_init__(self)
+        super().__post_init__()
         check_ranges(self, n_prototypes='[2, inf)', temp='(0, inf)', eps='(0, inf)', rounds='[0, inf)',
                      queue_size='[0, inf)', queue_start='[0, 1]', freeze_epochs='[0, inf)')
-        if self.match not in ('photograph', 'chance'):
-            raise InputError(f"match must be 'photograph' or 'chance', got {self.match!r}")
 
     def schedules(self):
         "Learning rate as a factor, weight decay, and whether the queue takes part, as functions of progress"
@@ -70,9 +68,8 @@ class SwAVConfig(MultiCropConfig, ProjectorConfig):
 # %% ../../nbs/48d_methods.clusters.ipynb #9f3c6c73
 swav_presets = dict(
     paper = SwAVConfig(),
-    scenes = SwAVConfig(img_size=64, local_size=32, n_local=2, global_scale=(0.3,1.), local_scale=(0.1,0.3),
-                        hidden_dim=256, out_dim=64, optimizer='adamw', lr=16e-3, lr_floor=0., warmup=.1, wd=1e-4,
-                        n_prototypes=64, eps=0.03, queue_size=0, freeze_epochs=0, augment=scene_colors))
+    scenes = SwAVConfig(**scene_settings, local_size=32, n_local=2, local_scale=(0.1,0.3), lr_floor=0., n_prototypes=64,
+                        eps=0.03, queue_size=0, freeze_epochs=0))
 
 # %% ../../nbs/48d_methods.clusters.ipynb #52930aa6
 class SwAVHead(PrototypeHead):
@@ -147,14 +144,13 @@ def diagnose_swav(m:dict)->list:
 # %% ../../nbs/48d_methods.clusters.ipynb #b660f8a2
 swav_method = Method('swav', swav_presets, multicrop_recipe, SwAV,
     lambda c: PartsLoss(swapped_terms, temp=c.temp, eps=c.eps, rounds=c.rounds, use_queue=float(c.queue_start==0)),
-    metrics=('entropy', 'kl', 'perplexity'), schedules=SwAVConfig.schedules, measure=swav_state, diagnose=diagnose_swav,
-    arch='resnet50', scene_arch='test_resnet', scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]',
-    scene_epochs=16, paper='Caron et al., Unsupervised learning of visual features by contrasting cluster '
-    'assignments, NeurIPS 2020', null=dict(match='chance'), collapse=dict(rounds=0))
+    metrics=('entropy', 'kl', 'perplexity'), measure=swav_state, diagnose=diagnose_swav,
+    arch='resnet50', **scene_cnn, scene_epochs=16, paper='Caron et al., Unsupervised learning of visual features by '
+    'contrasting cluster assignments, NeurIPS 2020', null=dict(match='chance'), collapse=dict(rounds=0))
 
 # %% ../../nbs/48d_methods.clusters.ipynb #05748b43
 @dataclass(frozen=True)
-class SlotConConfig(MultiCropConfig, ProjectorConfig):
+class SlotConConfig(ProjectorConfig):
     "Settings of SlotCon; the defaults are those of the public code for 800 epochs of COCO (SlotCon, Sec. 4.1)"
     n_local:int=0                    # Local views a photograph: none
     global_scale:tuple=(0.08,1.)     # Area of a view, share of the photograph
@@ -170,22 +166,18 @@ class SlotConConfig(MultiCropConfig, ProjectorConfig):
     group_weight:float=0.5           # Weight of the grouping; the rest is that of the contrast
     center_momentum:float=0.9        # Weight kept from the center
     match:str='place'                # Cells and slots are compared at the same 'place', or by 'chance'
+    match_kinds = ('place', 'chance')
 
     def __post_init__(self):
-        MultiCropConfig.__post_init__(self)
-        ProjectorConfig.__post_init__(self)
+        super().__post_init__()
         check_ranges(self, overlap='[0, 1]', n_prototypes='[2, inf)', student_temp='(0, inf)', teacher_temp='(0, inf)',
                      contrast_temp='(0, inf)', group_weight='[0, 1]', center_momentum='[0, 1]')
-        if self.match not in ('place', 'chance'):
-            raise InputError(f"match must be 'place' or 'chance', got {self.match!r}")
 
 # %% ../../nbs/48d_methods.clusters.ipynb #3ba921af
 slotcon_presets = dict(
     paper = SlotConConfig(),
     paper_imagenet = SlotConConfig(n_prototypes=2048, warmup=5/200),
-    scenes = SlotConConfig(img_size=64, global_scale=(0.3,1.), hidden_dim=256, out_dim=64, optimizer='adamw', lr=16e-3,
-                           warmup=.1, wd=1e-4, momentum=(0.98,1.), n_prototypes=32, augment=scene_colors,
-                           solarize_p=(0.,0.,0.)))
+    scenes = SlotConConfig(**scene_settings, momentum=(0.98,1.), n_prototypes=32))
 
 # %% ../../nbs/48d_methods.clusters.ipynb #b336e7ab
 def slotcon_recipe(config:SlotConConfig=SlotConConfig())->Recipe:
@@ -245,9 +237,7 @@ class SlotCon(StudentTeacher):
     "Student with `encoder`, projector, prototypes and predictor, teacher as a copy of the first three (SlotCon)"
     def __init__(self, encoder:DenseEncoder, config:SlotConConfig=SlotConConfig()):
         c = config
-        if encoder.grid(c.img_size, c.img_size)==(1, 1):
-            raise InputError(f'{encoder.arch} turns a view of {c.img_size} px into one cell, which forms no slots: '
-                             'raise img_size, or take a network of smaller stride (output_stride)')
+        encoder.check_cells(c.img_size)
         projector = MLP(encoder.embed_dim, c.hidden_dim, c.out_dim, layers=3, act=nn.GELU)
         predictor = SlotPredictor(c.out_dim, c.hidden_dim, c.out_dim, layers=3, act=nn.GELU)
         parts = dict(encoder=encoder, projector=projector, prototypes=nn.Embedding(c.n_prototypes, c.out_dim))
@@ -346,8 +336,7 @@ def diagnose_slotcon(m:dict)->list:
 slotcon_method = Method('slotcon', slotcon_presets, slotcon_recipe, SlotCon,
     lambda c: PartsLoss(slotcon_terms, student_temp=c.student_temp, teacher_temp=c.teacher_temp,
                         contrast_temp=c.contrast_temp, group_weight=c.group_weight),
-    metrics=('group', 'contrast', 'perplexity'), schedules=SlotConConfig.schedules, measure=slotcon_state,
-    diagnose=diagnose_slotcon, arch='resnet50', scene_arch='test_resnet',
-    scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]', scene_epochs=16,
+    metrics=('group', 'contrast', 'perplexity'), measure=slotcon_state, diagnose=diagnose_slotcon,
+    arch='resnet50', **scene_cnn, scene_epochs=16,
     paper='Wen et al., Self-supervised visual representation learning with semantic grouping, NeurIPS 2022',
     matches='place', null=dict(match='chance'), collapse=dict(center_momentum=1., group_weight=1.))

@@ -20,13 +20,13 @@ from ..theory.contrast import Queue, info_nce
 from ..data.views import Augment
 from .encoders import DenseEncoder
 from .heads import MLP
-from .method import (Method, MultiCropConfig, PartsLoss, ProjectorConfig, diagnose_embeddings,
-                                     embedding_state, global_views, multicrop_recipe, scene_colors)
+from .method import (Method, PartsLoss, ProjectorConfig, diagnose_embeddings, embedding_state,
+                                     global_views, multicrop_recipe, scene_cnn, scene_settings, scene_vit)
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48b_methods.contrast.ipynb #b4fd331c
 @dataclass(frozen=True)
-class MoCoConfig(MultiCropConfig, ProjectorConfig):
+class MoCoConfig(ProjectorConfig):
     "Settings of MoCo-v2; the defaults are those of the paper for 200 epochs (MoCo-v2, ImageNet-1k recipe)"
     n_local:int=0                    # Local views a photograph: none
     augment:Augment|None=Augment(saturation=0.4, solarize_p=0.)  # Colors, each view on its own
@@ -45,17 +45,13 @@ class MoCoConfig(MultiCropConfig, ProjectorConfig):
     match_kinds = ('photograph', 'chance')
 
     def __post_init__(self):
-        MultiCropConfig.__post_init__(self)
-        ProjectorConfig.__post_init__(self)
+        super().__post_init__()
         check_ranges(self, queue_size='[1, inf)', temp='(0, inf)')
-        if self.match not in self.match_kinds:
-            raise InputError(f'match must be one of {", ".join(self.match_kinds)}, got {self.match!r}')
 
 # %% ../../nbs/48b_methods.contrast.ipynb #a145d099
 moco_presets = dict(
     paper = MoCoConfig(),
-    scenes = MoCoConfig(img_size=64, global_scale=(0.3,1.), hidden_dim=256, out_dim=64, queue_size=256,
-                        optimizer='adamw', lr=16e-3, warmup=.1, momentum=(0.99,0.99), augment=scene_colors))
+    scenes = MoCoConfig(**scene_settings, queue_size=256, momentum=(0.99,0.99)))
 
 # %% ../../nbs/48b_methods.contrast.ipynb #82fd83bc
 @rebuilt_from_list
@@ -164,15 +160,14 @@ def diagnose_contrast(
 
 # %% ../../nbs/48b_methods.contrast.ipynb #2309915a
 moco_method = Method('moco-v2', moco_presets, multicrop_recipe, MoCo, lambda c: PartsLoss(contrast_terms, temp=c.temp),
-    metrics=('positive', 'negative'), schedules=MoCoConfig.schedules, complete=moco_complete,
-    measure=embedding_state, diagnose=diagnose_contrast(old_keys=True), arch='resnet50', scene_arch='test_resnet',
-    scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]', scene_epochs=16,
+    metrics=('positive', 'negative'), complete=moco_complete, measure=embedding_state,
+    diagnose=diagnose_contrast(old_keys=True), arch='resnet50', **scene_cnn, scene_epochs=16,
     paper='Chen et al., Improved baselines with momentum contrastive learning, 2020',
     null=dict(match='chance'), collapse=dict(temp=20., lr=64e-3))
 
 # %% ../../nbs/48b_methods.contrast.ipynb #17fabe0f
 @dataclass(frozen=True)
-class MoCoV3Config(MultiCropConfig, ProjectorConfig):
+class MoCoV3Config(ProjectorConfig):
     "Settings of MoCo-v3; the defaults are those of the paper for ViT-S, 300 epochs (MoCo-v3, ImageNet-1k recipe)"
     n_local:int=0                    # Local views a photograph: none
     global_scale:tuple=(0.08,1.)     # Area of a view, share of the photograph
@@ -184,19 +179,16 @@ class MoCoV3Config(MultiCropConfig, ProjectorConfig):
     lr:float=1.5e-4                  # Learning rate for a batch of 256; scales with the batch
     warmup:float=40/300              # Share of training over which the learning rate rises
     wd:float=0.1                     # Weight decay
+    match_kinds = ('photograph', 'chance')
 
     def __post_init__(self):
-        MultiCropConfig.__post_init__(self)
-        ProjectorConfig.__post_init__(self)
+        super().__post_init__()
         check_ranges(self, temp='(0, inf)')
-        if self.match not in ('photograph', 'chance'):
-            raise InputError(f"match must be 'photograph' or 'chance', got {self.match!r}")
 
 # %% ../../nbs/48b_methods.contrast.ipynb #5556b368
 mocov3_presets = dict(
     paper = MoCoV3Config(),
-    scenes = MoCoV3Config(img_size=64, global_scale=(0.3,1.), hidden_dim=256, out_dim=64, lr=24e-3, warmup=.1, wd=.04,
-                          momentum=(0.98,1.), augment=scene_colors, solarize_p=(0.,0.,0.), pos_scale=0.25))
+    scenes = MoCoV3Config(**scene_settings | dict(lr=24e-3, wd=.04), momentum=(0.98,1.), pos_scale=0.25))
 
 # %% ../../nbs/48b_methods.contrast.ipynb #1d23af80
 class MoCoV3(ContrastModel):
@@ -215,9 +207,7 @@ class MoCoV3(ContrastModel):
 # %% ../../nbs/48b_methods.contrast.ipynb #e0309235
 mocov3_method = Method('moco-v3', mocov3_presets, multicrop_recipe, MoCoV3,
     lambda c: PartsLoss(contrast_terms, temp=c.temp, scale=2*c.temp), metrics=('positive', 'negative'),
-    schedules=MoCoV3Config.schedules, measure=embedding_state, diagnose=diagnose_contrast(),
-    arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
-    scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=32,
+    measure=embedding_state, diagnose=diagnose_contrast(), arch='vit_small_patch16_224', **scene_vit, scene_epochs=32,
     paper='Chen, Xie and He, An empirical study of training self-supervised vision transformers, ICCV 2021',
     null=dict(match='chance'))
 
@@ -240,9 +230,8 @@ class MoBYConfig(MoCoV3Config):
 # %% ../../nbs/48b_methods.contrast.ipynb #3c69dc4e
 moby_presets = dict(
     paper = MoBYConfig(),
-    scenes = MoBYConfig(img_size=64, global_scale=(0.3,1.), hidden_dim=256, out_dim=64, queue_size=256, lr=24e-3,
-                        warmup=.1, wd=.04, momentum=(0.98,1.), augment=scene_colors, solarize_p=(0.,0.,0.),
-                        pos_scale=0.25, drop_path_rate=0.))
+    scenes = MoBYConfig(**scene_settings | dict(lr=24e-3, wd=.04), momentum=(0.98,1.), pos_scale=0.25, queue_size=256,
+                        drop_path_rate=0.))
 
 # %% ../../nbs/48b_methods.contrast.ipynb #63bccab9
 class MoBY(ContrastModel):
@@ -261,8 +250,7 @@ class MoBY(ContrastModel):
 
 # %% ../../nbs/48b_methods.contrast.ipynb #a796bb02
 moby_method = Method('moby', moby_presets, multicrop_recipe, MoBY, lambda c: PartsLoss(contrast_terms, temp=c.temp),
-    metrics=('positive', 'negative'), schedules=MoBYConfig.schedules, complete=moco_complete,
-    measure=embedding_state, diagnose=diagnose_contrast(), arch='vit_small_patch16_224',
-    scene_arch='vit_tiny_patch16_224', scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=32,
+    metrics=('positive', 'negative'), complete=moco_complete, measure=embedding_state, diagnose=diagnose_contrast(),
+    arch='vit_small_patch16_224', **scene_vit, scene_epochs=32,
     paper='Xie et al., Self-supervised learning with Swin transformers, 2021',
     null=dict(match='chance'), collapse=dict(temp=20., lr=1.))

@@ -7,20 +7,20 @@ __all__ = ['densecl_presets', 'densecl_method', 'setsim_presets', 'setsim_method
            'DenseContrastTerms', 'dense_contrast_terms', 'SetSimConfig', 'SetSim']
 
 # %% ../../nbs/48c_methods.dense_contrast.ipynb #da274360
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ground.core import InputError, check_ranges, rebuilt_from_list, to_device
+from ..ground.core import check_ranges, rebuilt_from_list, to_device
 from ..theory.attention import unit_vectors
 from ..theory.contrast import Queue, attended_pairs, info_nce, match_similar
 from ..theory.matching import match_cells
 from .encoders import DenseEncoder
 from .heads import MLP
-from .method import (Method, PartsLoss, embedding_state, global_views, multicrop_recipe,
-                                     scene_colors)
+from .method import (Method, PartsLoss, embedding_state, global_views, multicrop_recipe, scene_cnn,
+                                     scene_settings)
 from .contrast import MoCoConfig, diagnose_contrast, moco_complete
 from .student_teacher import StudentTeacher
 
@@ -44,8 +44,7 @@ class DenseCLConfig(MoCoConfig):
 # %% ../../nbs/48c_methods.dense_contrast.ipynb #cc5190d1
 densecl_presets = dict(
     paper = DenseCLConfig(),
-    scenes = DenseCLConfig(img_size=64, global_scale=(0.3,1.), hidden_dim=256, out_dim=64, queue_size=256, rest=0.05,
-                           optimizer='adamw', lr=16e-3, warmup=.1, momentum=(0.99,0.99), augment=scene_colors))
+    scenes = DenseCLConfig(**scene_settings, queue_size=256, rest=0.05, momentum=(0.99,0.99)))
 
 # %% ../../nbs/48c_methods.dense_contrast.ipynb #65f4efef
 @rebuilt_from_list
@@ -67,9 +66,7 @@ class DenseCL(StudentTeacher):
     "Student with `encoder`, a projector of whole views and one of cells, teacher as its copy, two queues (DenseCL)"
     def __init__(self, encoder:DenseEncoder, config:DenseCLConfig=DenseCLConfig()):
         c = config
-        if encoder.grid(c.img_size, c.img_size)==(1, 1):
-            raise InputError(f'{encoder.arch} turns a view of {c.img_size} px into one cell: raise img_size, '
-                             'or take a network of smaller stride (output_stride)')
+        encoder.check_cells(c.img_size)
         def head(): return MLP(encoder.embed_dim, c.hidden_dim, c.out_dim, norm=False)
         heads = dict(projector=head(), cell_projector=head())
         super().__init__(dict(encoder=encoder) | heads, teacher_mode='train', buffers=False, keep='student')
@@ -157,9 +154,8 @@ def diagnose_dense_contrast(m:dict)->list:
 # %% ../../nbs/48c_methods.dense_contrast.ipynb #cce7540e
 densecl_method = Method('densecl', densecl_presets, multicrop_recipe, DenseCL,
     lambda c: PartsLoss(dense_contrast_terms, temp=c.temp, lam=c.lam), metrics=('single', 'dense', 'placed'),
-    schedules=DenseCLConfig.schedules, complete=moco_complete, measure=embedding_state,
-    diagnose=diagnose_dense_contrast, arch='resnet50', scene_arch='test_resnet',
-    scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]', scene_epochs=16, matches='similarity',
+    complete=moco_complete, measure=embedding_state, diagnose=diagnose_dense_contrast,
+    arch='resnet50', **scene_cnn, scene_epochs=16, matches='similarity',
     paper='Wang et al., Dense contrastive learning for self-supervised visual pre-training, CVPR 2021',
     null=dict(match='chance'), collapse=dict(temp=20., lr=64e-3))
 
@@ -181,8 +177,7 @@ class SetSimConfig(DenseCLConfig):
 # %% ../../nbs/48c_methods.dense_contrast.ipynb #4e398e81
 setsim_presets = dict(
     paper = SetSimConfig(),
-    scenes = SetSimConfig(img_size=64, global_scale=(0.3,1.), hidden_dim=256, out_dim=64, queue_size=256,
-                          optimizer='adamw', lr=16e-3, warmup=.1, momentum=(0.99,0.99), augment=scene_colors))
+    scenes = SetSimConfig(**scene_settings, queue_size=256, momentum=(0.99,0.99)))
 
 # %% ../../nbs/48c_methods.dense_contrast.ipynb #35d15ee4
 class SetSim(DenseCL):
@@ -197,10 +192,5 @@ class SetSim(DenseCL):
         return pairs if c.match=='attention' else pairs | self.near(boxes, grid, c.threshold)
 
 # %% ../../nbs/48c_methods.dense_contrast.ipynb #e57e32e7
-setsim_method = Method('setsim', setsim_presets, multicrop_recipe, SetSim,
-    lambda c: PartsLoss(dense_contrast_terms, temp=c.temp, lam=c.lam), metrics=('single', 'dense', 'placed'),
-    schedules=SetSimConfig.schedules, complete=moco_complete, measure=embedding_state,
-    diagnose=diagnose_dense_contrast, arch='resnet50', scene_arch='test_resnet',
-    scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]', scene_epochs=16, matches='place',
-    paper='Wang et al., Exploring set similarity for dense self-supervised representation learning, CVPR 2022',
-    null=dict(match='chance'), collapse=dict(temp=20., lr=64e-3))
+setsim_method = replace(densecl_method, name='setsim', presets=setsim_presets, model=SetSim, matches='place',
+    paper='Wang et al., Exploring set similarity for dense self-supervised representation learning, CVPR 2022')

@@ -21,7 +21,8 @@ from ..theory.statistics import effective_rank
 from ..data.views import Recipe
 from .encoders import DenseEncoder
 from .heads import PrototypeHead
-from .method import Method, MultiCropConfig, PrototypeConfig, multicrop_recipe, scene_colors
+from .method import (Method, MultiCropConfig, PrototypeConfig, diagnose_tokens, multicrop_recipe, scene_colors,
+                                     scene_vit)
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48_methods.dino.ipynb #bd4e2d49
@@ -169,15 +170,10 @@ def diagnose_dino(m:dict)->list:
     if m['alike']>.95:
         said.append(f"Photographs look alike to the encoder (mean cosine {m['alike']:.2f} of their average tokens): "
                     'lower the learning rate or raise momentum.')
-    if m['spread']>.95:
-        said.append(f"The tokens of a view have a mean cosine of {m['spread']:.2f}: they hardly differ. "
-                    'Use smaller crops or a lower learning rate.')
-    return said
+    return said + diagnose_tokens(m)
 
 # %% ../../nbs/48_methods.dino.ipynb #e4882d1d
 dino_method = Method('dino', dino_presets, dino_recipe, DINO, DINOLoss, metrics=('entropy', 'kl', 'perplexity'),
-    schedules=DINOConfig.schedules, measure=dino_state, diagnose=diagnose_dino,
-    arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
-    scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=32,
+    measure=dino_state, diagnose=diagnose_dino, arch='vit_small_patch16_224', **scene_vit, scene_epochs=32,
     describe=lambda c: ['teacher temperature {:.2g} to {:.2g}'.format(*c.temp_t)],
     paper='Caron et al., Emerging properties in self-supervised vision transformers, ICCV 2021')

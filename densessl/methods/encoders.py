@@ -105,6 +105,12 @@ class DenseEncoder(nn.Module):
                          'give views of one size (local_size equal to img_size, or n_local=0), '
                          'or choose a network for any size, as vit_small_patch16_224, resnet50 or convnext_tiny')
 
+    def check_cells(self, img_size:int):
+        "Refuse a network that turns a view of `img_size` pixels into one cell, which can be compared with no other"
+        if self.grid(img_size, img_size)==(1, 1):
+            raise InputError(f'{self.arch} turns a view of {img_size} px into one cell: raise img_size, '
+                             'or take a network of smaller stride (output_stride)')
+
     def check_hiding(self):
         "Refuse a network other than a plain ViT: only there a patch is a token of its own from beginning to end"
         net = self.net

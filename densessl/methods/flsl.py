@@ -24,7 +24,7 @@ from ..theory.prototypes import prototype_objective
 from ..data.views import Augment, CropSpec, Recipe
 from .encoders import DenseEncoder
 from .heads import PrototypeHead
-from .method import Method, PrototypeConfig, scene_colors
+from .method import Method, PrototypeConfig, scene_colors, scene_vit
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/46_methods.flsl.ipynb #f69a7f95
@@ -231,9 +231,8 @@ def flsl_complete(config:FLSLConfig, encoder:DenseEncoder, photographs:int)->FLS
 
 # %% ../../nbs/46_methods.flsl.ipynb #b2fa29e1
 flsl_method = Method('flsl', flsl_presets, flsl_recipe, FLSL, FLSLLoss, metrics=('intra', 'inter', 'volume'),
-    schedules=FLSLConfig.schedules, measure=prototype_state, diagnose=diagnose_prototypes, complete=flsl_complete,
-    arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
-    scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=32,
+    measure=prototype_state, diagnose=diagnose_prototypes, complete=flsl_complete, arch='vit_small_patch16_224',
+    **scene_vit, scene_epochs=32,
     describe=lambda c: [f'inverse temperatures {c.beta_sa:g} and {c.beta_ca:g}, {c.n_prototypes:,} prototypes',
                         'teacher temperature {:.2g} to {:.2g}'.format(*c.temp_t)],
     paper='Su et al., FLSL: Feature-level self-supervised learning, NeurIPS 2023', matches='similarity')

@@ -71,7 +71,11 @@ class PrototypeHead(nn.Module):
         "The factor of the points of `embed` in the logits, (n_prototypes, bottleneck_dim)"
         return scaled_prototypes(self.prototypes, self.prototype_norm)
 
-    def forward(self, x): return cosine_logits(self.embed(x), self.prototypes, self.prototype_norm)
+    def score(self, points):
+        "Logits (..., n_prototypes) of the points of `embed`"
+        return cosine_logits(points, self.prototypes, self.prototype_norm)
+
+    def forward(self, x): return self.score(self.embed(x))
 
     def last_layer(self):
         "The parameters of the last layer, which FLSL freezes in the first epoch"

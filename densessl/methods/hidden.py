@@ -17,7 +17,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..data.views import CropSpec, Recipe
-from ..ground.core import InputError, check_ramp, check_ranges, rebuilt_from_list, to_device
+from ..ground.core import InputError, check_ranges, rebuilt_from_list, to_device
 from ..theory.attention import unit_vectors
 from ..theory.codes import sinkhorn, soft_cross_entropy
 from ..theory.hiding import (hidden_error, inverse_block_mask, kept_patches, patchify, random_mask,
@@ -26,12 +26,12 @@ from ..theory.positions import sincos_positions
 from ..theory.schedules import cosine, warmup_cosine
 from .encoders import DenseEncoder
 from .heads import cosine_logits
-from .method import Method, PartsLoss, diagnose_embeddings, embedding_state
+from .method import Method, PartsLoss, RateConfig, diagnose_embeddings, embedding_state, scene_vit
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48f_methods.hidden.ipynb #c3252b7f
 @dataclass(frozen=True, kw_only=True)
-class HiddenConfig:
+class HiddenConfig(RateConfig):
     "Settings of one view that is partly hidden, and of its training with AdamW"
     img_size:int=224                 # Side of the view, pixels
     scale:tuple=(0.2,1.)             # Area of the view, share of the photograph
@@ -39,17 +39,13 @@ class HiddenConfig:
     mask_share:float=0.75            # Share of the patches that is hidden
     match:str='place'                # Targets of the same photograph; 'chance': of another one, to measure what is left
     lr:float=1.5e-4                  # Learning rate for a batch of 256; scales with the batch
-    lr_floor:float=0.                # Learning rate at the end, share of the peak
     warmup:float=0.05                # Share of training over which the learning rate rises
     wd:float=0.05                    # Weight decay
-    drop_path_rate:float=0.          # Stochastic depth of the student
-    pos_scale:float=1.               # Amplitude of the fixed sine-cosine positions
+    match_kinds = ('place', 'chance')
 
     def __post_init__(self):
-        check_ranges(self, img_size='[1, inf)', flip='[0, 1]', mask_share='(0, 1)', lr='(0, inf)', lr_floor='[0, 1]',
-                     warmup='[0, 1)', wd='[0, inf)', drop_path_rate='[0, 1)', pos_scale='[0, inf)')
-        if self.match not in ('place', 'chance'):
-            raise InputError(f"match must be 'place' or 'chance', got {self.match!r}")
+        super().__post_init__()
+        check_ranges(self, img_size='[1, inf)', flip='[0, 1]', mask_share='(0, 1)')
 
     def schedules(self):
         "Learning rate as a factor and weight decay, as functions of progress"
@@ -192,7 +188,6 @@ class CAPIConfig(HiddenConfig):
         super().__post_init__()
         check_ranges(self, asked='(0, 1]', n_clusters='[2, inf)', predictor_depth='[1, inf)', rounds='[0, inf)',
                      predictor_heads='[1, inf)', temp_s='(0, inf)', temp_target='(0, inf)', temp_cluster='(0, inf)')
-        check_ramp('momentum', self.momentum, hi=1)
 
 # %% ../../nbs/48f_methods.hidden.ipynb #79dd7f35
 capi_presets = dict(
@@ -316,11 +311,9 @@ def diagnose_capi(m:dict)->list:
     return said
 
 # %% ../../nbs/48f_methods.hidden.ipynb #12b46cde
-_SCENE_VIT = dict(scene_arch='vit_tiny_patch16_224', scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4')
-
 mae_method = Method('mae', mae_presets, one_view_recipe, MAE, lambda c: PartsLoss(mae_terms), metrics=('explained',),
-    schedules=MAEConfig.schedules, measure=embedding_state, diagnose=diagnose_embeddings('Lower the learning rate.'),
-    arch='vit_base_patch16_224', **_SCENE_VIT, scene_epochs=24,
+    measure=embedding_state, diagnose=diagnose_embeddings('Lower the learning rate.'), arch='vit_base_patch16_224',
+    **scene_vit, scene_epochs=24,
     describe=lambda c: [f'{c.mask_share:.0%} of the patches hidden at random'],
     paper='He et al., Masked autoencoders are scalable vision learners, CVPR 2022', networks='ViT',
     null=dict(match='chance'))
@@ -329,8 +322,8 @@ mae_method = Method('mae', mae_presets, one_view_recipe, MAE, lambda c: PartsLos
 capi_method = Method('capi', capi_presets, one_view_recipe, CAPI,
     lambda c: PartsLoss(capi_terms, temp_s=c.temp_s, temp_target=c.temp_target, temp_cluster=c.temp_cluster,
                         rounds=c.rounds, positionwise=c.positionwise, match=c.match),
-    metrics=('student', 'cluster', 'perplexity'), schedules=CAPIConfig.schedules, measure=capi_state,
-    diagnose=diagnose_capi, arch='vit_small_patch16_224', **_SCENE_VIT, scene_epochs=24,
+    metrics=('student', 'cluster', 'perplexity'), measure=capi_state, diagnose=diagnose_capi,
+    arch='vit_small_patch16_224', **scene_vit, scene_epochs=24,
     describe=lambda c: [f'{c.mask_share:.0%} of the patches hidden, all but one block; {c.n_clusters} clusters'],
     paper='Darcet et al., Cluster and predict latent patches for improved masked image modeling, TMLR 2025',
     networks='ViT', null=dict(match='chance'), collapse=dict(rounds=0))

@@ -14,17 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ground.core import InputError, check_ranges, fp32, rebuilt_from_list, to_device
+from ..ground.core import check_names, check_ranges, fp32, rebuilt_from_list, to_device
 from ..ground.ranks import mean_over_ranks, n_ranks, this_rank
 from ..theory.attention import unit_vectors
 from ..theory.codes import center_update, centered_target, sinkhorn, soft_cross_entropy, view_cross_entropy
 from ..theory.hiding import block_mask, mask_counts
 from ..theory.softmask import mode_spread
-from .dino import diagnose_dino
+from .dino import DINOConfig, diagnose_dino, dino_presets
 from .encoders import DenseEncoder
-from .heads import PrototypeHead, cosine_logits
-from .method import (Method, MultiCropConfig, PartsLoss, PrototypeConfig, embedding_state,
-                                     global_views, multicrop_recipe, scene_colors)
+from .heads import PrototypeHead
+from .method import Method, PartsLoss, embedding_state, global_views, multicrop_recipe, scene_vit
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48e_methods.ibot.ipynb #f578c824
@@ -58,14 +57,12 @@ def koleo(x:Tensor)->Tensor:
 
 # %% ../../nbs/48e_methods.ibot.ipynb #9944f1d9
 @dataclass(frozen=True)
-class IBOTConfig(MultiCropConfig, PrototypeConfig):
+class IBOTConfig(DINOConfig):
     "Settings of iBOT; the defaults are those of the public code for ViT-S/16, 800 epochs (iBOT, ImageNet-1k recipe)"
     n_local:int=10                   # Local views a photograph
     global_scale:tuple=(0.25,1.)     # Area of a global view, share of the photograph
     local_scale:tuple=(0.05,0.25)    # Area of a local view, share of the photograph
     n_prototypes:int=8192            # K
-    norm_last_layer:bool=False       # Prototypes of length 1; False learns their lengths
-    center_momentum:float=0.9        # Weight kept from the centers; near 1 they do not prevent collapse
     warmup:float=10/800              # Share of training over which the learning rate rises
     temp_t_warmup:float=30/800       # Share of training over which the teacher temperature rises
     mask_p:float=0.5                 # Share of the global views that are masked; 0: no patch loss, which leaves DINO
@@ -76,15 +73,10 @@ class IBOTConfig(MultiCropConfig, PrototypeConfig):
     koleo:float=0.                   # Weight of the term that spreads the features of photographs; DINOv2: 0.1
 
     def __post_init__(self):
-        MultiCropConfig.__post_init__(self)
-        PrototypeConfig.__post_init__(self)
-        check_ranges(self, center_momentum='[0, 1)', n_prototypes='[2, inf)', patch_weight='[0, inf)', koleo='[0, inf)')
+        super().__post_init__()
+        check_ranges(self, patch_weight='[0, inf)', koleo='[0, inf)')
+        check_names(self, targets=('center', 'sinkhorn'))
         mask_counts(2, 2, self.mask_p, self.mask_share)     # or an error
-        if self.targets not in ('center', 'sinkhorn'):
-            raise InputError(f"targets must be 'center' or 'sinkhorn', got {self.targets!r}")
-        if not max(self.temp_t)<self.temp_s:
-            raise InputError(f'temp_t must lie below temp_s = {self.temp_s}, got {self.temp_t}: '
-                             'a teacher that is not sharper than the student collapses to the uniform distribution')
 
 # %% ../../nbs/48e_methods.ibot.ipynb #07340d1f
 ibot_presets = dict(
@@ -92,10 +84,7 @@ ibot_presets = dict(
     dinov2 = IBOTConfig(n_local=8, global_scale=(0.32,1.), local_scale=(0.05,0.32), n_prototypes=65536,
                         momentum=(0.992,1.), lr=2e-3, warmup=10/100, temp_t_warmup=30/100, drop_path_rate=0.3,
                         shared_head=False, targets='sinkhorn', koleo=0.1),
-    scenes = IBOTConfig(img_size=64, local_size=32, n_local=0, local_scale=(0.1,0.4), n_prototypes=256, hidden_dim=192,
-                        bottleneck_dim=64, norm_last_layer=True, momentum=(0.98,1.), lr=24e-3, warmup=.1,
-                        augment=scene_colors, solarize_p=(0.,0.,0.), drop_path_rate=0., pos_scale=0.25,
-                        freeze_epochs=0, temp_t=(0.04,0.04), wd=(0.04,0.04)))
+    scenes = IBOTConfig(**vars(dino_presets['scenes']) | dict(n_local=0, n_prototypes=256, global_scale=(0.25,1.))))
 
 # %% ../../nbs/48e_methods.ibot.ipynb #1d597e16
 @rebuilt_from_list
@@ -122,8 +111,6 @@ class MaskToken(nn.Module):
     def forward(self): return self.token
 
 # %% ../../nbs/48e_methods.ibot.ipynb #e115a3ea
-def _scores(head, points): return cosine_logits(points, head.prototypes, head.prototype_norm)
-
 class IBOT(StudentTeacher):
     "Student with `encoder`, heads and mask token, teacher as a copy without the last (iBOT, Fig. 3)"
     def __init__(self, encoder:DenseEncoder, config:IBOTConfig=IBOTConfig()):
@@ -147,7 +134,7 @@ class IBOT(StudentTeacher):
         tokens, head = self.teacher.encoder.tokens(images), self.teacher[self.patch_head]
         points = head.embed(tokens.flatten(0, 1))
         mean = points.mean(0, keepdim=True)
-        return self.teacher.head(tokens.mean(1)), _scores(head, points[rows]), _scores(head, mean)
+        return self.teacher.head(tokens.mean(1)), head.score(points[rows]), head.score(mean)
 
     def forward(self, views)->IBOTOutput:
         c, student, images = self.config, self.student, global_views(views).images.flatten(0, 1)
@@ -163,7 +150,7 @@ class IBOT(StudentTeacher):
         if self.training and c.targets=='center':
             for center,scores in ((self.center, seen), (self.patch_center, mean_patch)):
                 center.copy_(center_update(center, scores, c.center_momentum))
-        return IBOTOutput(_scores(student.head, points).unflatten(0, (-1, B)), seen.unflatten(0, (2, B)), centers[0],
+        return IBOTOutput(student.head.score(points).unflatten(0, (-1, B)), seen.unflatten(0, (2, B)), centers[0],
                           patches, seen_patches, centers[1], weight, pooled[0].unflatten(0, (2, B)),
                           points[:2*B].detach(), tokens[:B].detach())
 
@@ -224,9 +211,8 @@ def ibot_state(learn)->dict:
 ibot_method = Method('ibot', ibot_presets, multicrop_recipe, IBOT,
     lambda c: PartsLoss(ibot_terms, temp_s=c.temp_s, temp_t=c.temp_t[0], patch_weight=c.patch_weight,
                         koleo_weight=c.koleo, targets=c.targets),
-    metrics=('view', 'patch', 'perplexity'), schedules=IBOTConfig.schedules, measure=ibot_state, diagnose=diagnose_dino,
-    arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
-    scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=24,
+    metrics=('view', 'patch', 'perplexity'), measure=ibot_state, diagnose=diagnose_dino, arch='vit_small_patch16_224',
+    **scene_vit, scene_epochs=24,
     describe=lambda c: ['teacher temperature {:.2g} to {:.2g}, {:.0%} of the views masked'.format(*c.temp_t, c.mask_p)],
     paper='Zhou et al., iBOT: image BERT pre-training with online tokenizer, ICLR 2022', networks='ViT',
     null=dict(mask_p=0.), collapse=dict(center_momentum=.9999))

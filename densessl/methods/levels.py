@@ -19,7 +19,8 @@ from ..data.views import Recipe
 from .contrast import MoCoConfig, diagnose_contrast, moco_complete
 from .encoders import DenseEncoder
 from .heads import MLP
-from .method import Method, PartsLoss, embedding_state, global_views, multicrop_recipe, scene_colors
+from .method import (Method, PartsLoss, embedding_state, global_views, multicrop_recipe, scene_cnn,
+                                     scene_settings)
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48l_methods.levels.ipynb #4c7c4e29
@@ -39,8 +40,7 @@ class DetCoConfig(MoCoConfig):
 # %% ../../nbs/48l_methods.levels.ipynb #5bfea11b
 detco_presets = dict(
     paper = DetCoConfig(),
-    scenes = DetCoConfig(img_size=64, global_scale=(0.3,1.), patch_size=24, hidden_dim=256, out_dim=64, queue_size=256,
-                         optimizer='adamw', lr=16e-3, warmup=.1, momentum=(0.99,0.99), augment=scene_colors))
+    scenes = DetCoConfig(**scene_settings, queue_size=256, patch_size=24, momentum=(0.99,0.99)))
 
 # %% ../../nbs/48l_methods.levels.ipynb #aa14a58d
 def detco_recipe(config:DetCoConfig)->Recipe:
@@ -128,8 +128,7 @@ def detco_terms(
 # %% ../../nbs/48l_methods.levels.ipynb #5b2cfc3f
 detco_method = Method('detco', detco_presets, detco_recipe, DetCo,
     lambda c: PartsLoss(detco_terms, temp=c.temp, weights=c.weights), metrics=('positive', 'negative'),
-    schedules=DetCoConfig.schedules, complete=moco_complete, measure=embedding_state,
-    diagnose=diagnose_contrast(old_keys=True), arch='resnet50', scene_arch='test_resnet',
-    scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]', scene_epochs=16, networks='CNN',
+    complete=moco_complete, measure=embedding_state, diagnose=diagnose_contrast(old_keys=True),
+    arch='resnet50', **scene_cnn, scene_epochs=16, networks='CNN',
     paper='Xie et al., DetCo: Unsupervised contrastive learning for object detection, ICCV 2021',
     null=dict(match='chance'), collapse=dict(temp=20., lr=64e-3))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.views import Augment, CropSpec, Recipe, View
-from ..ground.core import InputError, check_ramp, check_ranges
+from ..ground.core import InputError, check_names, check_ramp, check_ranges
 from ..theory.schedules import cosine, linear_ramp, warmup_cosine
 from ..theory.softmask import mode_spread
 from ..theory.statistics import effective_rank
@@ -28,11 +28,11 @@ class Method:
     model:Callable                   # Encoder, settings -> `StudentTeacher` from views to outputs
     loss:Callable                    # Settings -> loss of the outputs; its `parts` are its last terms, a named tuple
     metrics:tuple                    # Terms in `parts` that have a column in the table of epochs
-    schedules:Callable               # Settings -> name -> function of progress
     arch:str                         # Network for photographs, a timm name
     scene_arch:str                   # Network for drawn scenes
     scene_kwargs:str                 # Its arguments for timm, as on the command line
     scene_epochs:int                 # Epochs of 1,024 scenes in about four minutes on two CPU cores
+    schedules:Callable=lambda config: config.schedules()           # Settings -> name -> function of progress
     measure:Callable=lambda learn: learn.loss_func.parts._asdict() # Learner in a batch -> numbers for the monitor
     diagnose:Callable=lambda means: []                             # Their means over an epoch -> sentences
     complete:Callable=lambda config, encoder, photographs: config  # Settings for this network and photographs a step
@@ -47,9 +47,7 @@ class Method:
     def __post_init__(self):
         for k in ('paper', 'scenes'):
             if k not in self.presets: raise InputError(f'the method {self.name!r} has no preset {k!r}')
-        for k,known in dict(networks=('any', 'ViT', 'CNN'), matches=('place', 'similarity', 'none')).items():
-            if getattr(self, k) not in known:
-                raise InputError(f'{k} of the method {self.name!r} must be one of {known}, got {getattr(self, k)!r}')
+        check_names(self, networks=('any', 'ViT', 'CNN'), matches=('place', 'similarity', 'none'))
 
     def __repr__(self): return f'Method({self.name!r})'
 
@@ -97,6 +95,12 @@ def multicrop_recipe(config:MultiCropConfig)->Recipe:
 
 scene_colors = Augment(brightness=0.5, contrast=0.4, saturation=0.4, hue=0.05, gray_p=0.1, solarize_p=0.)
 
+# %% ../../nbs/45_methods.method.ipynb #e1a7b3c9
+scene_cnn = dict(scene_arch='test_resnet', scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]')
+scene_vit = dict(scene_arch='vit_tiny_patch16_224', scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4')
+scene_settings = dict(img_size=64, global_scale=(0.3,1.), augment=scene_colors, solarize_p=(0.,0.,0.), hidden_dim=256,
+                      out_dim=64, optimizer='adamw', lr=16e-3, warmup=.1, wd=1e-4)
+
 # %% ../../nbs/45_methods.method.ipynb #676d042a
 def global_views(views:dict)->View:
     "Images (2, B, 3, s, s) and boxes (2, B, 4) of the crops 'global1' and 'global2'"
@@ -139,30 +143,43 @@ class PrototypeConfig:
 
 # %% ../../nbs/45_methods.method.ipynb #34cae4de
 @dataclass(frozen=True, kw_only=True)
-class ProjectorConfig:
-    "Settings of a projector and of its training (BYOL); a method with a teacher adds `momentum`"
-    hidden_dim:int=4096           # Width of projector and predictor
-    out_dim:int=256               # Features that are compared
+class RateConfig:
+    "Settings of a training without prototypes; a method adds `momentum` if it has a teacher, `match` if it has a null"
     lr:float=0.3                  # Learning rate for a batch of 256; scales with the batch
     lr_floor:float=0.             # Learning rate at the start and at the end, share of the peak
-    warmup:float=10/300           # Share of training over which the learning rate rises
-    wd:float=1e-6                 # Weight decay
-    optimizer:str='lars'          # 'lars', 'adamw' or 'sgd'
+    warmup:float=0.1              # Share of training over which the learning rate rises
+    wd:float=0.                   # Weight decay
+    optimizer:str='adamw'         # 'lars', 'adamw' or 'sgd'
     drop_path_rate:float=0.       # Stochastic depth of the student
     pos_scale:float=1.            # Amplitude of the fixed sine-cosine positions of a ViT
+    match_kinds = ()              # What `match` may be
 
     def __post_init__(self):
-        check_ranges(self, hidden_dim='[1, inf)', out_dim='[1, inf)', lr='(0, inf)', lr_floor='[0, 1]',
-                     warmup='[0, 1)', wd='[0, inf)', drop_path_rate='[0, 1)', pos_scale='[0, inf)')
+        check_ranges(self, lr='(0, inf)', lr_floor='[0, 1]', warmup='[0, 1)', wd='[0, inf)', drop_path_rate='[0, 1)',
+                     pos_scale='[0, inf)')
+        check_names(self, optimizer=('lars', 'adamw', 'sgd'))
+        if self.match_kinds: check_names(self, match=self.match_kinds)
         if hasattr(self, 'momentum'): check_ramp('momentum', self.momentum, hi=1)
-        known = ('lars', 'adamw', 'sgd')
-        if self.optimizer not in known:
-            raise InputError(f'optimizer must be one of {", ".join(known)}, got {self.optimizer!r}')
 
     def schedules(self):
         "Learning rate as a factor and weight decay, as functions of progress"
         lr = warmup_cosine(1., self.lr_floor, self.warmup, start=self.lr_floor)
         return dict(lr=lr, wd=cosine(self.wd, self.wd))
+
+# %% ../../nbs/45_methods.method.ipynb #b7d1c0a4
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig(MultiCropConfig, RateConfig):
+    "Settings of views, projector and training (BYOL)"
+    hidden_dim:int=4096           # Width of projector and predictor
+    out_dim:int=256               # Features that are compared
+    warmup:float=10/300           # Share of training over which the learning rate rises
+    wd:float=1e-6                 # Weight decay
+    optimizer:str='lars'          # 'lars', 'adamw' or 'sgd'
+
+    def __post_init__(self):
+        MultiCropConfig.__post_init__(self)
+        RateConfig.__post_init__(self)
+        check_ranges(self, hidden_dim='[1, inf)', out_dim='[1, inf)')
 
 # %% ../../nbs/45_methods.method.ipynb #10abd690
 class PartsLoss(nn.Module):
@@ -188,6 +205,12 @@ def embedding_state(learn)->dict:
     return learn.loss_func.parts._asdict() | state
 
 # %% ../../nbs/45_methods.method.ipynb #8725688e
+def diagnose_tokens(m:dict)->list:
+    "A sentence if the tokens of a view hardly differ"
+    if m['spread']<=.95: return []
+    return [f"The tokens of a view have a mean cosine of {m['spread']:.2f}: they hardly differ. "
+            'Use smaller crops or a lower learning rate.']
+
 def diagnose_embeddings(remedy:str='Lower the learning rate or raise momentum.')->Callable:
     "Function from a row of the monitor (`embedding_state`) to sentences; `remedy` says what to change in a collapse"
     def diagnose(m):
@@ -195,8 +218,5 @@ def diagnose_embeddings(remedy:str='Lower the learning rate or raise momentum.')
         if m['rank']<2 or m['alike']>.98:
             said.append(f"The embeddings vary along {m['rank']:.1f} directions, their mean cosine is {m['alike']:.2f}: "
                         f'they have collapsed. {remedy}')
-        if m['spread']>.95:
-            said.append(f"The tokens of a view have a mean cosine of {m['spread']:.2f}: they hardly differ. "
-                        'Use smaller crops or a lower learning rate.')
-        return said
+        return said + diagnose_tokens(m)
     return diagnose

@@ -19,14 +19,14 @@ from timm.models.cait import LayerScaleBlockClassAttn
 from torch import Tensor, nn
 
 from ..data.views import CropSpec, Recipe
-from ..ground.core import InputError, check_ranges, fp32, rebuilt_from_list, to_device
+from ..ground.core import InputError, check_names, check_ranges, fp32, rebuilt_from_list, to_device
 from ..theory.attention import unit_vectors
 from ..theory.codes import center_update, centered_target, view_cross_entropy
-from .dino import DINOConfig, diagnose_dino
+from .dino import DINOConfig, diagnose_dino, dino_presets
 from .encoders import DenseEncoder
-from .heads import PrototypeHead, cosine_logits
+from .heads import PrototypeHead
 from .ibot import ibot_state, patch_cross_entropy
-from .method import Method, PartsLoss, global_views, multicrop_recipe, scene_colors
+from .method import Method, PartsLoss, global_views, multicrop_recipe, scene_vit
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48i_methods.patches.ipynb #6e3acd9b
@@ -100,16 +100,13 @@ class SelfPatchConfig(DINOConfig):
     def __post_init__(self):
         super().__post_init__()
         check_ranges(self, patch_prototypes='[2, inf)', patch_weight='[0, inf)', k='[1, 8]', num_heads='[1, inf)')
-        if self.match not in ('similarity', 'chance'):
-            raise InputError(f"match must be 'similarity' or 'chance', got {self.match!r}")
+        check_names(self, match=('similarity', 'chance'))
 
 # %% ../../nbs/48i_methods.patches.ipynb #4d8d4327
 selfpatch_presets = dict(
     paper = SelfPatchConfig(),
-    scenes = SelfPatchConfig(img_size=64, local_size=32, n_local=2, local_scale=(0.1,0.4), n_prototypes=1024,
-                             patch_prototypes=1024, num_heads=4, hidden_dim=192, bottleneck_dim=64,
-                             norm_last_layer=True, momentum=(0.98,1.), lr=24e-3, warmup=.1, augment=scene_colors,
-                             solarize_p=(0.,0.,0.), drop_path_rate=0., pos_scale=0.25, freeze_epochs=0, wd=(0.04,0.04)))
+    scenes = SelfPatchConfig(**vars(dino_presets['scenes']) | dict(n_local=2, global_scale=(0.25,1.)), num_heads=4,
+                             patch_prototypes=1024))
 
 # %% ../../nbs/48i_methods.patches.ipynb #5afe79bc
 @rebuilt_from_list
@@ -128,8 +125,6 @@ class SelfPatchOutput(NamedTuple):
 # %% ../../nbs/48i_methods.patches.ipynb #cf3c8d56
 def _head(dim, K, c):
     return PrototypeHead(dim, K, c.hidden_dim, c.bottleneck_dim, norm_last_layer=c.norm_last_layer)
-
-def _scores(head, points): return cosine_logits(points, head.prototypes, head.prototype_norm)
 
 class SelfPatch(StudentTeacher):
     "Student with `encoder`, aggregation and two heads, teacher as its copy, and two centers (SelfPatch, Fig. 2)"
@@ -163,14 +158,14 @@ class SelfPatch(StudentTeacher):
         images = [x.flatten(0, 1) for x in kinds]
         with torch.no_grad():
             seen, seen_patches, _ = zip(*(self.score(self.teacher, x, targets=True) for x in images))
-            seen, seen_patches = _scores(self.teacher.head, torch.cat(seen)), torch.cat(seen_patches)
+            seen, seen_patches = self.teacher.head.score(torch.cat(seen)), torch.cat(seen_patches)
         points, patches, tokens = zip(*(self.score(self.student, x) for x in images))
         weight = torch.cat([o.new_full((len(o),), len(x)/(V*len(o))) for o,x in zip(patches, kinds)])
         centers = self.center.clone(), self.patch_center.clone()
         if self.training:
             for center,scores in ((self.center, seen), (self.patch_center, seen_patches)):
                 center.copy_(center_update(center, scores, self.config.center_momentum))
-        said = _scores(self.student.head, torch.cat(points)).unflatten(0, (V, B))
+        said = self.student.head.score(torch.cat(points)).unflatten(0, (V, B))
         return SelfPatchOutput(said, seen.unflatten(0, (V, B)), centers[0],
                                torch.cat(patches), seen_patches, centers[1], weight,
                                points[0].detach(), tokens[0][:B].detach())
@@ -209,9 +204,8 @@ def selfpatch_terms(
 # %% ../../nbs/48i_methods.patches.ipynb #366ac321
 selfpatch_method = Method('selfpatch', selfpatch_presets, multicrop_recipe, SelfPatch,
     lambda c: PartsLoss(selfpatch_terms, temp_s=c.temp_s, temp_t=c.temp_t[0], patch_weight=c.patch_weight),
-    metrics=('view', 'patch', 'perplexity'), schedules=SelfPatchConfig.schedules, measure=ibot_state,
-    diagnose=diagnose_dino, arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
-    scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=24,
+    metrics=('view', 'patch', 'perplexity'), measure=ibot_state, diagnose=diagnose_dino, arch='vit_small_patch16_224',
+    **scene_vit, scene_epochs=24,
     describe=lambda c: [f'{c.k} positives of a patch by {c.match}, weight of the patch loss {c.patch_weight:g}'],
     paper='Yun et al., Patch-level representation learning for self-supervised vision transformers, CVPR 2022',
     matches='similarity', null=dict(match='chance'), collapse=dict(center_momentum=.9999))
@@ -256,10 +250,7 @@ class ADCLRConfig(DINOConfig):
 # %% ../../nbs/48i_methods.patches.ipynb #bd825626
 adclr_presets = dict(
     paper = ADCLRConfig(),
-    scenes = ADCLRConfig(img_size=64, local_size=32, n_local=2, local_scale=(0.1,0.4), n_queries=4, query_size=8,
-                         n_prototypes=1024, hidden_dim=192, bottleneck_dim=64, norm_last_layer=True, momentum=(0.98,1.),
-                         lr=24e-3, warmup=.1, augment=scene_colors, solarize_p=(0.,0.,0.), drop_path_rate=0.,
-                         pos_scale=0.25, freeze_epochs=0, temp_t=(0.04,0.04), wd=(0.04,0.04)))
+    scenes = ADCLRConfig(**vars(dino_presets['scenes']) | dict(n_local=2), n_queries=4, query_size=8))
 
 # %% ../../nbs/48i_methods.patches.ipynb #457a3360
 def adclr_recipe(config:ADCLRConfig=ADCLRConfig())->Recipe:
@@ -309,7 +300,7 @@ class ADCLR(StudentTeacher):
         queries = torch.cat([views[k].images.transpose(0, 1) for k in ('query1', 'query2')])    # (2B, Q, 3, p, p)
         with torch.no_grad():
             seen, seen_queries, _ = self.ask(self.teacher, images, queries)
-            seen = _scores(self.teacher.head, seen)
+            seen = self.teacher.head.score(seen)
         points, said_queries, tokens = self.ask(student, images, queries)
         every = points
         if 'local' in views:
@@ -319,7 +310,7 @@ class ADCLR(StudentTeacher):
         if self.training:
             for center,scores in ((self.center, seen), (self.query_center, seen_queries)):
                 center.copy_(center_update(center, scores, self.config.center_momentum))
-        return ADCLROutput(_scores(student.head, every).unflatten(0, (-1, B)), seen.unflatten(0, (2, B)), centers[0],
+        return ADCLROutput(student.head.score(every).unflatten(0, (-1, B)), seen.unflatten(0, (2, B)), centers[0],
                            said_queries, seen_queries, centers[1], points.detach(), tokens[:B].detach())
 
     def prototype_head(self):
@@ -343,9 +334,8 @@ def adclr_terms(
 # %% ../../nbs/48i_methods.patches.ipynb #1134edd9
 adclr_method = Method('adclr', adclr_presets, adclr_recipe, ADCLR,
     lambda c: PartsLoss(adclr_terms, temp_s=c.temp_s, temp_t=c.temp_t[0], query_weight=c.query_weight),
-    metrics=('view', 'patch', 'perplexity'), schedules=ADCLRConfig.schedules, measure=ibot_state,
-    diagnose=diagnose_dino, arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
-    scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=24,
+    metrics=('view', 'patch', 'perplexity'), measure=ibot_state, diagnose=diagnose_dino, arch='vit_small_patch16_224',
+    **scene_vit, scene_epochs=24,
     describe=lambda c: [f'{c.n_queries} queries of {c.query_size} px, weight of their loss {c.query_weight:g}'],
     paper='Zhang et al., Patch-level contrasting without patch correspondence, ICLR 2023', networks='ViT',
     null=dict(query_weight=0.), collapse=dict(center_momentum=.9999))

@@ -13,19 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ground.core import InputError, check_ramp, check_ranges, rebuilt_from_list, to_device
+from ..ground.core import check_ranges, rebuilt_from_list, to_device
 from ..theory.common import common_boxes
 from ..theory.kernels import cka_loss, gram_loss
-from ..theory.schedules import cosine, warmup_cosine
 from ..data.views import Augment, CropSpec, Recipe
 from .align import align
 from .encoders import DenseEncoder
-from .method import Method, PartsLoss, diagnose_embeddings, embedding_state, scene_colors
+from .method import (Method, PartsLoss, RateConfig, diagnose_embeddings, embedding_state, scene_colors,
+                                     scene_vit)
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48h_methods.posttrain.ipynb #83d7b9b4
 @dataclass(frozen=True, kw_only=True)
-class PosttrainConfig:
+class PosttrainConfig(RateConfig):
     "Settings of a training that starts from good weights; the student's views have other colors, the teacher's not"
     img_size:int=224                 # Side of the student's views, pixels
     scale:tuple=(0.25,1.)            # Area of a view, share of the photograph
@@ -33,28 +33,16 @@ class PosttrainConfig:
     augment:Augment|None=Augment(solarize_p=(0.,0.2))  # Colors of the student's views; the teacher's are as they are
     momentum:tuple=(0.9995,1.)       # Weight kept from the teacher, first and last; (1, 1): a fixed teacher
     lr:float=4e-5                    # Learning rate of AdamW for a batch of 256; scales with the batch
-    lr_floor:float=0.                # Learning rate at the start and at the end, share of the peak
-    warmup:float=0.1                 # Share of training over which the learning rate rises
     wd:float=0.04                    # Weight decay
     clip:float=3.                    # Largest gradient norm of a single parameter
     layer_decay:float=0.9            # Factor of the rate from each layer of the encoder to the one before it
     freeze_norm:bool=True            # Batch norm keeps the statistics it came with
-    drop_path_rate:float=0.          # Stochastic depth of the student
-    pos_scale:float=1.               # Amplitude of the fixed sine-cosine positions, where a ViT has them
     match:str='place'                # Patches at the same place; 'chance': the teacher's in any order
+    match_kinds = ('place', 'chance')
 
     def __post_init__(self):
-        check_ranges(self, img_size='[1, inf)', flip='[0, 1]', lr='(0, inf)', lr_floor='[0, 1]', warmup='[0, 1)',
-                     wd='[0, inf)', clip='(0, inf]', layer_decay='(0, 1]', drop_path_rate='[0, 1)',
-                     pos_scale='[0, inf)')
-        check_ramp('momentum', self.momentum, hi=1)
-        if self.match not in ('place', 'chance'):
-            raise InputError(f"match must be 'place' or 'chance', got {self.match!r}")
-
-    def schedules(self):
-        "Learning rate as a factor and weight decay, as functions of progress"
-        lr = warmup_cosine(1., self.lr_floor, self.warmup, start=self.lr_floor)
-        return dict(lr=lr, wd=cosine(self.wd, self.wd))
+        super().__post_init__()
+        check_ranges(self, img_size='[1, inf)', flip='[0, 1]', clip='(0, inf]', layer_decay='(0, 1]')
 
 # %% ../../nbs/48h_methods.posttrain.ipynb #2826fadc
 @rebuilt_from_list
@@ -143,10 +131,9 @@ def paka_terms(out:AlignedTokens)->PaKATerms:
 
 # %% ../../nbs/48h_methods.posttrain.ipynb #6507a8b9
 paka_method = Method('paka', paka_presets, paka_recipe, PaKA, lambda c: PartsLoss(paka_terms),
-    metrics=('alignment', 'shared'), schedules=PosttrainConfig.schedules, measure=embedding_state,
+    metrics=('alignment', 'shared'), measure=embedding_state,
     diagnose=diagnose_embeddings('Lower the learning rate or raise momentum: the teacher holds what the network knew.'),
-    arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
-    scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=16,
+    arch='vit_small_patch16_224', **scene_vit, scene_epochs=16,
     paper='Yeo, Jang and Kim, Patch-level kernel alignment for dense self-supervised learning, 2025',
     matches='place', null=dict(match='chance'))
 
@@ -204,8 +191,6 @@ def gram_terms(out:AlignedTokens)->GramTerms:
 
 # %% ../../nbs/48h_methods.posttrain.ipynb #b1829658
 gram_method = Method('gram', gram_presets, gram_recipe, Gram, lambda c: PartsLoss(gram_terms), metrics=('typical',),
-    schedules=PosttrainConfig.schedules, measure=embedding_state,
-    diagnose=diagnose_embeddings('Keep the teacher where it began: momentum=(1, 1).'),
-    arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
-    scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=16,
+    measure=embedding_state, diagnose=diagnose_embeddings('Keep the teacher where it began: momentum=(1, 1).'),
+    arch='vit_small_patch16_224', **scene_vit, scene_epochs=16,
     paper='Siméoni et al., DINOv3, 2025', matches='place', null=dict(match='chance'))

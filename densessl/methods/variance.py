@@ -19,8 +19,8 @@ from ..theory.variance import lejepa_loss, random_directions, vicregl_loss
 from ..data.views import Augment
 from .encoders import DenseEncoder
 from .heads import MLP
-from .method import (Method, MultiCropConfig, PartsLoss, ProjectorConfig, embedding_state,
-                                     multicrop_recipe, scene_colors)
+from .method import (Method, PartsLoss, ProjectorConfig, diagnose_tokens, embedding_state, multicrop_recipe,
+                                     scene_cnn, scene_settings, scene_vit)
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48g_methods.variance.ipynb #ccc2acbb
@@ -30,7 +30,7 @@ def each_view(views:dict)->list:
 
 # %% ../../nbs/48g_methods.variance.ipynb #11d6a82f
 @dataclass(frozen=True)
-class VICRegLConfig(MultiCropConfig, ProjectorConfig):
+class VICRegLConfig(ProjectorConfig):
     "Settings of VICRegL for a ResNet-50; widths and weights are those of the paper (VICRegL, ImageNet-1k recipe)"
     n_local:int=0                    # Local views a photograph; 6 for a ConvNeXt
     local_scale:tuple=(0.05,0.2)     # Area of a local view, share of the photograph
@@ -44,25 +44,21 @@ class VICRegLConfig(MultiCropConfig, ProjectorConfig):
     n_pairs:tuple=(20,4)             # Pairs of cells kept, from the first view to the second and back
     weights:tuple=(25.,25.,1.)       # Of invariance, variance and covariance
     match:str='both'                 # Nearest cells by feature and by place; 'chance': any cells
+    match_kinds = ('both', 'chance')
 
     def __post_init__(self):
-        MultiCropConfig.__post_init__(self)
-        ProjectorConfig.__post_init__(self)
+        super().__post_init__()
         check_ranges(self, cell_dim='[1, inf)', alpha='[0, 1]')
         if len(self.n_pairs)!=2 or min(self.n_pairs)<1:
             raise InputError(f'n_pairs needs two whole numbers of 1 or more, got {self.n_pairs}')
         if len(self.weights)!=3 or min(self.weights)<0:
             raise InputError(f'weights needs three numbers of 0 or more (invariance, variance, covariance), '
                              f'got {self.weights}')
-        if self.match not in ('both', 'chance'):
-            raise InputError(f"match must be 'both' or 'chance', got {self.match!r}")
 
 # %% ../../nbs/48g_methods.variance.ipynb #e46dbbed
 vicregl_presets = dict(
     paper = VICRegLConfig(),
-    scenes = VICRegLConfig(img_size=64, global_scale=(0.3,1.), hidden_dim=256, out_dim=256, cell_dim=128,
-                           optimizer='adamw', lr=16e-3, warmup=.1, wd=1e-4, augment=scene_colors,
-                           solarize_p=(0.,0.,0.)))
+    scenes = VICRegLConfig(**scene_settings | dict(out_dim=256), cell_dim=128))
 
 # %% ../../nbs/48g_methods.variance.ipynb #eb8c75be
 @rebuilt_from_list
@@ -121,22 +117,18 @@ def diagnose_deviation(m:dict)->list:
     elif m['rank']<2:
         said.append(f"The embeddings vary along {m['rank']:.1f} directions: one number, copied. Raise the weight of "
                     'the covariance (of SIGReg, lam).')
-    if m['spread']>.95:
-        said.append(f"The tokens of a view have a mean cosine of {m['spread']:.2f}: they hardly differ. "
-                    'Use smaller crops, a lower learning rate, or more weight on cells.')
-    return said
+    return said + diagnose_tokens(m)
 
 # %% ../../nbs/48g_methods.variance.ipynb #df3f9ba9
 vicregl_method = Method('vicregl', vicregl_presets, multicrop_recipe, VICRegL, vicregl_parts,
-    metrics=('invariance', 'variance', 'local'), schedules=VICRegLConfig.schedules,
-    measure=deviation_state, diagnose=diagnose_deviation, arch='resnet50', scene_arch='test_resnet',
-    scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]', scene_epochs=16,
+    metrics=('invariance', 'variance', 'local'), measure=deviation_state, diagnose=diagnose_deviation,
+    arch='resnet50', **scene_cnn, scene_epochs=16,
     paper='Bardes et al., VICRegL: Self-supervised learning of local visual features, NeurIPS 2022',
     matches='similarity', null=dict(match='chance'), collapse=dict(weights=(25.,0.,0.)))
 
 # %% ../../nbs/48g_methods.variance.ipynb #a0ff93a3
 @dataclass(frozen=True)
-class LeJEPAConfig(MultiCropConfig, ProjectorConfig):
+class LeJEPAConfig(ProjectorConfig):
     "Settings of LeJEPA; `lam` is the paper's, the projector's width is ours (LeJEPA)"
     global_scale:tuple=(0.3,1.)      # Area of a global view, share of the photograph
     blur_p:tuple=(0.5,0.5,0.5)       # Chance of blur: first global view, second global view, local views
@@ -150,15 +142,14 @@ class LeJEPAConfig(MultiCropConfig, ProjectorConfig):
     optimizer:str='adamw'            # 'lars', 'adamw' or 'sgd'
 
     def __post_init__(self):
-        MultiCropConfig.__post_init__(self)
-        ProjectorConfig.__post_init__(self)
+        super().__post_init__()
         check_ranges(self, lam='[0, 1]', n_directions='[1, inf)')
 
 # %% ../../nbs/48g_methods.variance.ipynb #03b849fc
 lejepa_presets = dict(
     paper = LeJEPAConfig(),
-    scenes = LeJEPAConfig(img_size=64, local_size=32, n_local=4, local_scale=(0.1,0.4), hidden_dim=256, out_dim=32,
-                          n_directions=256, lr=24e-3, pos_scale=0.25, augment=scene_colors, solarize_p=(0.,0.,0.)))
+    scenes = LeJEPAConfig(**scene_settings | dict(out_dim=32, lr=24e-3, wd=.05), local_size=32, n_local=4,
+                          local_scale=(0.1,0.4), n_directions=256, pos_scale=0.25))
 
 # %% ../../nbs/48g_methods.variance.ipynb #8ace54b9
 @rebuilt_from_list
@@ -191,8 +182,7 @@ def lejepa_parts(config:LeJEPAConfig)->PartsLoss:
 
 # %% ../../nbs/48g_methods.variance.ipynb #d78fc74a
 lejepa_method = Method('lejepa', lejepa_presets, multicrop_recipe, LeJEPA, lejepa_parts,
-    metrics=('sigreg', 'invariance'), schedules=LeJEPAConfig.schedules, measure=deviation_state,
-    diagnose=diagnose_deviation, arch='vit_small_patch16_224', scene_arch='vit_tiny_patch16_224',
-    scene_kwargs='patch_size=8,embed_dim=64,depth=3,num_heads=4', scene_epochs=24,
+    metrics=('sigreg', 'invariance'), measure=deviation_state, diagnose=diagnose_deviation,
+    arch='vit_small_patch16_224', **scene_vit, scene_epochs=24,
     paper='Balestriero and LeCun, LeJEPA: Provable and scalable self-supervised learning without the heuristics, 2025',
     null=dict(lam=1.), collapse=dict(lam=0.))

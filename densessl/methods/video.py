@@ -15,18 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ground.core import InputError, check_ranges, rebuilt_from_list
+from ..ground.core import InputError, check_names, check_ranges, rebuilt_from_list
 from ..theory.attention import unit_vectors
-from ..theory.schedules import cosine, warmup_cosine
 from ..theory.walk import copy_colors, copy_loss, return_loss, walks
 from ..data.views import Augment, CropSpec, Recipe
 from .encoders import DenseEncoder
-from .method import Method, PartsLoss, diagnose_embeddings, embedding_state
+from .method import Method, PartsLoss, RateConfig, diagnose_embeddings, embedding_state, scene_cnn
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48k_methods.video.ipynb #0dea439a
 @dataclass(frozen=True, kw_only=True)
-class VideoConfig:
+class VideoConfig(RateConfig):
     "Settings of clips and of a training on them"
     img_size:int=256                 # Side of a frame's view, pixels
     frames:int=4                     # Consecutive frames of a clip, T
@@ -35,25 +34,13 @@ class VideoConfig:
     augment:Augment|None=None        # Colors, the same for all frames of a clip; None: as they are
     out_dim:int=128                  # Features that are compared
     lr:float=3.2e-4                  # Learning rate for a batch of 256 frames; scales with the batch
-    lr_floor:float=0.                # Learning rate at the start and at the end, share of the peak
     warmup:float=0.                  # Share of training over which the learning rate rises
-    wd:float=0.                      # Weight decay
-    optimizer:str='adamw'            # 'lars', 'adamw' or 'sgd'
-    drop_path_rate:float=0.          # Stochastic depth
-    pos_scale:float=1.               # Amplitude of the fixed sine-cosine positions of a ViT
     match:str='similarity'           # What is compared is in one video; 'chance': every frame is of another one
+    match_kinds = ('similarity', 'chance')
 
     def __post_init__(self):
-        check_ranges(self, img_size='[1, inf)', frames='[2, inf)', flip='[0, 1]', out_dim='[1, inf)', lr='(0, inf)',
-                     lr_floor='[0, 1]', warmup='[0, 1)', wd='[0, inf)', drop_path_rate='[0, 1)', pos_scale='[0, inf)')
-        for k,known in dict(optimizer=('lars', 'adamw', 'sgd'), match=('similarity', 'chance')).items():
-            if getattr(self, k) not in known:
-                raise InputError(f'{k} must be one of {", ".join(known)}, got {getattr(self, k)!r}')
-
-    def schedules(self):
-        "Learning rate as a factor and weight decay, as functions of progress"
-        lr = warmup_cosine(1., self.lr_floor, self.warmup, start=self.lr_floor)
-        return dict(lr=lr, wd=cosine(self.wd, self.wd))
+        super().__post_init__()
+        check_ranges(self, img_size='[1, inf)', frames='[2, inf)', flip='[0, 1]', out_dim='[1, inf)')
 
 # %% ../../nbs/48k_methods.video.ipynb #af37545d
 def clip_recipe(config:VideoConfig)->Recipe:
@@ -81,8 +68,7 @@ class CRWConfig(VideoConfig):
         super().__post_init__()
         check_ranges(self, node_size='[1, inf)', node_stride='[1, inf)', temp='(0, inf)', dropout='[0, 1)')
         if self.frames<3: raise InputError(f'frames must be 3 or more for a walk there and back, got {self.frames}')
-        if self.nodes not in ('patches', 'cells'):
-            raise InputError(f"nodes must be 'patches' or 'cells', got {self.nodes!r}")
+        check_names(self, nodes=('patches', 'cells'))
         if self.node_size+self.node_stride>self.img_size:
             raise InputError(f'patches of {self.node_size} px, {self.node_stride} px apart, are fewer than two in a '
                              f'row of {self.img_size} px: choose a smaller node_size, or a larger img_size')
@@ -168,11 +154,9 @@ def diagnose_walk(m:dict)->list:
     return said
 
 # %% ../../nbs/48k_methods.video.ipynb #1af04ea9
-_SCENE_CNN = dict(scene_arch='test_resnet', scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]')
-
 crw_method = Method('crw', crw_presets, clip_recipe, CRW,
     lambda c: PartsLoss(walk_terms, temp=c.temp, dropout=c.dropout), metrics=('returned', 'place'),
-    schedules=VideoConfig.schedules, measure=embedding_state, diagnose=diagnose_walk, arch='resnet18', **_SCENE_CNN,
+    measure=embedding_state, diagnose=diagnose_walk, arch='resnet18', **scene_cnn,
     scene_epochs=16, matches='similarity', null=dict(match='chance'), collapse=dict(nodes='cells'),
     describe=lambda c: [f'clips of {c.frames} consecutive frames, a folder of frames for each video'],
     paper='Jabri, Owens and Efros, Space-time correspondence as a contrastive random walk, NeurIPS 2020')
@@ -253,8 +237,8 @@ def paint_terms(out:Painted, radius:int)->PaintTerms:
 
 # %% ../../nbs/48k_methods.video.ipynb #b624605e
 mast_method = Method('mast', mast_presets, clip_recipe, MAST, lambda c: PartsLoss(paint_terms, radius=c.radius),
-    metrics=('error', 'still'), schedules=VideoConfig.schedules, measure=embedding_state,
-    diagnose=diagnose_embeddings('Lower the learning rate.'), arch='vit_small_patch8_224', **_SCENE_CNN,
+    metrics=('error', 'still'), measure=embedding_state,
+    diagnose=diagnose_embeddings('Lower the learning rate.'), arch='vit_small_patch8_224', **scene_cnn,
     scene_epochs=32, matches='similarity', null=dict(match='chance'),
     describe=lambda c: [f'clips of {c.frames} consecutive frames, a folder of frames for each video'],
     paper='Lai, Lu and Xie, MAST: a memory-augmented self-supervised tracker, CVPR 2020')

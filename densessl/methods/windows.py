@@ -22,7 +22,8 @@ from .align import align
 from .contrast import MoCoConfig, diagnose_contrast, moco_complete
 from .encoders import DenseEncoder
 from .heads import MLP
-from .method import Method, PartsLoss, embedding_state, global_views, multicrop_recipe, scene_colors
+from .method import (Method, PartsLoss, embedding_state, global_views, multicrop_recipe, scene_cnn,
+                                     scene_settings)
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48j_methods.windows.ipynb #19386dc0
@@ -45,8 +46,7 @@ class ReSimConfig(MoCoConfig):
 # %% ../../nbs/48j_methods.windows.ipynb #747ea044
 resim_presets = dict(
     paper = ReSimConfig(),
-    scenes = ReSimConfig(img_size=64, global_scale=(0.3,1.), hidden_dim=256, out_dim=64, queue_size=256, window=16,
-                         step=12, optimizer='adamw', lr=16e-3, warmup=.1, momentum=(0.99,0.99), augment=scene_colors))
+    scenes = ReSimConfig(**scene_settings, queue_size=256, window=16, step=12, momentum=(0.99,0.99)))
 
 # %% ../../nbs/48j_methods.windows.ipynb #ff65bab5
 def window_contrast(
@@ -138,7 +138,7 @@ def diagnose_windows(m:dict)->list:
 # %% ../../nbs/48j_methods.windows.ipynb #f7472f9d
 resim_method = Method('resim', resim_presets, multicrop_recipe, ReSim,
     lambda c: PartsLoss(resim_terms, temp=c.temp, lam=c.lam), metrics=('positive', 'negative'),
-    schedules=ReSimConfig.schedules, complete=moco_complete, measure=embedding_state, diagnose=diagnose_windows,
-    arch='resnet50', scene_arch='test_resnet', scene_kwargs='output_stride=8,stem_width=8,channels=[16,32,32,96]',
-    scene_epochs=16, paper='Xiao et al., Region similarity representation learning, ICCV 2021', matches='place',
+    complete=moco_complete, measure=embedding_state, diagnose=diagnose_windows,
+    arch='resnet50', **scene_cnn, scene_epochs=16, matches='place',
+    paper='Xiao et al., Region similarity representation learning, ICCV 2021',
     null=dict(match='chance'), collapse=dict(temp=20.))
