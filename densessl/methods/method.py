@@ -204,13 +204,14 @@ def embedding_state(learn)->dict:
     state = dict(rank=effective_rank(z), alike=mode_spread(z), spread=mode_spread(learn.pred.tokens))
     return learn.loss_func.parts._asdict() | state
 
-# %% ../../nbs/45_methods.method.ipynb #8725688e
+# %% ../../nbs/45_methods.method.ipynb #d3f0c2a7
 def diagnose_tokens(m:dict)->list:
     "A sentence if the tokens of a view hardly differ"
     if m['spread']<=.95: return []
     return [f"The tokens of a view have a mean cosine of {m['spread']:.2f}: they hardly differ. "
             'Use smaller crops or a lower learning rate.']
 
+# %% ../../nbs/45_methods.method.ipynb #8725688e
 def diagnose_embeddings(remedy:str='Lower the learning rate or raise momentum.')->Callable:
     "Function from a row of the monitor (`embedding_state`) to sentences; `remedy` says what to change in a collapse"
     def diagnose(m):
