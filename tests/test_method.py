@@ -1,5 +1,5 @@
 "A method is one record: two that the library does not know are trained, resumed, exported, counted and run from the command line"
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pytest
@@ -18,6 +18,7 @@ from densessl.methods.method import Method
 from densessl.methods.student_teacher import StudentTeacher
 from densessl.theory.schedules import cosine, warmup_cosine
 from densessl.training import pictures   # `learn.show_modes`
+from densessl.training.choices import parse_kwargs
 from densessl.training.learner import learner, methods
 from densessl.training.resume import SaveRun
 
@@ -146,3 +147,14 @@ def test_names_of_methods():
 def test_the_commands_name_every_method():
     from densessl.ground.commands import METHODS
     assert METHODS.split(', ')==list(methods)
+
+@pytest.mark.parametrize('name', methods)
+def test_every_method_takes_small_rates_in_early_layers(name):
+    m = methods[name]
+    config = replace(m.presets['scenes'], layer_decay=.5, img_size=64)
+    learn = learner(scene_dls(8, m.recipe(config), bs=8, canvas=80, seed=0), m.scene_arch, m, config, model_kwargs=parse_kwargs(m.scene_kwargs))
+    learn.layer_decay.before_fit()
+    factor = {id(p): f for f,ps in learn.layer_decay.groups.items() for p in ps}
+    early, late = [[factor.get(id(p), 1.) for k,p in learn.model.student.encoder.net.named_parameters() if p.requires_grad and k.startswith(start)]
+                   for start in (('layer1', 'blocks.0'), ('layer4', 'blocks.2'))]
+    assert max(early)<min(late)<=1

@@ -124,13 +124,14 @@ class PrototypeConfig:
     wd:tuple=(0.04,0.4)           # Weight decay, first and last
     clip:float=3.                 # Largest gradient norm of a single parameter
     freeze_epochs:int=1           # Epochs in which the prototypes stay fixed
+    layer_decay:float=1.          # Factor of the rate from each layer of the encoder to the one before it
     drop_path_rate:float=0.1      # Stochastic depth of the student
     pos_scale:float=1.            # Amplitude of the fixed sine-cosine positions
 
     def __post_init__(self):
         check_ranges(self, hidden_dim='[1, inf)', bottleneck_dim='[1, inf)', temp_s='(0, inf)', temp_t_warmup='[0, 1]',
                      lr='(0, inf)', final_lr='[0, inf)', warmup='[0, 1]', clip='(0, inf]', freeze_epochs='[0, inf)',
-                     drop_path_rate='[0, 1)', pos_scale='[0, inf)')
+                     layer_decay='(0, 1]', drop_path_rate='[0, 1)', pos_scale='[0, inf)')
         check_ramp('momentum', self.momentum, hi=1)
         check_ramp('wd', self.wd)
         check_ramp('temp_t', self.temp_t, lo=1e-4)
@@ -150,13 +151,14 @@ class RateConfig:
     warmup:float=0.1              # Share of training over which the learning rate rises
     wd:float=0.                   # Weight decay
     optimizer:str='adamw'         # 'lars', 'adamw' or 'sgd'
+    layer_decay:float=1.          # Factor of the rate from each layer of the encoder to the one before it
     drop_path_rate:float=0.       # Stochastic depth of the student
     pos_scale:float=1.            # Amplitude of the fixed sine-cosine positions of a ViT
     match_kinds = ()              # What `match` may be
 
     def __post_init__(self):
-        check_ranges(self, lr='(0, inf)', lr_floor='[0, 1]', warmup='[0, 1)', wd='[0, inf)', drop_path_rate='[0, 1)',
-                     pos_scale='[0, inf)')
+        check_ranges(self, lr='(0, inf)', lr_floor='[0, 1]', warmup='[0, 1)', wd='[0, inf)', layer_decay='(0, 1]',
+                     drop_path_rate='[0, 1)', pos_scale='[0, inf)')
         check_names(self, optimizer=('lars', 'adamw', 'sgd'))
         if self.match_kinds: check_names(self, match=self.match_kinds)
         if hasattr(self, 'momentum'): check_ramp('momentum', self.momentum, hi=1)

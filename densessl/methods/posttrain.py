@@ -42,7 +42,7 @@ class PosttrainConfig(RateConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(self, img_size='[1, inf)', flip='[0, 1]', clip='(0, inf]', layer_decay='(0, 1]')
+        check_ranges(self, img_size='[1, inf)', flip='[0, 1]', clip='(0, inf]')
 
 # %% ../../nbs/48h_methods.posttrain.ipynb #2826fadc
 @rebuilt_from_list
