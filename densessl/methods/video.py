@@ -76,7 +76,7 @@ class CRWConfig(VideoConfig):
 # %% ../../nbs/48k_methods.video.ipynb #bc99cd37
 crw_presets = dict(
     paper = CRWConfig(),
-    scenes = CRWConfig(img_size=64, scale=(0.3,1.), node_size=16, node_stride=8, out_dim=64, lr=1.6e-2, lr_floor=0.01,
+    scenes = CRWConfig(img_size=64, scale=(0.3,1.), node_size=32, node_stride=16, out_dim=64, lr=1.6e-2, lr_floor=0.01,
                        warmup=0.1, dropout=0., pos_scale=0.25))
 
 # %% ../../nbs/48k_methods.video.ipynb #6030924a
