@@ -15,7 +15,6 @@ from densessl import __version__
 from densessl.evaluation.network import training_views
 from densessl.job import scene_data
 from densessl.training.choices import change_settings, parse_kwargs
-from densessl.methods.clove import CLoVELoss
 from densessl.methods.encoders import dense_encoder
 from densessl.evaluation.features import patch_labels
 from densessl.evaluation.probes import dense_scores
@@ -33,20 +32,14 @@ a.epochs = a.epochs or method.scene_epochs
 base = change_settings(method.presets['scenes'], parse_kwargs(a.settings, 'settings'))
 cnn, vit = methods['clove'], methods['flsl']
 
-class ByChance(CLoVELoss):
-    "The null of CLoVE: every cell of the other view trades its matches for those of a random cell of that view"
-    def forward(self, pairs, *targets):
-        def shuffled(m): return m.gather(-1, torch.rand(*m.shape[:-2], 1, m.shape[-1]).argsort(-1).expand_as(m))
-        return super().forward([p._replace(match=shuffled(p.match)) for p in pairs])
-
-def run(config=base, seed=0, loss=None, net=method): return config, seed, loss, net
+def run(config=base, seed=0, net=method): return config, seed, net
 RUNS = {f'preset, seed {s}': run(seed=s) for s in (0, 1, 2)} | dict(
     flsl=lambda: {'beta 2 and 4, seed 0': run(replace(base, beta_sa=2., beta_ca=4.)),
           'pos_scale 1, seed 0': run(replace(base, pos_scale=1.)),
           'gamma 1, seed 0': run(replace(base, gamma=1.)),
           'on a CNN, seed 0': run(net=cnn)},
-    clove=lambda: {f'{name}, seed {s}': run(replace(base, **changes), s, loss) for s in (0, 1, 2) for name,changes,loss in (
-               ('matches by chance', {}, ByChance), ('cosine attention', dict(cosine=True), None), ("public code's loss", dict(reduction='mean', margin=100.), None))} | {
+    clove=lambda: {f'{name}, seed {s}': run(replace(base, **changes), s) for s in (0, 1, 2) for name,changes in (
+               ('matches by chance', dict(match='chance')), ('cosine attention', dict(cosine=True)), ("public code's loss", dict(reduction='mean', margin=100.)))} | {
            'margin 0.5, seed 0': run(replace(base, margin=.5)),
            'on a ViT, seed 0': run(net=vit)})[a.method]()
 
@@ -92,13 +85,13 @@ def start_of(learn):
 def score_starts(n):
     "The random starts of each network over seeds; runs that began with one of them take over its scores"
     for network,net in dict(CNN=cnn, ViT=vit).items():
-        if not any(r[3].scene_arch==net.scene_arch for r in RUNS.values()): continue
+        if not any(r[2].scene_arch==net.scene_arch for r in RUNS.values()): continue
         found = res.setdefault('starts', {}).setdefault(network, {})
         for seed in range(n):
             if str(seed) in found: continue
             learn, judge = learner(base, seed, net)
             found[str(seed)] = small(judge(start_of(learn), 'before'))
-            for name,(config, s, loss, other) in RUNS.items():
+            for name,(config, s, other) in RUNS.items():
                 if network=='CNN' and s==seed and other.scene_arch==net.scene_arch and name in res['runs']: res['runs'][name]['before'] = found[str(seed)]
             out.write_text(json.dumps(res, indent=1))
             print(network, seed, [round(100*o['value'], 1) for o in found[str(seed)]], flush=True)
@@ -107,10 +100,9 @@ if a.starts:
     score_starts(a.starts)
     raise SystemExit
 
-for name,(config, seed, loss, net) in RUNS.items():
+for name,(config, seed, net) in RUNS.items():
     if name in res['runs'] or (a.only and name not in a.only): continue
     learn, judge = learner(config, seed, net)
-    if loss: learn.loss_func = loss(config)
     start = start_of(learn)
     began = time.time()
     with learn.no_bar(), learn.no_logging(): learn.fit(a.epochs)

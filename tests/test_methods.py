@@ -100,7 +100,6 @@ def test_a_step_stays_on_the_device(m):
 @every
 def test_the_null_is_another_training(m):
     "Same start and views: settings that take away what the method learns from change the loss or its gradient"
-    if m.name in ('flsl', 'clove', 'dino'): pytest.skip('the pages of experiments hold their nulls')
     assert m.null, 'a gain is held against a null'
     found = []
     for config in (tiny(m), tiny(m, **m.null)):

@@ -291,6 +291,7 @@ def densessl_compare(
     minutes:float=3.,       # Of training for each method and seed
     seeds:int=1,            # Trainings of each method
     nulls:bool=False,       # Train each method with nothing to learn from, too
+    preset:str=None,        # Settings of all: paper, or scenes, for small networks and minutes; by default paper
     arch:str=None,          # timm name of the network of all; by default that of the first method
     model_kwargs:str=None,  # Arguments for timm, as patch_size=8,depth=3
     init:str=None,          # Weights to start from: a file, a timm name or hf-hub:owner/name; by default random

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ground.core import InputError, check_names, check_ranges, fp32, rebuilt_from_list
+from ..ground.core import InputError, check_names, check_ranges, fp32, rebuilt_from_list, to_device
 from ..theory.attention import unit_vectors
 from ..theory.context import NMHSA
 from ..theory.margin import clove_objective
@@ -43,6 +43,8 @@ class CLoVEConfig(ProjectorConfig):
     warmup:float=5/200               # Share of training over which the learning rate rises
     lr_floor:float=0.01              # Learning rate at the start and at the end, share of the peak
     wd:float=2e-5                    # Weight decay
+    match:str='place'                # 'place': cells that show the same place; 'chance': as many others
+    match_kinds = ('place', 'chance')
 
     def __post_init__(self):
         super().__post_init__()
@@ -99,10 +101,13 @@ class CLoVE(StudentTeacher):
         return self.student.context(self.embed(self.student, images))
 
     def match(self, v1, v2):
-        "Which cells of two sets of views show the same place, (..., B, N, M) bool"
+        "Which cells of two sets of views show the same place, (..., B, N, M) bool; or, by chance, as many others"
         grids = [self.student.encoder.grid(*v.images.shape[-2:]) for v in (v1, v2)]
         check = not (v1.boxes.is_cuda or torch.compiler.is_compiling())   # it waits for a device, it breaks a graph
-        return match_cells(v1.boxes, grids[0], v2.boxes, grids[1], self.config.threshold, check=check)
+        match = match_cells(v1.boxes, grids[0], v2.boxes, grids[1], self.config.threshold, check=check)
+        if self.config.match=='place': return match
+        order = to_device(torch.rand(*match.shape[:-2], 1, match.shape[-1]).argsort(-1), match.device)
+        return match.gather(-1, order.expand_as(match))
 
     def forward(self, views)->list:
         both, local = (views['global1'], views['global2']), views.get('local')
@@ -163,4 +168,5 @@ def match_state(learn)->dict:
 # %% ../../nbs/47_methods.clove.ipynb #d49525be
 clove_method = Method('clove', clove_presets, clove_recipe, CLoVE, CLoVELoss, metrics=('positive', 'negative', 'gap'),
     measure=match_state, diagnose=diagnose_matches, arch='resnet50', **scene_cnn, scene_epochs=16, matches='place',
-    paper='Silva et al., Self-supervised learning of contextualized local visual embeddings, ICCVW 2023')
+    paper='Silva et al., Self-supervised learning of contextualized local visual embeddings, ICCVW 2023',
+    null=dict(match='chance'))

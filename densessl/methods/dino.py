@@ -66,6 +66,8 @@ class DINOConfig(MultiCropConfig, PrototypeConfig):
     norm_last_layer:bool=False       # Prototypes of length 1; False learns their lengths
     center_momentum:float=0.9        # Weight kept from the center; below 1, as a fixed center does not prevent collapse
     warmup:float=10/300              # Share of training over which the learning rate rises
+    match:str='photograph'           # Whose views agree: those of one 'photograph', or of two by 'chance'
+    match_kinds = ('photograph', 'chance')
 
     def __post_init__(self):
         MultiCropConfig.__post_init__(self)
@@ -121,6 +123,7 @@ class DINO(StudentTeacher):
         if 'local' in views: kinds.append(views['local'].images)
         student_logits, tokens = self.score(self.student, kinds)
         first = tokens[0][:kinds[0].shape[1]].detach()
+        if self.config.match=='chance': teacher_logits = teacher_logits.roll(1, 1)
         center = self.center.clone()    # in training mode the center then follows the scores of the teacher
         if self.training: self.center.copy_(center_update(center, teacher_logits, self.config.center_momentum))
         return DINOOutput(student_logits, teacher_logits, center, first)
@@ -176,4 +179,5 @@ def diagnose_dino(m:dict)->list:
 dino_method = Method('dino', dino_presets, dino_recipe, DINO, DINOLoss, metrics=('entropy', 'kl', 'perplexity'),
     measure=dino_state, diagnose=diagnose_dino, arch='vit_small_patch16_224', **scene_vit, scene_epochs=32,
     describe=lambda c: ['teacher temperature {:.2g} to {:.2g}'.format(*c.temp_t)],
-    paper='Caron et al., Emerging properties in self-supervised vision transformers, ICCV 2021')
+    paper='Caron et al., Emerging properties in self-supervised vision transformers, ICCV 2021',
+    null=dict(match='chance'))

@@ -49,6 +49,8 @@ class FLSLConfig(PrototypeConfig):
     eta:float=1.                  # Weight of the second level
     gamma:float=5.                # Weight of the volume term; > `eta`, or one prototype may take all
     pos_offset:float=0.           # 0.1: resample positions as the public code does
+    match:str='similarity'        # Positives: by 'similarity', or by 'chance' those of another photograph
+    match_kinds = ('similarity', 'chance')
 
     def __post_init__(self):
         super().__post_init__()
@@ -153,6 +155,7 @@ class FLSL(StudentTeacher):
     def forward(self, views)->FLSLOutput:
         c = self.config
         with torch.no_grad(): Z_teacher = self.encode(self.teacher, views['teacher'].images[0])
+        if c.match=='chance': Z_teacher = Z_teacher.roll(1, 0)
         windows = dict(student=c.window, local=c.local_window)
         found = [self.queries_and_modes(views[k].images, w) for k,w in windows.items() if k in views]
         z, mode = (torch.cat(t, 1) for t in zip(*found))
@@ -235,4 +238,5 @@ flsl_method = Method('flsl', flsl_presets, flsl_recipe, FLSL, FLSLLoss, metrics=
     **scene_vit, scene_epochs=32,
     describe=lambda c: [f'inverse temperatures {c.beta_sa:g} and {c.beta_ca:g}, {c.n_prototypes:,} prototypes',
                         'teacher temperature {:.2g} to {:.2g}'.format(*c.temp_t)],
-    paper='Su et al., FLSL: Feature-level self-supervised learning, NeurIPS 2023', matches='similarity')
+    paper='Su et al., FLSL: Feature-level self-supervised learning, NeurIPS 2023', matches='similarity',
+    null=dict(match='chance'))

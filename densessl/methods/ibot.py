@@ -141,16 +141,18 @@ class IBOT(StudentTeacher):
         mask, n = self.draw_masks(len(images), student.encoder.grid(*images.shape[-2:]))
         mask, rows, weight = (to_device(o, images.device) for o in (mask, *hidden_rows(mask, n)))
         with torch.no_grad(): seen, seen_patches, mean_patch = self.teach(images, rows)
+        seen, B = seen.unflatten(0, (2, -1)), len(images)//2
+        if c.match=='chance': seen = seen.roll(1, 1)
         tokens = student.encoder.tokens(images, mask=mask, token=student.mask_token())
         pooled = [tokens.mean(1)]
         if 'local' in views: pooled.append(student.encoder.tokens(views['local'].images.flatten(0, 1)).mean(1))
         points = student.head.embed(torch.cat(pooled))
         patches = student[self.patch_head](tokens.flatten(0, 1)[rows])
-        B, centers = len(images)//2, (self.center.clone(), self.patch_center.clone())
+        centers = self.center.clone(), self.patch_center.clone()
         if self.training and c.targets=='center':
             for center,scores in ((self.center, seen), (self.patch_center, mean_patch)):
                 center.copy_(center_update(center, scores, c.center_momentum))
-        return IBOTOutput(student.head.score(points).unflatten(0, (-1, B)), seen.unflatten(0, (2, B)), centers[0],
+        return IBOTOutput(student.head.score(points).unflatten(0, (-1, B)), seen, centers[0],
                           patches, seen_patches, centers[1], weight, pooled[0].unflatten(0, (2, B)),
                           points[:2*B].detach(), tokens[:B].detach())
 

@@ -127,6 +127,7 @@ class PrototypeConfig:
     layer_decay:float=1.          # Factor of the rate from each layer of the encoder to the one before it
     drop_path_rate:float=0.1      # Stochastic depth of the student
     pos_scale:float=1.            # Amplitude of the fixed sine-cosine positions
+    match_kinds = ()              # What `match` may be, for a method that has it
 
     def __post_init__(self):
         check_ranges(self, hidden_dim='[1, inf)', bottleneck_dim='[1, inf)', temp_s='(0, inf)', temp_t_warmup='[0, 1]',
@@ -135,6 +136,7 @@ class PrototypeConfig:
         check_ramp('momentum', self.momentum, hi=1)
         check_ramp('wd', self.wd)
         check_ramp('temp_t', self.temp_t, lo=1e-4)
+        if self.match_kinds: check_names(self, match=self.match_kinds)
         if self.n_prototypes is not None: check_ranges(self, n_prototypes='[2, inf)')
 
     def schedules(self):
@@ -145,7 +147,7 @@ class PrototypeConfig:
 # %% ../../nbs/45_methods.method.ipynb #34cae4de
 @dataclass(frozen=True, kw_only=True)
 class RateConfig:
-    "Settings of a training without prototypes; a method adds `momentum` if it has a teacher, `match` if it has a null"
+    "Settings of a training without prototypes; a method with a teacher adds `momentum`"
     lr:float=0.3                  # Learning rate for a batch of 256; scales with the batch
     lr_floor:float=0.             # Learning rate at the start and at the end, share of the peak
     warmup:float=0.1              # Share of training over which the learning rate rises
@@ -154,7 +156,7 @@ class RateConfig:
     layer_decay:float=1.          # Factor of the rate from each layer of the encoder to the one before it
     drop_path_rate:float=0.       # Stochastic depth of the student
     pos_scale:float=1.            # Amplitude of the fixed sine-cosine positions of a ViT
-    match_kinds = ()              # What `match` may be
+    match_kinds = ()              # What `match` may be, for a method that has it
 
     def __post_init__(self):
         check_ranges(self, lr='(0, inf)', lr_floor='[0, 1]', warmup='[0, 1)', wd='[0, inf)', layer_decay='(0, 1]',

@@ -19,7 +19,7 @@ from timm.models.cait import LayerScaleBlockClassAttn
 from torch import Tensor, nn
 
 from ..data.views import CropSpec, Recipe
-from ..ground.core import InputError, check_names, check_ranges, fp32, rebuilt_from_list, to_device
+from ..ground.core import InputError, check_ranges, fp32, rebuilt_from_list, to_device
 from ..theory.attention import unit_vectors
 from ..theory.codes import center_update, centered_target, view_cross_entropy
 from .dino import DINOConfig, diagnose_dino, dino_presets
@@ -96,17 +96,17 @@ class SelfPatchConfig(DINOConfig):
     k:int=4                          # Positives of a patch, of its 8 neighbors
     num_heads:int=6                  # Heads of the aggregation; they divide the features of the network
     match:str='similarity'           # Positives: 'similarity', similar neighbors; 'chance', any patches of the view
+    match_kinds = ('similarity', 'chance')
 
     def __post_init__(self):
         super().__post_init__()
         check_ranges(self, patch_prototypes='[2, inf)', patch_weight='[0, inf)', k='[1, 8]', num_heads='[1, inf)')
-        check_names(self, match=('similarity', 'chance'))
 
 # %% ../../nbs/48i_methods.patches.ipynb #4d8d4327
 selfpatch_presets = dict(
     paper = SelfPatchConfig(),
-    scenes = SelfPatchConfig(**vars(dino_presets['scenes']) | dict(n_local=2, global_scale=(0.25,1.)), num_heads=4,
-                             patch_prototypes=1024))
+    scenes = SelfPatchConfig(num_heads=4, patch_prototypes=1024, **vars(dino_presets['scenes']) |
+                             dict(match='similarity', n_local=2, global_scale=(0.25,1.))))
 
 # %% ../../nbs/48i_methods.patches.ipynb #5afe79bc
 @rebuilt_from_list
@@ -300,7 +300,9 @@ class ADCLR(StudentTeacher):
         queries = torch.cat([views[k].images.transpose(0, 1) for k in ('query1', 'query2')])    # (2B, Q, 3, p, p)
         with torch.no_grad():
             seen, seen_queries, _ = self.ask(self.teacher, images, queries)
-            seen = self.teacher.head.score(seen)
+            seen = self.teacher.head.score(seen).unflatten(0, (2, B))
+        if self.config.match=='chance':
+            seen, seen_queries = seen.roll(1, 1), seen_queries.roll(self.config.n_queries, 1)
         points, said_queries, tokens = self.ask(student, images, queries)
         every = points
         if 'local' in views:
@@ -310,7 +312,7 @@ class ADCLR(StudentTeacher):
         if self.training:
             for center,scores in ((self.center, seen), (self.query_center, seen_queries)):
                 center.copy_(center_update(center, scores, self.config.center_momentum))
-        return ADCLROutput(student.head.score(every).unflatten(0, (-1, B)), seen.unflatten(0, (2, B)), centers[0],
+        return ADCLROutput(student.head.score(every).unflatten(0, (-1, B)), seen, centers[0],
                            said_queries, seen_queries, centers[1], points.detach(), tokens[:B].detach())
 
     def prototype_head(self):
