@@ -265,7 +265,7 @@ class CellTerms(NamedTuple):
 
 # %% ../../nbs/48a_methods.bootstrap.ipynb #003da48d
 def pixpro_terms(out:CellPredictions)->CellTerms:
-    "Each cell predicts those of the other view that show its place (PixPro, Eq. 4)"
+    "Each cell predicts those of the other view that show its place (PixPro, consistency loss)"
     (p1, p2), (t1, t2) = out.predicted, out.target
     loss = -2*(matched_cosine(p1, t2, out.match).mean() + matched_cosine(p2, t1, out.match.mT).mean())
     cosine = -loss.detach()/4

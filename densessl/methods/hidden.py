@@ -53,7 +53,7 @@ class HiddenConfig(RateConfig):
 
 # %% ../../nbs/48f_methods.hidden.ipynb #003e5ebe
 def one_view_recipe(config:HiddenConfig)->Recipe:
-    "One crop 'view' with its own colors (MAE; CAPI)"
+    "One crop, 'view', in the colors that it has (MAE; CAPI)"
     return Recipe((CropSpec('view', config.img_size, config.scale, flip=config.flip, augment=None),))
 
 # %% ../../nbs/48f_methods.hidden.ipynb #8999c29e

@@ -83,7 +83,7 @@ ibot_presets = dict(
     paper = IBOTConfig(),
     dinov2 = IBOTConfig(n_local=8, global_scale=(0.32,1.), local_scale=(0.05,0.32), n_prototypes=65536,
                         momentum=(0.992,1.), lr=2e-3, warmup=10/100, temp_t_warmup=30/100, drop_path_rate=0.3,
-                        shared_head=False, targets='sinkhorn', koleo=0.1),
+                        shared_head=False, targets='sinkhorn', koleo=0.1, layer_decay=0.9),
     scenes = IBOTConfig(**vars(dino_presets['scenes']) | dict(n_local=0, n_prototypes=256, global_scale=(0.25,1.))))
 
 # %% ../../nbs/48e_methods.ibot.ipynb #1d597e16

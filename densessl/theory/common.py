@@ -72,7 +72,7 @@ def box_overlap(a:Tensor, b:Tensor)->Tensor:
 
 # %% ../../nbs/29c_theory.common.ipynb #7e454b7c
 def _first_apart(drawn, taken, overlap):
-    "Of boxes (..., tries, 4) the first that overlaps none of `taken` (..., n, 4) by more than `overlap`, or the last"
+    "Of boxes (..., tries, 4) the first that overlaps each of `taken` (..., n, 4) by less than `overlap`, or the last"
     free = (box_overlap(drawn, taken)<overlap).all(-1)
     last = torch.arange(free.shape[-1], device=free.device)==free.shape[-1]-1
     first = (free | last).int().argmax(-1)

@@ -30,7 +30,7 @@ def matched_cosine(
     b:Tensor,      # Cells of another, (..., M, D), unit norm; gradient flows to both
     match:Tensor,  # Which cells show the same place, (..., N, M) bool
 )->Tensor:         # (...), in [-1, 1]; 0 where nothing matches
-    "Mean cosine of the matched cells of each photograph (PixPro, Eq. 4)"
+    "Mean cosine of the matched cells of each photograph (PixPro, consistency loss)"
     if match.shape[-2:]!=(a.shape[-2], b.shape[-2]):
         raise InputError(f'match must be (..., {a.shape[-2]}, {b.shape[-2]}) for so many cells, '
                          f'got {tuple(match.shape)}')
@@ -44,7 +44,7 @@ def propagate(
     power:float=2.,   # Of the similarity, > 0; the larger, the fewer cells take part
     clamp:float=0.,   # Cosines below this count as this
 )->Tensor:            # (..., N, E), any length; gradient flows to both
-    "Each cell as the sum of what the cells of its view say, by their similarity (PixPro, Eq. 5)"
+    "Each cell as the sum of what the cells of its view say, by their similarity (PixPro, pixel propagation)"
     if not power>0: raise InputError(f'power must be > 0, got {power}: with 0 all cells would say the same')
     u = unit_vectors(x)
     s = (u@u.mT).clamp(min=clamp)
