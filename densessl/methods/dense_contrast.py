@@ -147,7 +147,7 @@ def diagnose_dense_contrast(m:dict)->list:
     said = diagnose_contrast(old_keys=True)(m)
     if m['progress']>1/3 and m['placed']<1.2*m['chance']:
         said.append(f"Partners lie at the place of their cell in {100*m['placed']:.0f} % of cases, "
-                    f"by chance it would be {100*m['chance']:.0f} %: the most similar cell does not show the same place. "
+                    f"by chance it would be {100*m['chance']:.0f} %: the most similar cell shows another place. "
                     'Raise rest, or train longer.')
     return said
 
