@@ -14,6 +14,7 @@ from .ground.commands import check_whole, quiet_libraries
 from .ground.core import InputError
 from .methods.export import export_backbone
 from .evaluation.scores import mean_and_deviation, read_scores, scores_table, write_scores
+from .evaluation.verdict import fixed_positions
 from .training.arguments import Arguments, absolute_paths, write_json
 from .training.learner import find_method
 from .training.output import lasting_output
@@ -77,7 +78,10 @@ def train_entry(entry:Entry, options:dict, epochs:int, out:Path)->list:
     run = open_run(job_of(entry, options, epochs=epochs, resume=bool(run_checkpoints(folder/'checkpoints'))))
     run.out = folder
     train(run, starts=1, command=f'densessl_compare --resume --out {shlex.quote(str(out))}')
-    names = {'before training': f'{run.score.start_name}, {run.job.arch}', f'epoch {epochs}': entry.label}
+    scale = getattr(run.job.config, 'pos_scale', 1.)     # of a ViT's positions: another start
+    fixed = fixed_positions(run.learn.model.backbone) is not None
+    start = f'{run.score.start_name}, {run.job.arch}' + f', pos_scale {scale:g}'*(fixed and scale!=1)
+    names = {'before training': start, f'epoch {epochs}': entry.label}
     kept = [s for s in run.score.scores if s.probe in SCORES and s.model in names]
     scores = [*run.others, *(replace(s, model=names[s.model]) for s in kept)]
     export_backbone(run.learn, folder/'backbone.safetensors', overwrite=True)
@@ -101,18 +105,24 @@ def chosen_probe(scores)->str:
     "The score that decides: the linear probe where there are labels, else nearest neighbor or correspondence"
     return next(p for p in ('linear', 'nearest neighbor', 'correspondence') if any(s.probe==p for s in scores))
 
+# %% ../nbs/83a_compare.ipynb #c7d2e9f4
+def welch(a, b)->float:
+    "Chance of a difference as large as that of two groups of scores if there is none (Welch's t-test); nan: unknown"
+    from scipy.stats import ttest_ind
+    if len({*a, *b})==1: return 1.
+    return float(ttest_ind(a, b, equal_var=False).pvalue)
+
 # %% ../nbs/83a_compare.ipynb #d457a380
 def conclusion(scores)->str:
     "Which model is best, and which cannot be told from it"
     by = chosen_probe(scores)
     models = list(dict.fromkeys(s.model for s in scores))
     values = {m: [100*s.value for s in scores if (s.model, s.probe)==(m, by)] for m in models}
-    stats = {m: (*mean_and_deviation(v), len(v)) for m,v in values.items() if v}
-    (best, (top, spread, n)), *rest = stats.items()
+    (best, own), *rest = [(m, v) for m,v in values.items() if v]
+    top, spread = mean_and_deviation(own)
     said = f'Best by {by}: {best} with {top:.1f}'
-    if n<2: return f'{said}. One seed: differences of a few points may be chance (--seeds 3).'
-    error = lambda s, k: 0. if math.isnan(s) else s*s/k
-    near = [m for m,(mean, s, k) in rest if top-mean<=2*math.sqrt(error(spread, n)+error(s, k))]
+    if len(own)<2: return f'{said}. One seed: differences of a few points may be chance (--seeds 3).'
+    near = [m for m,v in rest if not welch(own, v)<.05]
     tied = f'; {", ".join(near)} cannot be told from it' if near else ', beyond the spread of its seeds'
     return f'{said} +- {spread:.1f}{tied}.'
 

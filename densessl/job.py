@@ -23,6 +23,7 @@ from .data.shards import is_shards, shard_dls, shard_list
 from .data.labelled import SegmentationData, labelled_data, labelled_options
 from .methods.weights import network_of
 from .evaluation.report import open_backbone
+from .evaluation.verdict import has_batch_norm
 from .training.arguments import Arguments
 from .training.choices import change_settings, fit_temperature, outline, parse_kwargs, suited_batch
 from .training.learner import find_method, learner, methods
@@ -193,6 +194,8 @@ def opening(run:Run)->list:
         f'{kept}views of {sizes} px, on {dls.device} in {numbers}',
         *job.notes]
     lines += find_method(job.method).describe(c)
+    if job.init and has_batch_norm(run.learn.model.backbone) and not getattr(c, 'freeze_norm', False):
+        lines.append('batch norm takes the statistics of these views (--settings freeze_norm=true: of the weights)')
     if total<ENOUGH_STEPS:
         enough = math.ceil(ENOUGH_STEPS/max(1, job.steps))
         lines.append(f'short: below some {ENOUGH_STEPS} steps features hardly change (--epochs {enough})')

@@ -28,7 +28,7 @@ def test_a_comparison_is_stopped_resumed_and_grown(tmp_path, monkeypatch, capsys
     settings = methods['byol'].null
     assert settings and json.loads((out/'compare.json').read_text())['arguments']['nulls'] is True
     grown = compare(out=out, resume=True, methods='byol,clove', seeds=2)
-    assert trained[3:]==['clove-0', 'byol-1', 'byol-null-1', 'clove-1']
+    assert trained[3:]==['clove-0', 'clove-null-0', 'byol-1', 'byol-null-1', 'clove-1', 'clove-null-1']
     kept = {(s.model, s.probe, s.value) for s in scores}
     assert kept <= {(s.model, s.probe, s.value) for s in grown}
     assert sum(s.model=='random start, test_resnet' and s.probe=='linear' for s in grown)==2

@@ -158,3 +158,14 @@ def test_every_method_takes_small_rates_in_early_layers(name):
     early, late = [[factor.get(id(p), 1.) for k,p in learn.model.student.encoder.net.named_parameters() if p.requires_grad and k.startswith(start)]
                    for start in (('layer1', 'blocks.0'), ('layer4', 'blocks.2'))]
     assert max(early)<min(late)<=1
+
+def test_frozen_batch_norm_keeps_the_statistics_of_the_encoder():
+    "Those of the projector follow, the backbone's stay, in the teacher too"
+    m = methods['byol']
+    config = replace(m.presets['scenes'], freeze_norm=True)
+    learn = learner(scene_dls(8, m.recipe(config), bs=8, canvas=80, seed=0), *CNN[:1], m, config, model_kwargs=CNN[1])
+    def statistics(): return {k: v.clone() for k,v in learn.model.named_buffers() if 'running' in k}
+    before = statistics()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    changed = {k for k,v in statistics().items() if not torch.equal(v, before[k])}
+    assert changed and not any('encoder' in k for k in changed) and any('projector' in k for k in changed)

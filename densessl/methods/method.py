@@ -125,6 +125,7 @@ class PrototypeConfig:
     clip:float=3.                 # Largest gradient norm of a single parameter
     freeze_epochs:int=1           # Epochs in which the prototypes stay fixed
     layer_decay:float=1.          # Factor of the rate from each layer of the encoder to the one before it
+    freeze_norm:bool=False        # The encoder's batch norm keeps the statistics that it came with
     drop_path_rate:float=0.1      # Stochastic depth of the student
     pos_scale:float=1.            # Amplitude of the fixed sine-cosine positions
     match_kinds = ()              # What `match` may be, for a method that has it
@@ -154,6 +155,7 @@ class RateConfig:
     wd:float=0.                   # Weight decay
     optimizer:str='adamw'         # 'lars', 'adamw' or 'sgd'
     layer_decay:float=1.          # Factor of the rate from each layer of the encoder to the one before it
+    freeze_norm:bool=False        # The encoder's batch norm keeps the statistics that it came with
     drop_path_rate:float=0.       # Stochastic depth of the student
     pos_scale:float=1.            # Amplitude of the fixed sine-cosine positions of a ViT
     match_kinds = ()              # What `match` may be, for a method that has it

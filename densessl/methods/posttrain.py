@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ground.core import check_ranges, rebuilt_from_list, to_device
 from ..theory.common import common_boxes
@@ -60,13 +60,6 @@ class Posttrained(StudentTeacher):
     def __init__(self, encoder:DenseEncoder, config:PosttrainConfig):
         super().__init__(dict(encoder=encoder), keep='student')
         self.config = config
-
-    def train(self, mode=True):
-        "As torch's; with `freeze_norm` the student's batch norms stay in evaluation mode"
-        super().train(mode)
-        for m in self.student.modules() if self.config.freeze_norm else ():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
-        return self
 
     def aligned(self, student, teacher, shared, tokens)->AlignedTokens:
         "The output, from maps (B, D, h, w) of the two sides at the same places; for the null the teacher's are mixed"

@@ -10,6 +10,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ground.core import InputError
 
@@ -35,6 +36,7 @@ def ema_update(
 class StudentTeacher(nn.Module):
     "A student and, if there is one, a teacher that is a moving average of it; the base of every method"
     mask_beta = 10.   # Inverse temperature of the soft masks in pictures of its tokens
+    config = None     # Settings of the method, which sets them
 
     def __init__(self,
         student:dict,             # Name -> module; 'encoder' is among them
@@ -65,9 +67,13 @@ class StudentTeacher(nn.Module):
         return self.sides[self.keep]['encoder']
 
     def train(self, mode=True):
-        "As torch's; a teacher in `teacher_mode='eval'` stays in evaluation mode"
+        "As torch's; a teacher of `teacher_mode='eval'` and, with `freeze_norm`, encoders' batch norm stay as they are"
         super().train(mode)
         if self.teacher is not None and self.teacher_mode=='eval': self.teacher.eval()
+        frozen = getattr(self.config, 'freeze_norm', False)
+        for side in self.sides.values() if frozen else ():
+            for m in side['encoder'].modules() if 'encoder' in side else ():
+                if isinstance(m, _BatchNorm): m.eval()
         return self
 
     def update_teacher(self, momentum):

@@ -56,10 +56,12 @@ def window_contrast(
     temp:float=0.2,    # Temperature, divides the cosines
 )->Tensor:             # Mean over the windows that are there, a scalar
     "Each window finds itself in the other view among the windows of all photographs (ReSim)"
-    k = gather_rows((keys*there[...,None]).flatten(0, 1))
+    absent = torch.where(there, 0., -1e4)[...,None].to(keys.dtype)     # one more coordinate
+    k = gather_rows(torch.cat([keys, absent], -1).flatten(0, 1))
+    q = torch.cat([queries, torch.ones_like(queries[...,:1])], -1).flatten(0, 1)
     row = torch.arange(there.numel(), device=k.device)
     own = row[:,None]+this_rank()*there.numel()==torch.arange(len(k), device=k.device)
-    loss = info_nce(queries.flatten(0, 1)[None], k[None], temp, positives=(own & there.flatten()[:,None])[None])
+    loss = info_nce(q[None], k[None], temp, positives=(own & there.flatten()[:,None])[None])
     n = there.sum().to(loss.dtype)
     return loss*n/mean_over_ranks(n).clamp(min=1)      # of all processes, which may have more or fewer windows
 

@@ -148,7 +148,7 @@ def sigreg(
     directions:Tensor,  # Unit columns, (D, M), the same in all processes
     points:int=17,      # Points of the integral
     limit:float=3.,     # It reaches from -limit to limit
-)->Tensor:              # Scalar >= 0, about 1.06 for a standard normal; the sample is that of all processes
+)->Tensor:              # Scalar >= 0, about 1.05 for a standard normal; the sample is that of all processes
     "How far embeddings are from an isotropic Gaussian, by tests along directions (LeJEPA, SIGReg)"
     if directions.dim()!=2 or len(directions)!=z.shape[-1]:
         raise InputError(f'directions must be ({z.shape[-1]}, M) for embeddings of {z.shape[-1]} coordinates, got '
@@ -165,7 +165,7 @@ def sigreg(
 class LeJEPATerms(NamedTuple):
     "The loss and its terms before their weights; only `loss` has a gradient"
     loss:Tensor        # To descend
-    sigreg:Tensor      # Distance from the Gaussian; about 1 at rest, 0.4 times the batch for a collapse
+    sigreg:Tensor      # Distance from the Gaussian; about 1 at rest, 0.4 times the batch or more for a collapse
     invariance:Tensor  # Mean squared difference of the views from the mean of the global ones
 
 # %% ../../nbs/29f_theory.variance.ipynb #8d4c1da4
