@@ -44,7 +44,7 @@ def alignment(
     counts = torch.ones_like(s[...,:1]) if valid is None else valid[...,None].to(s.dtype)
     n = counts.sum(1, keepdim=True).clamp_min(1)
     X, Y = ((z-(z*counts).sum(1, keepdim=True)/n)*counts for z in (s, t))
-    X, Y = (z/z.square().sum((1,2), keepdim=True).sqrt().clamp_min(1e-12) for z in (X, Y))   # of any scale
+    X, Y = (z/z.square().sum((1,2), keepdim=True).clamp_min(1e-24).sqrt() for z in (X, Y))   # of any scale
     K, L = X@X.mT, Y@Y.mT
     def norm(K): return K.square().sum((1,2)).clamp_min(1e-6).sqrt()
     return (K*L).sum((1,2))/(norm(K)*norm(L))
