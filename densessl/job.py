@@ -54,7 +54,7 @@ def photo_data(folder, recipe, bs=None, workers=None, seed=0, labelled=None, dev
     dls = make_dls(folder, recipe, bs=bs, num_workers=workers, valid_pct=apart, seed=seed, device=device,
                    max_bad=max_bad)
     show = torch.nn.functional.interpolate(kept_photographs(dls, 4)[0], size=(size,)*2, mode='bicubic', antialias=True)
-    return dls, labelled and labelled_data(labelled, size=size, **labelled_options(labelled_as)), show
+    return dls, labelled and labelled_data(labelled, **dict(size=size) | labelled_options(labelled_as)), show
 
 # %% ../nbs/80_job.ipynb #c7fdf484
 FEW_PHOTOGRAPHS = 1000   # below these a word of warning

@@ -29,7 +29,7 @@ _all_ = ['SegmentationData', 'SegmentationFiles', 'Unlabelled', 'find_layout', '
 # %% ../../nbs/38_data.labelled.ipynb #2644cabd
 # Options of `labelled_data` that a command takes
 READING = dict(layout=str, splits=tuple, ignore_index=tuple, n_classes=int, classes=tuple, images=str, labels=str,
-               divisor=int, threshold=int, palette=str, orientation=str, mask_size=tuple)
+               divisor=int, threshold=int, palette=str, orientation=str, size=tuple, mask_size=tuple)
 
 def _whole(text): return int(text) if text.lstrip('-').isdigit() else text
 
@@ -46,7 +46,7 @@ def labelled_options(text:str|dict|None)->dict:
         if kind is int and not isinstance(_whole(value), int):
             raise InputError(f'{name} in --labelled_as must be a whole number, got {value!r}')
         values = tuple(map(_whole, value.split(':')))
-        single = kind is int or len(values)==1 and name in ('ignore_index', 'mask_size')
+        single = kind is int or len(values)==1 and name in ('ignore_index', 'size', 'mask_size')
         if kind is not str: value = values[0] if single else values
         out[name] = value
     return out
