@@ -10,6 +10,7 @@ from densessl.data.labelled import *
 from densessl.data.labelled import labelled_options
 from densessl.data.coco import BACKGROUND, decode_counts, decode_runs, fill_polygon, read_panoptic
 from densessl.data.photographs import read_photo
+from densessl.evaluation.report import open_scoring_data, views_to_gather
 from densessl.data.masks import color_label, read_mask
 from densessl.data.public_sets import CITYSCAPES_CLASSES
 
@@ -131,6 +132,12 @@ def test_palettes_and_hidden_files(tmp_path):
 def test_sizes_of_images_and_masks(tmp_path):
     train, _ = quiet(plain(tmp_path), 28, mask_size=(18,28))
     assert train.sizes==((28,28),(18,28)) and (train.masks[:,::2,::2].numpy()==MASKS[:8]).all()
+
+def test_the_size_that_is_scored_is_an_option(tmp_path):
+    plain(tmp_path)
+    data = open_scoring_data(tmp_path, 32, labelled_as='size=12:20')
+    assert data.labelled[0].images.shape[-2:]==(12, 20) and labelled_options('size=16')==dict(size=16)
+    assert views_to_gather(tmp_path, data, 32, labelled_as='size=12:20')[0][0].shape[-2:]==(12, 20)
 
 def test_images_are_averaged_when_they_shrink(tmp_path):
     "A board of black and white pixels becomes gray, not black or white"

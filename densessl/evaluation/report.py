@@ -93,7 +93,7 @@ def open_scoring_data(folder, size:int=224, limit:int=None, labelled_as='')->Sco
     if is_davis(folder) and not options:
         videos = davis_sequences(folder)
         return ScoringData(videos=tuple(videos), name=f"{name}-{split_file(folder, 'val').parent.name}-val")
-    try: return ScoringData(labelled_data(folder, size=size, limit=limit, **options))
+    try: return ScoringData(labelled_data(folder, **dict(size=size, limit=limit) | options))
     except Unlabelled:
         try: return ScoringData(photos=(*_unlabelled(folder, size*8//7, limit or 64), size), name=name)
         except InputError as f:
@@ -114,7 +114,8 @@ def views_to_gather(folder, data, size, n=128, labelled_as='', **norm)->tuple:
         images = torch.cat([F.interpolate(x, size=(size,size), mode='bilinear', antialias=True) for x in frames])
         images, what = images.round(), 'frames of the videos'
     elif data.labelled:
-        train = labelled_data(folder, size=size, limit=n, say=None, **labelled_options(labelled_as))[0]
+        options = dict(size=size) | labelled_options(labelled_as)
+        train = labelled_data(folder, limit=n, say=None, **options)[0]
         images, what = torch.cat([x for x,_ in train.batches()]), 'photographs of the labelled train part'
     else: images, what = _unlabelled(folder, size, n, say=None)[0], 'of the photographs'
     return normalized_batches(images, **norm), f'{len(images)} {what}'
