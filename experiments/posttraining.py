@@ -74,6 +74,6 @@ if __name__=='__main__':
             rows = json.loads(a.out.read_text()) if a.out.exists() else {}
             if text in rows: continue
             name, *words = text.split()
-            rows[text] = run(name, *settings(words), list(files), weights, labelled, known)
+            rows[text] = run(name, *settings(words), list(files), weights, labelled, known) | dict(photos=a.photos.name)
             a.out.write_text(json.dumps(rows, indent=1))
             print(text, {k: v for k,v in rows[text].items() if k!='history'}, flush=True)
