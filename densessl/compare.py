@@ -113,18 +113,19 @@ def welch(a, b)->float:
     return float(ttest_ind(a, b, equal_var=False).pvalue)
 
 # %% ../nbs/83a_compare.ipynb #d457a380
-def conclusion(scores)->str:
-    "Which model is best, and which cannot be told from it"
+def conclusion(scores, baseline:str=None)->str:
+    "Which model is best, and which cannot be told from it; the model `baseline` is named behind"
     by = chosen_probe(scores)
-    models = list(dict.fromkeys(s.model for s in scores))
+    beside = ''.join(f' {s.model} has {100*s.value:.1f}.' for s in scores if (s.model, s.probe)==(baseline, by))
+    models = list(dict.fromkeys(s.model for s in scores if s.model!=baseline))
     values = {m: [100*s.value for s in scores if (s.model, s.probe)==(m, by)] for m in models}
     (best, own), *rest = [(m, v) for m,v in values.items() if v]
     top, spread = mean_and_deviation(own)
     said = f'Best by {by}: {best} with {top:.1f}'
-    if len(own)<2: return f'{said}. One seed: differences of a few points may be chance (--seeds 3).'
+    if len(own)<2: return f'{said}. One seed: differences of a few points may be chance (--seeds 3).{beside}'
     near = [m for m,v in rest if not welch(own, v)<.05]
     tied = f'; {", ".join(near)} cannot be told from it' if near else ', beyond the spread of its seeds'
-    return f'{said} +- {spread:.1f}{tied}.'
+    return f'{said} +- {spread:.1f}{tied}.{beside}'
 
 # %% ../nbs/83a_compare.ipynb #e1569ca4
 def compare_plot(scores):
@@ -209,7 +210,8 @@ def compare(
         scores = ranked(found)
         write_scores(scores, out/'scores.json')
         compare_plot(scores).savefig(out/'comparison.png', dpi=144)
-        text = f'{scores_table(scores, protocol=False)}\n\n{conclusion(scores)}'
+        plain = [replace(s, features='', protocol={}) for s in scores]     # all were scored alike
+        text = f"{scores_table(plain, protocol=False)}\n\n{conclusion(scores, opened.get('baseline'))}"
         (out/'comparison.txt').write_text(text+'\n')
         print(f'\n{text}\nwritten to {out}: comparison.txt, comparison.png, scores.json and a folder for each training')
     return scores

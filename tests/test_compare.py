@@ -56,6 +56,8 @@ def test_what_may_be_concluded():
     assert 'beyond the spread' in conclusion(made('a', .31, .32, .30)+made('b', .25, .24, .26))
     assert 'b cannot be told from it' in conclusion(made('a', .31, .25, .29)+made('b', .27, .26, .30))
     assert 'One seed' in conclusion(made('a', .31)+made('b', .2))
+    said = conclusion(made('published', .5)+made('a', .31)+made('b', .2), 'published')
+    assert said.startswith('Best by linear: a with 31.0') and said.endswith(' published has 50.0.')
 
 def test_ranked_counts_a_start_once_a_seed():
     found = {e: made('start', .2+.01*e.seed)+made(e.label, .3 if e.method=='dino' else .25) for e in entries('byol,dino', 2)}
