@@ -141,7 +141,7 @@ class SelfPatch(StudentTeacher):
         "Places of the positives of each patch of tokens (n, N, D), (n, N, k)"
         (n, N), k = tokens.shape[:2], self.config.k
         if self.config.match=='similarity': return similar_neighbors(tokens, grid, k)
-        others = torch.arange(N)[:,None] + torch.rand(n, N, N-1).topk(k).indices + 1
+        others = torch.arange(N)[:,None] + torch.randint(1, N, (n, N, k))
         return to_device(others%N, tokens.device)
 
     def score(self, side, images, targets=False):
