@@ -143,4 +143,4 @@ resim_method = Method('resim', resim_presets, multicrop_recipe, ReSim,
     complete=moco_complete, measure=embedding_state, diagnose=diagnose_windows,
     arch='resnet50', **scene_cnn, scene_epochs=16, matches='place',
     paper='Xiao et al., Region similarity representation learning, ICCV 2021',
-    null=dict(match='chance'), collapse=dict(temp=20.))
+    null=dict(match='chance'), collapse=dict(temp=20., lr=1.))
