@@ -151,7 +151,7 @@ def photographs(a):
                 square = [torch.nn.functional.interpolate(train[i][0].as_subclass(torch.Tensor)[None].float(), (160,160), mode='bilinear', antialias=True)[0] for i in range(min(128, len(train)))]
                 encoder = gathered(encoder, square, (.5,.5,.5), (.5,.5,.5))
             config = DetectorConfig(**SMALL | dict(taps=(2,3,4), anchors=PHOTOS['anchors'], masks=False))
-            found = fine_tune(dls, encoder, config, seed, epochs, every, .5, frozen=a.frozen, lr=PHOTOS['lr'], wd=PHOTOS['wd'])
+            found = fine_tune(dls, encoder, config, seed, epochs, PHOTOS['lr'], PHOTOS['wd'], every, .5, a.frozen)
             out.add(name, dict(scores=found, cpu_seconds=time.process_time()-began))
 
 def load_lite0(encoder, weights):
