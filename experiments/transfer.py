@@ -33,7 +33,7 @@ from densessl.transfer.together import ShortSide
 METHODS = 'clove', 'flsl', 'dino'
 SMALL = dict(channels=64, hidden=256, n_anchors=64, n_before=(200,200), n_after=(50,50), n_regions=32, mask_convs=2)
 SCENES = dict(n_train=400, n_test=150, size=80, batch=8, lr=2e-3, wd=.01)
-PHOTOS = dict(short=160, batch=4, lr=1e-3, wd=.01, steps=164, anchors=(32, 64, 128, 256))
+PHOTOS = dict(short=160, batch=4, lr=1e-3, wd=.01, steps=328, anchors=(32, 64, 128, 256))
 
 def pretrain(a):
     "One run of the scene preset, as `densessl_pretrain` without a folder does it"
