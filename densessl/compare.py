@@ -57,31 +57,33 @@ def job_of(entry:Entry, options:dict, **more):
     return resolve(Arguments(**options | own | more))
 
 # %% ../nbs/83a_compare.ipynb #39fad9c3
-def plan(todo:list, options:dict, minutes:float, epochs:dict)->dict:
-    "Epochs of each method for which these minutes are enough; those in `epochs` are kept"
-    epochs = dict(epochs)
+def plan(todo:list, options:dict, minutes:float, lengths:dict)->dict:
+    "Epochs and their steps for which these minutes are enough, for each method; those in `lengths` are kept"
+    lengths = dict(lengths)
     for e in todo:
-        run = open_run(job_of(e, options, epochs=epochs.get(e.method, 1)))
-        if e.method in epochs: continue
+        run = open_run(job_of(e, options, **lengths.get(e.method, dict(epochs=1))))
+        if e.method in lengths: continue
         seconds, memory = paced_step(run)
-        epochs[e.method] = n = max(1, round(60*minutes/(seconds*run.job.steps)))
-        print(f'{e.method}: {run.job.arch}, {counted(n, "epoch")} of {counted(run.job.steps, "step")}, '
-              f'about {in_words(seconds*run.job.steps*n)}; {memory} of memory', flush=True)
-    return epochs
+        n = max(1, round(60*minutes/seconds))
+        epochs = math.ceil(n/run.job.steps)
+        lengths[e.method] = dict(epochs=epochs, epoch_steps=(steps := max(1, round(n/epochs))))
+        print(f'{e.method}: {run.job.arch}, {counted(epochs, "epoch")} of {counted(steps, "step")}, '
+              f'about {in_words(seconds*steps*epochs)}; {memory} of memory', flush=True)
+    return lengths
 
 # %% ../nbs/83a_compare.ipynb #1a954007
-def train_entry(entry:Entry, options:dict, epochs:int, out:Path)->list:
+def train_entry(entry:Entry, options:dict, length:dict, out:Path)->list:
     "Scores of the start and of the trained backbone, from the entry's folder if it is done; else it is trained"
     folder = out/entry.folder
     if (folder/'scores.json').exists(): return read_scores(folder/'scores.json')
     folder.mkdir(exist_ok=True)
-    run = open_run(job_of(entry, options, epochs=epochs, resume=bool(run_checkpoints(folder/'checkpoints'))))
+    run = open_run(job_of(entry, options, **length, resume=bool(run_checkpoints(folder/'checkpoints'))))
     run.out = folder
     train(run, starts=1, command=f'densessl_compare --resume --out {shlex.quote(str(out))}')
     scale = getattr(run.job.config, 'pos_scale', 1.)     # of a ViT's positions: another start
     fixed = fixed_positions(run.learn.model.backbone) is not None
     start = f'{run.score.start_name}, {run.job.arch}' + f', pos_scale {scale:g}'*(fixed and scale!=1)
-    names = {'before training': start, f'epoch {epochs}': entry.label}
+    names = {'before training': start, f'epoch {length["epochs"]}': entry.label}
     kept = [s for s in run.score.scores if s.probe in SCORES and s.model in names]
     scores = [*run.others, *(replace(s, model=names[s.model]) for s in kept)]
     export_backbone(run.learn, folder/'backbone.safetensors', overwrite=True)
@@ -154,7 +156,7 @@ def compare_plot(scores):
 _GROW = ('methods', 'seeds', 'nulls')      # may be given anew on resume
 
 def _resumed(args, default):
-    "Arguments and epochs of the comparison in `args['out']`, with more methods or seeds if they are given"
+    "Arguments and lengths of the comparison in `args['out']`, with more methods or seeds if they are given"
     path = Path(args['out'] or '')/'compare.json'
     if args['out'] is None: raise InputError('--resume needs --out, the folder of the comparison')
     try: record = json.loads(path.read_text())
@@ -164,7 +166,7 @@ def _resumed(args, default):
     given = {k: v for k,v in args.items() if k not in here and v!=default[k]}
     if differ := [f'{k} was {old[k]!r}, now {v!r}' for k,v in given.items() if k not in _GROW and v!=old[k]]:
         raise InputError(f'the comparison in {args["out"]!r} has other settings: {", ".join(differ)}; leave them out')
-    return args | old | {k: given[k] for k in _GROW if k in given}, record['epochs']
+    return args | old | {k: given[k] for k in _GROW if k in given}, record['lengths']
 
 # %% ../nbs/83a_compare.ipynb #12c58530
 def compare(
@@ -183,8 +185,8 @@ def compare(
     args = dict(locals()) | options
     del args['options']
     default = dict(photos=None, methods='flsl,dino', minutes=3., seeds=1, nulls=False, seed=0)
-    epochs = {}
-    if resume: args, epochs = _resumed(args, default | vars(Arguments()))
+    lengths = {}
+    if resume: args, lengths = _resumed(args, default | vars(Arguments()))
     check_whole('seeds', args['seeds'], 1)
     if not 0<args['minutes']<math.inf: raise InputError(f'minutes must be above 0, got {args["minutes"]!r}')
     todo = entries(args['methods'], args['seeds'], args['nulls'])
@@ -197,16 +199,16 @@ def compare(
         else: opened |= dict(arch=first.scene_arch, model_kwargs=opened.get('model_kwargs') or first.scene_kwargs)
     with lasting_output(), quiet_libraries():
         if not resume: run_folder(out, 'compare', overwrite, make=False)
-        epochs = plan(todo[:sum(e.seed==0 for e in todo)], opened | dict(baseline=None), args['minutes'], epochs)
+        lengths = plan(todo[:sum(e.seed==0 for e in todo)], opened | dict(baseline=None), args['minutes'], lengths)
         out = Path(out) if resume else run_folder(out, 'compare', overwrite)
         kept = {k: v for k,v in args.items() if k not in ('out', 'resume', 'overwrite')} | dict(photos=opened['folder'])
-        write_json(out/'compare.json', dict(arguments=kept, epochs=epochs))
+        write_json(out/'compare.json', dict(arguments=kept, lengths=lengths))
         for e in [] if resume else todo: shutil.rmtree(out/e.folder, ignore_errors=True)    # of an overwritten one
         found = {}
         for i,e in enumerate(todo):
             print(f'\n{e.label}, seed {opened["seed"]+e.seed} ({i+1} of {len(todo)})', flush=True)
             more = {} if i==0 else dict(baseline=None)       # scored once
-            found[e] = train_entry(e, opened | more, epochs[e.method], out)
+            found[e] = train_entry(e, opened | more, lengths[e.method], out)
         scores = ranked(found)
         write_scores(scores, out/'scores.json')
         compare_plot(scores).savefig(out/'comparison.png', dpi=144)

@@ -72,7 +72,8 @@ class Job(Arguments):
 
 def _check_numbers(args):
     "An error for numbers that are out of range"
-    whole = dict(workers=(0,), score_every=(0,), bs=(2,), img_size=(1,), epochs=(1, 10**6), seed=(0, 2**32-1))
+    whole = dict(workers=(0,), score_every=(0,), bs=(2,), img_size=(1,), epochs=(1, 10**6), epoch_steps=(1,),
+                 seed=(0, 2**32-1))
     for name,limits in whole.items(): check_whole(name, getattr(args, name), *limits)
     for name in ('lr', 'save_minutes'):
         value = getattr(args, name)
@@ -148,6 +149,13 @@ class Run:
         if self.first and lines: print(*lines, sep='\n', flush=True)
 
 # %% ../nbs/80_job.ipynb #262bdbd0
+def _shorten_epochs(job, dl):
+    "Epochs of `job.epoch_steps` steps"
+    if job.epoch_steps>job.steps:
+        raise InputError(f'epoch_steps is {job.epoch_steps}, but these images give only {counted(job.steps, "step")} '
+                         f'in batches of {job.bs}: leave it out, or raise epochs')
+    job.steps, dl.batches = job.epoch_steps, job.epoch_steps*max(1, num_distrib())
+
 def open_run(job:Job)->Run:
     "Open photographs, labels and baseline, build the learner, and choose batch, epochs and precision"
     set_seed(job.seed)
@@ -158,6 +166,7 @@ def open_run(job:Job)->Run:
                                            job.max_bad, job.labelled_as)
     else: dls, labelled, photos = scene_data(recipe, job.bs or 32, job.seed, job.n_scenes, job.where)
     job.bs, job.images, job.steps = dls.train.bs, len(dls.train.dataset), len(dls.train)//max(1, num_distrib())
+    if job.epoch_steps: _shorten_epochs(job, dls.train)
     if job.epochs is None: job.epochs = enough_epochs(job.steps) if job.folder else m.scene_epochs
     if job.fits_temperature: job.config = fit_temperature(job.config, job.steps*job.epochs)
     if job.score_every is None: job.score_every = max(1, job.epochs//(10 if job.folder else 4))
@@ -233,6 +242,7 @@ def on_a_card(run:Run)->list:
     if card is None: return []
     try: c = cost(job.method, job.arch, batch=job.bs, card=card, config=config, model_kwargs=job.kwargs)
     except Exception: return []        # a run does not fail for an estimate
-    left = in_words(3600*hours(c.images_per_second, job.images, job.epochs))
+    seen = job.epoch_steps*job.bs if job.epoch_steps else job.images
+    left = in_words(3600*hours(c.images_per_second, seen, job.epochs))
     pace = f'{c.images_per_second:,.0f} photographs a second; {c.gib:.1f} of {CARDS[card].gib:.0f} GiB'
     return [f'on one {card}, by the roofline: about {left} and the scoring, {pace}']

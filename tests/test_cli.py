@@ -101,6 +101,8 @@ BAD = {                                          # name -> command line, words i
     'arguments for timm':  (['photos', *tiny(model_kwargs='patch_size')], ['patch_size', 'name=value']),
     'timm refuses':        (['photos', *tiny(model_kwargs='patch_sise=8')], ['patch_sise']),
     'no epochs':           (['photos', *tiny(epochs=-1)], ['epochs', '-1']),
+    'no steps':            (['photos', *TINY, '--epoch-steps', '0'], ['epoch_steps', '0']),
+    'too many steps':      (['photos', *TINY, '--epoch-steps', '5000'], ['epoch_steps', '5000', 'leave it out']),
     'labels':              (['photos', *TINY, '--labelled', 'notes'], ['notes']),
     'baseline':            (['photos', *TINY, '--baseline', 'resnet5'], ['resnet5', 'did you mean']),
     'workers':             (['photos', *tiny(workers=-1)], ['workers', '-1']),

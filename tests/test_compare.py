@@ -39,6 +39,15 @@ def test_a_comparison_is_stopped_resumed_and_grown(tmp_path, monkeypatch, capsys
     with pytest.raises(InputError, match='minutes was 0.001, now 5'): compare(out=out, resume=True, minutes=5)
     with pytest.raises(InputError, match='holds files already'): compare(methods='byol', out=out, **TINY)
 
+def test_all_methods_get_the_same_time(monkeypatch):
+    "A step of CLoVE that takes three times as long as BYOL's: a third of its steps, whatever an epoch holds"
+    seconds = dict(byol=.1, clove=.3)
+    monkeypatch.setattr(page, 'paced_step', lambda run: (seconds[run.job.method], ''))
+    options = {k: v for k,v in TINY.items() if k!='minutes'} | dict(seed=0, arch='test_resnet', n_scenes=80)
+    def planned(minutes): return {k: (v['epochs'], v['epoch_steps']) for k,v in page.plan(entries('byol,clove'), options, minutes, {}).items()}
+    assert planned(.1)==dict(byol=(6, 10), clove=(2, 10))
+    assert planned(.04)==dict(byol=(3, 8), clove=(1, 8))
+
 @pytest.mark.parametrize('kwargs,words', [
     (dict(methods='byol,simclr'), "no method 'simclr'"), (dict(methods='byol, byol'), 'names one twice'), (dict(methods=' ,'), 'names nothing'),
     (dict(seeds=0), 'seeds must be'), (dict(minutes=0), 'minutes must be above 0'), (dict(bs=1), 'bs must be'),

@@ -6,7 +6,7 @@
 __all__ = ['MakeViews', 'ViewLoader', 'canvas_side', 'n_workers', 'view_loaders', 'image_dls', 'scene_dls']
 
 # %% ../../nbs/15_data.images.ipynb #32ca18e4
-import copy, os, random, warnings
+import copy, math, os, random, warnings
 from pathlib import Path
 
 import torch
@@ -41,7 +41,9 @@ class MakeViews:
 _BY_ITEM = {'create_item', 'after_item', 'before_batch', 'create_batch', 'do_batch'}   # methods that a user may set
 
 class ViewLoader(DataLoader):
-    "fastai's loader, except that the move to the device is left to `MakeViews`"
+    "fastai's loader, except that `MakeViews` moves batches to the device, and an epoch may end after `batches`"
+    batches = None     # None: all
+    def __len__(self): return min(super().__len__(), self.batches or math.inf)
     @property
     def device(self): return None
     @device.setter
@@ -56,6 +58,7 @@ class ViewLoader(DataLoader):
         if self.shuffle and hasattr(self.dataset, 'epoch'):
             self.dataset.epoch = copy.copy(self.rng).getrandbits(64)     # a copy: the order does not change
         idxs = super().get_idxs()
+        if self.batches: idxs = idxs[:self.batches*self.bs]
         self.spare_processes(self.fake_l, idxs)
         return idxs
     def shuffle_fn(self, idxs):

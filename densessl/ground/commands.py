@@ -179,6 +179,7 @@ def densessl_pretrain(
     img_size:int=None,      # Side of the large views in pixels, a multiple of the patch; 224, scenes 64
     bs:int=None,            # Photographs in a batch of one process, at least 2; 64, scenes 32, fewer for a small folder
     epochs:int=None,        # Epochs, at least 1; 100, more for a small folder; scenes 16 or 32, as the method needs
+    epoch_steps:int=None,   # Steps of an epoch, on other photographs each time; by default all photographs once
     lr:float=None,          # Learning rate for a batch of 256, above 0; by default that of the preset
     seed:int=0,             # Random seed
     workers:int=None,       # Processes that decode, 0 or more; by default one fewer than CPUs, without a GPU at most 8
