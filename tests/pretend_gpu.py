@@ -8,7 +8,8 @@
 
 Every operator passes `PretendGPU`: one that mixes devices raises, as on a GPU; one that waits for the device (`.item()`, `.cpu()`, `nonzero`, masks as
 indices, a copy that does not say `non_blocking`) is counted under the function that called it. A copy to pinned memory that says `non_blocking` arrives when an
-event behind it is waited for; what is read before that is wrong. What it cannot see: waits inside a kernel, kernels that are missing for a type, memory, races.
+event behind it is waited for; what is read before that is wrong. A tensor made on one stream and used on another that has not waited for it raises, as does one whose
+memory the other stream has not claimed (`record_stream`). What it cannot see: waits inside a kernel, kernels that are missing for a type, memory.
 """
 import collections
 import functools
@@ -71,6 +72,8 @@ class OnGPU(torch.Tensor):
 
     def as_subclass(self, kind): return self if kind is torch.Tensor else super().as_subclass(kind)
 
+    def record_stream(self, stream): PretendGPU.current.made[self.untyped_storage().data_ptr()][2].add(stream)
+
     def __deepcopy__(self, memo):
         res = OnGPU(self.inner.detach().clone()).requires_grad_(self.requires_grad)
         if isinstance(self, torch.nn.Parameter): res._is_param = True
@@ -100,7 +103,7 @@ class _Functions(TorchFunctionMode):
         if func in (torch.Tensor.cuda, torch.Tensor.cpu): return self.to(args[0], name)
         if func is torch.Tensor.to: return self.to(*args, **kwargs)
         if func is torch.Tensor.pin_memory: return args[0]
-        if name in ('tolist', 'numpy', 'data_ptr', 'untyped_storage', 'as_subclass') and isinstance(args[0], OnGPU):
+        if name in ('tolist', 'numpy', 'data_ptr', 'untyped_storage', 'as_subclass', 'record_stream') and isinstance(args[0], OnGPU):
             return getattr(OnGPU, name)(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -131,6 +134,7 @@ class PretendGPU(TorchDispatchMode):
         self.waits, self.copies, self.events, self.launches = collections.Counter(), collections.Counter(), collections.Counter(), 0
         self.sent, self.arrived = [], 0           # copies to pinned memory, and how many of them are there
         self.target = None       # where `Tensor.to` goes
+        self.stream, self.made = Stream(), {}     # in use; of each storage the stream that wrote it, when, and the others that claimed it
 
     def count(self, kind):
         "One more, under the nearest function of the library or of fastai"
@@ -138,6 +142,7 @@ class PretendGPU(TorchDispatchMode):
         while f is not None and not {'densessl', 'fastai'} & {*Path(f.f_code.co_filename).parts[-3:-1]}: f = f.f_back
         name = f'{Path(f.f_code.co_filename).stem}.{f.f_code.co_name}' if f else 'elsewhere'
         getattr(self, kind)[name] += 1
+        if kind=='waits': self.made.clear()       # all that was queued is done
 
     @contextmanager
     def counted(self):
@@ -163,8 +168,10 @@ class PretendGPU(TorchDispatchMode):
         if name=='_fused_sdp_choice' and there: return 0           # the plain formula: the fused kernels need the card
         inner_args, inner_kwargs = tree_unflatten([t.inner if isinstance(t, OnGPU) else t for t in flat], spec)
         if _is_gpu(asked): inner_kwargs['device'] = torch.device('cpu')
+        for t in there: self.stream.check(self.made.get(t.inner.untyped_storage().data_ptr()), func)
         out = func(*inner_args, **inner_kwargs)
         if not result_there: return out
+        self.stream.write(out, self.made)
         self.launches += func.is_view is False if hasattr(func, 'is_view') else 1
         given = {id(t.inner): t for t in there}
 
@@ -199,6 +206,35 @@ class PretendGPU(TorchDispatchMode):
         if not non_blocking: self.count('waits')
 
 
+class Stream:
+    "As `torch.cuda.Stream`: `clock` counts what was queued, `known` how much of each other stream is done before what comes next"
+    def __init__(self, *args): self.clock, self.known = 0, {}
+    def wait_stream(self, other): self.known[other] = other.clock
+
+    def check(self, made, func):
+        "An error if this stream may not use what was `made`"
+        stream, when, claimed = made or (self, 0, ())
+        if stream is self: return
+        if self.known.get(stream, 0)<when: raise RuntimeError(f'race: {func} reads what another stream may not have written yet')
+        if self not in claimed: raise RuntimeError(f'{func} reads memory that the stream which made it may give away: record_stream')
+
+    def write(self, out, made):
+        "Note who wrote these tensors, and when"
+        self.clock += 1
+        for t in tree_flatten(out)[0]:
+            if isinstance(t, torch.Tensor) and (at := t.untyped_storage().data_ptr()):
+                stream, _, claimed = made.get(at, (None, 0, set()))
+                made[at] = self, self.clock, claimed if stream is self else set()
+
+
+@contextmanager
+def _on_stream(stream):
+    gpu = PretendGPU.current
+    was, gpu.stream = gpu.stream, stream
+    try: yield
+    finally: gpu.stream = was
+
+
 class Event:
     "As `torch.cuda.Event`: once it is waited for, what was sent before it was recorded is there"
     def record(self, stream=None): self.n = len(PretendGPU.current.sent)
@@ -222,7 +258,7 @@ def pretend_gpu():
     def nothing(*args, **kwargs): return None
     there = dict(_lazy_init=nothing, is_available=lambda: True, is_initialized=lambda: False, is_bf16_supported=lambda *a, **k: True,
                  device_count=lambda: 1, current_device=lambda: 0, manual_seed_all=nothing, manual_seed=nothing, empty_cache=nothing,
-                 Event=Event, current_stream=nothing, get_rng_state_all=lambda: [], synchronize=lambda *a: gpu.count('waits'))
+                 Event=Event, Stream=Stream, stream=_on_stream, current_stream=lambda *a: gpu.stream, get_rng_state_all=lambda: [], synchronize=lambda *a: gpu.count('waits'))
     gpu = PretendGPU()
     with ExitStack() as stack:
         for k,v in there.items(): stack.enter_context(mock.patch.object(torch.cuda, k, v))

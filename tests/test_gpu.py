@@ -34,7 +34,7 @@ from densessl.training.learner import methods
 from densessl.training.precision import AutocastBF16, compile_blocks
 from densessl.ground.synthetic import draw_scenes
 from densessl.data.views import Augment, _crop_resize_batched
-from pretend_gpu import OnGPU, pretend_gpu
+from pretend_gpu import OnGPU, PretendGPU, pretend_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location('gpu_experiment', ROOT/'experiments/gpu.py')
@@ -103,6 +103,25 @@ def test_it_computes_what_the_cpu_computes():
     with pretend_gpu(): got = work('cuda')
     for a,b in zip(got, want): assert_close(a, b, rtol=0, atol=0)
     assert not torch.cuda.is_available()
+
+
+@without_one
+def test_streams_that_do_not_wait_raise():
+    with pretend_gpu():
+        main, side, x = torch.cuda.current_stream(), torch.cuda.Stream(), torch.ones(3, device='cuda')
+        with torch.cuda.stream(side):
+            with pytest.raises(RuntimeError, match='race'): x+1
+            side.wait_stream(main)
+            with pytest.raises(RuntimeError, match='record_stream'): x+1
+            x.record_stream(side)
+            y = x+1
+        with pytest.raises(RuntimeError, match='race'): y.sum()
+        main.wait_stream(side)
+        with pytest.raises(RuntimeError, match='record_stream'): y.sum()
+        y.record_stream(main)
+        z = y+x
+        assert z.tolist()==[3.]*3
+        with torch.cuda.stream(side): z+1        # `tolist` has waited for all
 
 
 # ---- a step of each method stays on the device
@@ -206,6 +225,17 @@ def test_scores_pictures_export_and_resume(tmp_path):
 @pytest.mark.parametrize('method', METHODS)
 def test_views_on_the_device(method):
     with pretend_gpu(): assert (res := check.views_beside_cpu(method, torch.device('cuda')))['ok'], res
+
+@without_one
+@pytest.mark.parametrize('method', METHODS)
+def test_views_are_made_beside_the_step_before(method):
+    "On a stream of their own that waits for nothing, so for no step either (kept canvases: test_kept)"
+    made = []
+    class Look(Callback):
+        def before_batch(self): made.extend(PretendGPU.current.made[x.data_ptr()] for v in self.xb[0].values() for x in (v.images, v.boxes))
+    with pretend_gpu() as g: check.fit(check.small_learner(method, 'cuda', n=16, cbs=[Look()]))
+    assert len(made)>=8 and all(stream is not g.stream and claimed=={g.stream} for stream,_,claimed in made)
+    assert not any(stream.known for stream,*_ in made)
 
 
 # ---- several processes

@@ -6,7 +6,7 @@
 __all__ = ['MakeViews', 'ViewLoader', 'canvas_side', 'n_workers', 'view_loaders', 'image_dls', 'scene_dls']
 
 # %% ../../nbs/15_data.images.ipynb #32ca18e4
-import copy, math, os, random, warnings
+import copy, functools, math, os, random, warnings
 from pathlib import Path
 
 import torch
@@ -26,16 +26,27 @@ from ..ground.synthetic import draw_scenes
 from ..ground.visualize import show_images, unnormalize
 
 # %% ../../nbs/15_data.images.ipynb #b8bba422
+@functools.lru_cache
+def _side_stream(device): return torch.cuda.Stream(device)
+
 class MakeViews:
     "Batch transform (canvas, hw, notes) -> (views, hw), on `device`, by default that of the canvas"
     def __init__(self, recipe:Recipe, bad_files:BadFiles|None=None, device=None, kept:KeptCanvases|None=None):
         self.recipe, self.device, self.kept, self.compile = recipe, device, kept, False
         self.bad_files = BadFiles() if bad_files is None else bad_files
-    def __call__(self, b):
+    def make(self, b):
+        "Views and sizes of a batch"
         canvas, hw, notes = b if len(b)==3 else self.kept.whole(*b)
         self.bad_files.add(notes)
         device = self.device or canvas.device
         return make_views(self.recipe, to_device(canvas, device), hw, compile=self.compile), to_device(hw, device)
+    def __call__(self, b):
+        if torch.device(self.device or 'cpu').type!='cuda' or b[0].is_cuda: return self.make(b)
+        now, side = torch.cuda.current_stream(self.device), _side_stream(self.device)
+        with torch.cuda.stream(side): views, hw = self.make(b)
+        now.wait_stream(side)
+        for x in (hw, *(x for v in views.values() for x in (v.images, v.boxes))): x.record_stream(now)
+        return views, hw
 
 # %% ../../nbs/15_data.images.ipynb #d33b78ce
 _BY_ITEM = {'create_item', 'after_item', 'before_batch', 'create_batch', 'do_batch'}   # methods that a user may set
