@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['crw_presets', 'crw_method', 'mast_presets', 'mast_method', 'VideoConfig', 'clip_recipe', 'frames_of_others',
-           'CRWConfig', 'cut_patches', 'Walked', 'CRW', 'alike_by_place', 'WalkTerms', 'walk_terms', 'diagnose_walk',
-           'MASTConfig', 'Painted', 'MAST', 'PaintTerms', 'paint_terms']
+           'CRWConfig', 'Walked', 'CRW', 'alike_by_place', 'WalkTerms', 'walk_terms', 'diagnose_walk', 'MASTConfig',
+           'Painted', 'MAST', 'PaintTerms', 'paint_terms']
 
 # %% ../../nbs/48k_methods.video.ipynb #f2d5331d
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..ground.core import InputError, check_names, check_ranges, rebuilt_from_list
 from ..theory.attention import unit_vectors
+from ..theory.hiding import cut_patches
 from ..theory.walk import copy_colors, copy_loss, return_loss, walks
 from ..data.views import Augment, CropSpec, Recipe
 from .encoders import DenseEncoder
@@ -78,16 +79,6 @@ crw_presets = dict(
     paper = CRWConfig(),
     scenes = CRWConfig(img_size=64, scale=(0.3,1.), node_size=32, node_stride=16, out_dim=64, lr=1.6e-2, lr_floor=0.01,
                        warmup=0.1, dropout=0., pos_scale=0.25))
-
-# %% ../../nbs/48k_methods.video.ipynb #6030924a
-def cut_patches(
-    images:Tensor,  # (n, 3, h, w)
-    size:int,       # Side of a patch, pixels
-    stride:int,     # From patch to patch, pixels
-)->Tensor:          # (n, N, 3, size, size), row by row
-    "Overlapping patches of images"
-    patches = images.unfold(2, size, stride).unfold(3, size, stride)     # (n, 3, rows, columns, size, size)
-    return patches.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
 
 # %% ../../nbs/48k_methods.video.ipynb #b1908b38
 @rebuilt_from_list

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Hidden', 'kept_patches', 'split_patches', 'random_mask', 'restore_patches', 'mask_counts', 'block_mask',
-           'inverse_block_mask', 'sample_hidden', 'patchify', 'standardize_patches', 'hidden_error']
+           'inverse_block_mask', 'sample_hidden', 'cut_patches', 'patchify', 'standardize_patches', 'hidden_error']
 
 # %% ../../nbs/29e_theory.hiding.ipynb #343d7d4a
 import math
@@ -130,15 +130,25 @@ def sample_hidden(
     "Some of the hidden places of every image, each set as likely as any other (CAPI)"
     return torch.rand(mask.shape, generator=generator).masked_fill(~mask, 2.).argsort(1)[:,:k]
 
+# %% ../../nbs/29e_theory.hiding.ipynb #6030924a
+def cut_patches(
+    images:Tensor,  # (B, C, H, W)
+    size:int,       # Side of a patch, pixels
+    stride:int,     # From patch to patch, pixels
+)->Tensor:          # (B, N, C, size, size), row by row; what does not fill a patch at the edges is left out
+    "The square patches of images, each an image"
+    patches = images.unfold(2, size, stride).unfold(3, size, stride)     # (B, C, rows, columns, size, size)
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)
+
 # %% ../../nbs/29e_theory.hiding.ipynb #fb3c9ac0
 def patchify(
     images:Tensor,  # (B, C, H, W)
     size:int,       # Side of a patch, pixels; it divides H and W
 )->Tensor:          # (B, N, size*size*C): rows of patches one after the other; in a patch row, column, channel
     "An image as a sequence of its patches (MAE, public code)"
-    (B, C, H, W), p = images.shape, size
-    if H%p or W%p: raise InputError(f'patches of {p} px do not divide an image of {H}x{W}')
-    return images.reshape(B, C, H//p, p, W//p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, (H//p)*(W//p), p*p*C)
+    H, W = images.shape[-2:]
+    if H%size or W%size: raise InputError(f'patches of {size} px do not divide an image of {H}x{W}')
+    return cut_patches(images, size, size).permute(0, 1, 3, 4, 2).flatten(2)
 
 # %% ../../nbs/29e_theory.hiding.ipynb #ab3871ef
 @fp32
