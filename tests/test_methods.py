@@ -12,7 +12,7 @@ from pretend_gpu import pretend_gpu
 from densessl.data.augment import make_views
 from densessl.data.images import scene_dls
 from densessl.data.views import View
-from densessl.ground.core import python_numbers
+from densessl.ground.core import InputError, python_numbers
 from densessl.ground.synthetic import draw_scenes
 from densessl.methods.encoders import dense_encoder
 from densessl.training import pictures   # `learn.show_modes`
@@ -109,6 +109,16 @@ def test_the_null_is_another_training(m):
         first = next(p for p in model.student.encoder.parameters() if p.grad is not None)
         found.append((loss.detach(), first.grad))
     assert not torch.allclose(found[0][1], found[1][1])
+
+@pytest.mark.parametrize('m', [m for m in methods.values() if hasattr(m.presets['paper'], 'global_scale')], ids=lambda m: m.name)
+def test_views_that_never_meet_are_refused(m):
+    "By methods that match places, unless their views are cut so that they meet; no other method needs it"
+    config, (arch, kwargs) = tiny(m, global_scale=(1e-4, 2e-4)), network(m)
+    dls = scene_dls(8, m.recipe(config), bs=4)
+    if m.matches=='place' and not hasattr(config, 'overlap'):
+        with pytest.raises(InputError, match='views of 0.0001 to 0.0002 of the photograph are too small, raise global_scale'):
+            learner(dls, arch, m, config, model_kwargs=kwargs)
+    else: learner(dls, arch, m, config, model_kwargs=kwargs)
 
 def trained(m, config, steps=60):
     "What the monitor says after some steps at a high rate, or at that of `collapse`"

@@ -182,7 +182,7 @@ def keep_fixed_positions(encoder):
 # %% ../../nbs/41_methods.weights.ipynb #7706753f
 _TEACHERS = ('teacher', 'ema', 'base_encoder', 'encoder_q', 'online')
 _COPIES = ('student', 'momentum', 'encoder_k', 'target')
-_ADVICE = 'give arch and model_kwargs of the weights, or arch=None to take them from the weights'
+_ADVICE = 'give arch and model_kwargs of the weights; without arch they are taken from the weights'
 
 def _places(state, want):
     "Prefixes under which the network's tensors are, the one that is evaluated first"

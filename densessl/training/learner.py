@@ -12,8 +12,9 @@ import torch
 from fastai.basics import AvgSmoothLoss, Callback, L, Learner, Recorder, delegates, num_distrib, to_detach
 from fastai.callback.all import ParamScheduler, TrackerCallback
 
-from ..ground.core import InputError, on_host, to_device, unwrapped
+from ..ground.core import InputError, on_host, rng, to_device, unwrapped
 from ..data.images import MakeViews
+from ..data.views import covered_share, random_boxes
 from ..methods.encoders import DenseEncoder, check_exportable, dense_encoder
 from ..methods.weights import init_backbone, network_of
 from ..methods.method import Method
@@ -144,6 +145,15 @@ def find_method(method)->Method:
     raise InputError(f'there is no method {method!r}: use one of {", ".join(methods)}')
 
 # %% ../../nbs/68_training.learner.ipynb #df936fbb
+def _check_overlap(recipe):
+    "An error if the first two kinds of views, cut independently, never show the same place"
+    first, second = recipe.crops[:2]
+    if second.overlap or second.within: return
+    boxes = [random_boxes(torch.ones(256, 2), c.scale, c.ratio, rng(i)) for i,c in enumerate((first, second))]
+    if not covered_share(*boxes).any():
+        raise InputError(f'none of 256 pairs of views had a place in common: views of {second.scale[0]:g} to '
+                         f'{second.scale[1]:g} of the photograph are too small, raise global_scale')
+
 def _settings(method, config, dls):
     "Settings from their name, checked against the views of the data"
     make = method.recipe.__name__
@@ -158,6 +168,7 @@ def _settings(method, config, dls):
     if (T := method.recipe(config).frames)!=dls.recipe.frames:
         raise InputError(f'{method.name} trains on clips of {T} frames, the data has {dls.recipe.frames}: '
                          f'make the DataLoaders with {make}(config)')
+    if method.matches=='place': _check_overlap(method.recipe(config))
     return config
 
 def _check_arguments(arch, model_kwargs, pretrained, init):
