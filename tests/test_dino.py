@@ -7,9 +7,10 @@ from timm.loss import SoftTargetCrossEntropy
 from torch.testing import assert_close
 
 from densessl.data.augment import make_views
-from densessl.methods.dino import (DINO, DINOLoss, DINOOutput, center_update, diagnose_dino, dino_loss, dino_presets, dino_recipe,
+from densessl.methods.dino import (DINO, DINOLoss, DINOOutput, diagnose_dino, dino_loss, dino_presets, dino_recipe,
                                    dino_state, view_information)
 from densessl.methods.encoders import dense_encoder
+from densessl.theory.codes import center_update
 from densessl.ground.synthetic import draw_scenes
 from processes import in_ranks
 

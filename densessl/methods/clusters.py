@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..ground.core import check_ranges, fp32, rebuilt_from_list, to_device
 from ..ground.ranks import mean_over_ranks, n_ranks, this_rank
 from ..theory.attention import unit_vectors
-from ..theory.codes import (CodeTerms, center_update, centered_target, present_slots, slot_contrast,
+from ..theory.codes import (CodeTerms, centered_target, present_slots, slot_contrast,
                                    slot_features, slot_scores, soft_cross_entropy, swapped_prediction)
 from ..theory.common import common_boxes
 from ..theory.contrast import Queue
@@ -29,7 +29,7 @@ from .dino import view_information
 from .encoders import DenseEncoder
 from .heads import MLP, PrototypeHead, cosine_logits
 from .method import (Method, PartsLoss, ProjectorConfig, diagnose_embeddings, embedding_state,
-                                     global_views, multicrop_recipe, scene_cnn, scene_settings)
+                                     global_views, images_by_size, multicrop_recipe, scene_cnn, scene_settings)
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48d_methods.clusters.ipynb #a7904e6e
@@ -95,7 +95,7 @@ class SwAV(StudentTeacher):
     "`encoder`, projector and prototypes, and the queues of both global views; no teacher (SwAV)"
     def __init__(self, encoder:DenseEncoder, config:SwAVConfig=SwAVConfig()):
         c = config
-        for size in (c.img_size, *([c.local_size] if c.n_local else [])): encoder.grid(size, size)
+        c.grids(encoder)
         head = SwAVHead(encoder.embed_dim, c.n_prototypes, c.hidden_dim, c.out_dim)
         super().__init__(dict(encoder=encoder, head=head), teacher=False)
         self.queues = nn.ModuleList([Queue(c.queue_size, c.out_dim) for _ in range(2 if c.queue_size else 0)])
@@ -109,8 +109,7 @@ class SwAV(StudentTeacher):
         return cosine_logits(keys[:, this_rank()::n_ranks()], prototypes)
 
     def forward(self, views)->SwAVOutput:
-        head, kinds = self.student.head, [global_views(views).images]       # (V, B, 3, s, s) of each size
-        if 'local' in views: kinds.append(views['local'].images)
+        head, kinds = self.student.head, images_by_size(views)
         tokens = [self.student.encoder.tokens(x.flatten(0, 1)) for x in kinds]
         B = kinds[0].shape[1]
         z = head.embed(torch.cat([o.mean(1) for o in tokens])).unflatten(0, (-1, B))
@@ -274,10 +273,9 @@ class SlotCon(StudentTeacher):
         present = present_slots(scores.detach())
         both = present & there
         predicted = torch.stack([self.student.predictor(*o) for o in zip(slots, both)])
-        center = self.center.clone()    # in training mode the center then follows the scores of the teacher
-        if self.training: self.center.copy_(center_update(center, scores_t, self.config.center_momentum))
-        return SlotConOutput(self.in_register(scores, boxes, views), targets, common.shared, center, predicted, keys,
-                             present, there, x[0].flatten(0, 1).detach(), tokens[0].detach())
+        return SlotConOutput(self.in_register(scores, boxes, views), targets, common.shared,
+                             *self.recenter(center=scores_t), predicted, keys, present, there,
+                             x[0].flatten(0, 1).detach(), tokens[0].detach())
 
 # %% ../../nbs/48d_methods.clusters.ipynb #54b940f9
 class SlotTerms(NamedTuple):

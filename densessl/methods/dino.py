@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ground.core import InputError, fp32, check_ranges, rebuilt_from_list
-from ..theory.codes import CodeTerms, center_update, centered_target, view_cross_entropy
+from ..theory.codes import CodeTerms, centered_target, view_cross_entropy
 from ..theory.softmask import mode_spread
 from ..theory.statistics import effective_rank
 from ..data.views import Recipe
 from .encoders import DenseEncoder
 from .heads import PrototypeHead
-from .method import (Method, MultiCropConfig, PrototypeConfig, diagnose_tokens, multicrop_recipe, scene_colors,
-                                     scene_vit)
+from .method import (Method, MultiCropConfig, PrototypeConfig, diagnose_tokens, images_by_size,
+                                     multicrop_recipe, scene_colors, scene_vit)
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48_methods.dino.ipynb #bd4e2d49
@@ -104,7 +104,7 @@ class DINO(StudentTeacher):
     "Student with `encoder` and head, teacher as its copy, and the center; views in, scores out (DINO)"
     def __init__(self, encoder:DenseEncoder, config:DINOConfig=DINOConfig()):
         c = config
-        for size in (c.img_size, *([c.local_size] if c.n_local else [])): encoder.grid(size, size)
+        c.grids(encoder)
         head = PrototypeHead(encoder.embed_dim, c.n_prototypes, c.hidden_dim, c.bottleneck_dim,
                              norm_last_layer=c.norm_last_layer)
         super().__init__(dict(encoder=encoder, head=head))
@@ -118,15 +118,12 @@ class DINO(StudentTeacher):
         return side.head(views).unflatten(0, (-1, kinds[0].shape[1])), tokens
 
     def forward(self, views)->DINOOutput:
-        kinds = [torch.cat([views[k].images for k in ('global1', 'global2')])]    # (V, B, 3, s, s) of each size
-        with torch.no_grad(): teacher_logits, _ = self.score(self.teacher, kinds)
-        if 'local' in views: kinds.append(views['local'].images)
+        kinds = images_by_size(views)
+        with torch.no_grad(): teacher_logits, _ = self.score(self.teacher, kinds[:1])
         student_logits, tokens = self.score(self.student, kinds)
         first = tokens[0][:kinds[0].shape[1]].detach()
         if self.config.match=='chance': teacher_logits = teacher_logits.roll(1, 1)
-        center = self.center.clone()    # in training mode the center then follows the scores of the teacher
-        if self.training: self.center.copy_(center_update(center, teacher_logits, self.config.center_momentum))
-        return DINOOutput(student_logits, teacher_logits, center, first)
+        return DINOOutput(student_logits, teacher_logits, *self.recenter(center=teacher_logits), first)
 
     def prototype_head(self):
         "(Function from tokens (n, N, D) to centered logits (n, K), temperature), by the teacher's head"

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from ..ground.core import check_names, check_ranges, fp32, rebuilt_from_list, to_device
 from ..ground.ranks import mean_over_ranks, n_ranks, this_rank
 from ..theory.attention import unit_vectors
-from ..theory.codes import center_update, centered_target, sinkhorn, soft_cross_entropy, view_cross_entropy
+from ..theory.codes import centered_target, sinkhorn, soft_cross_entropy, view_cross_entropy
 from ..theory.hiding import block_mask, mask_counts
 from ..theory.softmask import mode_spread
-from .dino import DINOConfig, diagnose_dino, dino_presets
+from .dino import DINO, DINOConfig, diagnose_dino, dino_presets
 from .encoders import DenseEncoder
 from .heads import PrototypeHead
-from .method import Method, PartsLoss, embedding_state, global_views, multicrop_recipe, scene_vit
+from .method import (Method, PartsLoss, embedding_state, global_views, images_by_size,
+                                     multicrop_recipe, scene_vit)
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48e_methods.ibot.ipynb #f578c824
@@ -116,7 +117,7 @@ class IBOT(StudentTeacher):
     def __init__(self, encoder:DenseEncoder, config:IBOTConfig=IBOTConfig()):
         c = config
         encoder.check_hiding()
-        for size in (c.img_size, *([c.local_size] if c.n_local else [])): encoder.grid(size, size)
+        c.grids(encoder)
         heads = {k: PrototypeHead(encoder.embed_dim, c.n_prototypes, c.hidden_dim, c.bottleneck_dim,
                                   norm_last_layer=c.norm_last_layer) for k in ('head', 'patch_head')[:2-c.shared_head]}
         super().__init__(dict(encoder=encoder, **heads, mask_token=MaskToken(encoder.embed_dim)),
@@ -145,20 +146,16 @@ class IBOT(StudentTeacher):
         if c.match=='chance': seen = seen.roll(1, 1)
         tokens = student.encoder.tokens(images, mask=mask, token=student.mask_token())
         pooled = [tokens.mean(1)]
-        if 'local' in views: pooled.append(student.encoder.tokens(views['local'].images.flatten(0, 1)).mean(1))
+        pooled += [student.encoder.tokens(x.flatten(0, 1)).mean(1) for x in images_by_size(views)[1:]]
         points = student.head.embed(torch.cat(pooled))
         patches = student[self.patch_head](tokens.flatten(0, 1)[rows])
-        centers = self.center.clone(), self.patch_center.clone()
-        if self.training and c.targets=='center':
-            for center,scores in ((self.center, seen), (self.patch_center, mean_patch)):
-                center.copy_(center_update(center, scores, c.center_momentum))
+        centers = self.center, self.patch_center
+        if c.targets=='center': centers = self.recenter(center=seen, patch_center=mean_patch)
         return IBOTOutput(student.head.score(points).unflatten(0, (-1, B)), seen, centers[0],
                           patches, seen_patches, centers[1], weight, pooled[0].unflatten(0, (2, B)),
                           points[:2*B].detach(), tokens[:B].detach())
 
-    def prototype_head(self):
-        "(Function from tokens (n, N, D) to centered logits (n, K), temperature), by the teacher's head"
-        return lambda z: self.teacher.head(z.mean(1)) - self.center, self.config.temp_t[-1]
+    prototype_head = DINO.prototype_head
 
 # %% ../../nbs/48e_methods.ibot.ipynb #6b926766
 class IBOTTerms(NamedTuple):

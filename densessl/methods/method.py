@@ -82,6 +82,10 @@ class MultiCropConfig:
                 raise InputError(f'{k} needs three numbers (first global view, second, local views), '
                                  f'got {getattr(self, k)}')
 
+    def grids(self, encoder):
+        "Grid of each size of views; an error if one does not fit the encoder"
+        return [encoder.grid(size, size) for size in (self.img_size, self.local_size)[:2 if self.n_local else 1]]
+
 # %% ../../nbs/45_methods.method.ipynb #6a33ab0c
 def multicrop_recipe(config:MultiCropConfig)->Recipe:
     "Crops 'global1', 'global2' and 'local', each cut independently from the whole photograph (SwAV, multi-crop)"
@@ -106,6 +110,11 @@ def global_views(views:dict)->View:
     "Images (2, B, 3, s, s) and boxes (2, B, 4) of the crops 'global1' and 'global2'"
     both = [views[k] for k in ('global1', 'global2')]
     return View(torch.cat([v.images for v in both]), torch.cat([v.boxes for v in both]))
+
+# %% ../../nbs/45_methods.method.ipynb #676d042b
+def images_by_size(views:dict)->list:
+    "Images of all views, (V, B, 3, s, s) of each size: the global views, and the local ones if there are any"
+    return [global_views(views).images, *(v.images for k,v in views.items() if k=='local')]
 
 # %% ../../nbs/45_methods.method.ipynb #9d3b57ce
 @dataclass(frozen=True, kw_only=True)

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from ..data.views import CropSpec, Recipe
 from ..ground.core import InputError, check_ranges, fp32, rebuilt_from_list, to_device
 from ..theory.attention import unit_vectors
-from ..theory.codes import center_update, centered_target, view_cross_entropy
-from .dino import DINOConfig, diagnose_dino, dino_presets
+from ..theory.codes import centered_target, view_cross_entropy
+from .dino import DINO, DINOConfig, diagnose_dino, dino_presets
 from .encoders import DenseEncoder
 from .heads import PrototypeHead
 from .ibot import ibot_state, patch_cross_entropy
-from .method import Method, PartsLoss, global_views, multicrop_recipe, scene_vit
+from .method import Method, PartsLoss, global_views, images_by_size, multicrop_recipe, scene_vit
 from .student_teacher import StudentTeacher
 
 # %% ../../nbs/48i_methods.patches.ipynb #6e3acd9b
@@ -123,15 +123,13 @@ class SelfPatchOutput(NamedTuple):
     tokens:Tensor           # The student's tokens of its first view, (B, N, D), no gradient; for the monitor
 
 # %% ../../nbs/48i_methods.patches.ipynb #cf3c8d56
-def _head(dim, K, c):
-    return PrototypeHead(dim, K, c.hidden_dim, c.bottleneck_dim, norm_last_layer=c.norm_last_layer)
-
 class SelfPatch(StudentTeacher):
     "Student with `encoder`, aggregation and two heads, teacher as its copy, and two centers (SelfPatch, Fig. 2)"
     def __init__(self, encoder:DenseEncoder, config:SelfPatchConfig=SelfPatchConfig()):
         c, D = config, encoder.embed_dim
-        for size in (c.img_size, *([c.local_size] if c.n_local else [])): neighbors(encoder.grid(size, size))
-        heads = dict(head=_head(D, c.n_prototypes, c), patch_head=_head(D, c.patch_prototypes, c))
+        for grid in c.grids(encoder): neighbors(grid)
+        heads = {k: PrototypeHead(D, K, c.hidden_dim, c.bottleneck_dim, norm_last_layer=c.norm_last_layer)
+                 for k,K in (('head', c.n_prototypes), ('patch_head', c.patch_prototypes))}
         super().__init__(dict(encoder=encoder, aggregation=Aggregation(D, c.num_heads), **heads))
         self.register_buffer('center', torch.zeros(c.n_prototypes))
         self.register_buffer('patch_center', torch.zeros(c.patch_prototypes))
@@ -152,8 +150,7 @@ class SelfPatch(StudentTeacher):
         return side.head.embed(view), side.patch_head(patches.flatten(0, 1)), tokens
 
     def forward(self, views)->SelfPatchOutput:
-        kinds = [global_views(views).images]                # (v, B, 3, s, s) of each size
-        if 'local' in views: kinds.append(views['local'].images)
+        kinds = images_by_size(views)
         V, B = sum(map(len, kinds)), kinds[0].shape[1]
         images = [x.flatten(0, 1) for x in kinds]
         with torch.no_grad():
@@ -161,10 +158,7 @@ class SelfPatch(StudentTeacher):
             seen, seen_patches = self.teacher.head.score(torch.cat(seen)), torch.cat(seen_patches)
         points, patches, tokens = zip(*(self.score(self.student, x) for x in images))
         weight = torch.cat([o.new_full((len(o),), len(x)/(V*len(o))) for o,x in zip(patches, kinds)])
-        centers = self.center.clone(), self.patch_center.clone()
-        if self.training:
-            for center,scores in ((self.center, seen), (self.patch_center, seen_patches)):
-                center.copy_(center_update(center, scores, self.config.center_momentum))
+        centers = self.recenter(center=seen, patch_center=seen_patches)
         said = self.student.head.score(torch.cat(points)).unflatten(0, (V, B))
         return SelfPatchOutput(said, seen.unflatten(0, (V, B)), centers[0],
                                torch.cat(patches), seen_patches, centers[1], weight,
@@ -276,18 +270,16 @@ class ADCLROutput(NamedTuple):
     tokens:Tensor           # The student's tokens of its first view, (B, N, D), no gradient; for the monitor
 
 # %% ../../nbs/48i_methods.patches.ipynb #d2fb80c2
-class ADCLR(StudentTeacher):
+class ADCLR(DINO):
     "DINO's student, teacher and head; queries beside the global views, with a center of their own (ADCLR, Fig. 1)"
     def __init__(self, encoder:DenseEncoder, config:ADCLRConfig=ADCLRConfig()):
         c = config
         encoder.check_hiding()
-        for size in (c.img_size, *([c.local_size] if c.n_local else [])): encoder.grid(size, size)
         if encoder.stride!=c.query_size:
             raise InputError(f'a query is one patch: query_size must be {encoder.stride} px as the patches of '
                              f'{encoder.arch}, got {c.query_size}')
-        super().__init__(dict(encoder=encoder, head=_head(encoder.embed_dim, c.n_prototypes, c)))
-        for k in ('center', 'query_center'): self.register_buffer(k, torch.zeros(c.n_prototypes))
-        self.config = c
+        super().__init__(encoder, c)
+        self.register_buffer('query_center', torch.zeros(c.n_prototypes))
 
     def ask(self, side, images, queries):
         "Points of global views (2B, d), scores of their queries (2, B*Q, K), and the tokens"
@@ -304,20 +296,11 @@ class ADCLR(StudentTeacher):
         if self.config.match=='chance':
             seen, seen_queries = seen.roll(1, 1), seen_queries.roll(self.config.n_queries, 1)
         points, said_queries, tokens = self.ask(student, images, queries)
-        every = points
-        if 'local' in views:
-            local = student.encoder.tokens(views['local'].images.flatten(0, 1)).mean(1)
-            every = torch.cat([points, student.head.embed(local)])
-        centers = self.center.clone(), self.query_center.clone()
-        if self.training:
-            for center,scores in ((self.center, seen), (self.query_center, seen_queries)):
-                center.copy_(center_update(center, scores, self.config.center_momentum))
+        local = [student.encoder.tokens(x.flatten(0, 1)).mean(1) for x in images_by_size(views)[1:]]
+        every = torch.cat([points, *map(student.head.embed, local)])
+        centers = self.recenter(center=seen, query_center=seen_queries)
         return ADCLROutput(student.head.score(every).unflatten(0, (-1, B)), seen, centers[0],
                            said_queries, seen_queries, centers[1], points.detach(), tokens[:B].detach())
-
-    def prototype_head(self):
-        "(Function from tokens (n, N, D) to centered logits (n, K), temperature), by the teacher's head"
-        return lambda z: self.teacher.head(z.mean(1)) - self.center, self.config.temp_t[-1]
 
 # %% ../../nbs/48i_methods.patches.ipynb #958c398a
 def adclr_terms(

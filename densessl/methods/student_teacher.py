@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..ground.core import InputError
+from ..theory.codes import center_update
 
 # %% ../../nbs/43_methods.student_teacher.ipynb #565cff0f
 @torch.no_grad()
@@ -75,6 +76,13 @@ class StudentTeacher(nn.Module):
             for m in side['encoder'].modules() if 'encoder' in side else ():
                 if isinstance(m, _BatchNorm): m.eval()
         return self
+
+    def recenter(self, **scores):
+        "Centers by name, as they are before this step; in training they then follow the teacher's `scores`"
+        before = [getattr(self, k).clone() for k in scores]
+        for k,s in scores.items() if self.training else ():
+            getattr(self, k).copy_(center_update(getattr(self, k), s, self.config.center_momentum))
+        return before
 
     def update_teacher(self, momentum):
         "One step of the moving average; nothing without a teacher"
