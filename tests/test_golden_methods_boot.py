@@ -133,7 +133,6 @@ class Small(nn.Module):
         super().__init__()
         self.net = nn.Sequential(nn.Conv2d(3, 8, 8, 8, bias=False), nn.BatchNorm2d(8), nn.ReLU())
     def grid(self, h, w): return h//8, w//8
-    def check_cells(self, img_size): pass
     def tokens(self, x): return cells(self.net(x))
 
 

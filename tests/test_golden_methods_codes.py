@@ -63,7 +63,6 @@ class Encoder(nn.Module):
         super().__init__()
         self.net, self.embed_dim = nn.Sequential(nn.Conv2d(3, dim, 8, 8, bias=False), nn.BatchNorm2d(dim), nn.ReLU()), dim
     def grid(self, h, w, name=''): return h//8, w//8
-    def check_cells(self, img_size): pass
     def tokens(self, x): return self.net(x).flatten(2).mT
 
 PARTS = dict(encoder='encoder.net', projector='projector', grouping='prototypes', predictor_slot='predictor')

@@ -30,7 +30,7 @@ from densessl.training.score import DenseScore
 from densessl.ground.core import InputError
 from densessl.data.images import scene_dls
 from densessl.methods.encoders import dense_encoder
-from densessl.training.learner import methods
+from densessl.training.learner import learner, methods
 from densessl.training.precision import AutocastBF16, compile_blocks
 from densessl.ground.synthetic import draw_scenes
 from densessl.data.views import Augment, _crop_resize_batched
@@ -300,6 +300,18 @@ def test_the_step_of_a_method_is_one_graph(method, half):
     for (k, p),q in zip(twin.named_parameters(), model.parameters()):
         assert (p.grad is None)==(q.grad is None), k
         if p.grad is not None: assert_close(q.grad, p.grad, **tolerance, msg=lambda m: f'{k}: {m}')
+
+def test_no_block_of_a_cnn_is_left_out(monkeypatch):
+    "Sixteen blocks of as many shapes, more than torch compiles of one function unless told to"
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, 'recompile_limit', 8)
+    c = methods['byol'].presets['scenes']
+    c = replace(c, img_size=64, hidden_dim=16, out_dim=8)
+    learn = learner(scene_dls(4, methods['byol'].recipe(c), bs=2), 'resnet26', 'byol', c, model_kwargs=dict(stem_width=8, channels=[8, 16, 24, 32]), compile='eager')
+    torch._dynamo.utils.counters.clear()
+    check.fit(learn)
+    frames = torch._dynamo.utils.counters['frames']
+    assert frames['ok']==frames['total']>=16
 
 @pytest.mark.parametrize('depth', [3, 12])
 def test_all_blocks_share_their_graphs(depth):

@@ -120,6 +120,12 @@ def test_views_that_never_meet_are_refused(m):
             learner(dls, arch, m, config, model_kwargs=kwargs)
     else: learner(dls, arch, m, config, model_kwargs=kwargs)
 
+@pytest.mark.parametrize('m', [m for m in methods.values() if m.matches!='none'], ids=lambda m: m.name)
+def test_a_view_of_one_cell_is_refused(m):
+    config = tiny(m)
+    with pytest.raises(InputError, match='resnet10t turns a view of 32 px into one cell'):
+        learner(scene_dls(16, m.recipe(config), bs=16), 'resnet10t', m, config, model_kwargs=dict(stem_width=8, channels=[8, 8, 8, 16]))
+
 def trained(m, config, steps=60):
     "What the monitor says after some steps at a high rate, or at that of `collapse`"
     lr = max(1e-2, config.lr*8/256 if 'lr' in m.collapse else 0.)

@@ -226,7 +226,6 @@ class PixPro(StudentTeacher):
     "Student with `encoder`, projector and value layer, teacher as a copy of the first two (PixPro, Fig. 2)"
     def __init__(self, encoder:DenseEncoder, config:PixProConfig=PixProConfig()):
         c = config
-        encoder.check_cells(c.img_size)
         projector = MLP(encoder.embed_dim, c.hidden_dim, c.out_dim, last_norm=c.last_norm)
         value = nn.Linear(c.out_dim, c.out_dim) if c.value_layer else nn.Identity()
         super().__init__(dict(encoder=encoder, projector=projector, value=value),

@@ -51,6 +51,8 @@ class CLoVEConfig(ProjectorConfig):
         check_ranges(self, num_heads='[1, inf)', attn_temp='(0, inf)', threshold='(0, inf)', lam='[0, inf)',
                      margin='(-inf, inf)', k='[2, inf)')
         check_names(self, reduction=('pair', 'mean'))
+        if self.out_dim%self.num_heads:
+            raise InputError(f'num_heads must divide out_dim, got {self.num_heads} and {self.out_dim}')
 
 # %% ../../nbs/47_methods.clove.ipynb #2c903453
 clove_presets = dict(

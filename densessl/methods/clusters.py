@@ -25,6 +25,7 @@ from ..theory.common import common_boxes
 from ..theory.contrast import Queue
 from ..data.views import Augment, Recipe
 from .align import align
+from .contrast import moco_complete
 from .dino import view_information
 from .encoders import DenseEncoder
 from .heads import MLP, PrototypeHead, cosine_logits
@@ -142,7 +143,8 @@ def diagnose_swav(m:dict)->list:
 
 # %% ../../nbs/48d_methods.clusters.ipynb #b660f8a2
 swav_method = Method('swav', swav_presets, multicrop_recipe, SwAV,
-    lambda c: PartsLoss(swapped_terms, temp=c.temp, eps=c.eps, rounds=c.rounds, use_queue=float(c.queue_start==0)),
+    complete=lambda c, encoder, photographs: moco_complete(c, encoder, photographs) if c.queue_size else c,
+    loss=lambda c: PartsLoss(swapped_terms, temp=c.temp, eps=c.eps, rounds=c.rounds, use_queue=float(c.queue_start==0)),
     metrics=('entropy', 'kl', 'perplexity'), measure=swav_state, diagnose=diagnose_swav,
     arch='resnet50', **scene_cnn, scene_epochs=16, paper='Caron et al., Unsupervised learning of visual features by '
     'contrasting cluster assignments, NeurIPS 2020', null=dict(match='chance'), collapse=dict(rounds=0))
@@ -236,7 +238,6 @@ class SlotCon(StudentTeacher):
     "Student with `encoder`, projector, prototypes and predictor, teacher as a copy of the first three (SlotCon)"
     def __init__(self, encoder:DenseEncoder, config:SlotConConfig=SlotConConfig()):
         c = config
-        encoder.check_cells(c.img_size)
         projector = MLP(encoder.embed_dim, c.hidden_dim, c.out_dim, layers=3, act=nn.GELU)
         predictor = SlotPredictor(c.out_dim, c.hidden_dim, c.out_dim, layers=3, act=nn.GELU)
         parts = dict(encoder=encoder, projector=projector, prototypes=nn.Embedding(c.n_prototypes, c.out_dim))

@@ -66,7 +66,6 @@ class DenseCL(StudentTeacher):
     "Student with `encoder`, a projector of whole views and one of cells, teacher as its copy, two queues (DenseCL)"
     def __init__(self, encoder:DenseEncoder, config:DenseCLConfig=DenseCLConfig()):
         c = config
-        encoder.check_cells(c.img_size)
         def head(): return MLP(encoder.embed_dim, c.hidden_dim, c.out_dim, norm=False)
         heads = dict(projector=head(), cell_projector=head())
         super().__init__(dict(encoder=encoder) | heads, teacher_mode='train', buffers=False, keep='student')

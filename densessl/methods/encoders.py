@@ -73,6 +73,9 @@ class DenseEncoder(nn.Module):
         if self.layout=='maps' and not multiplies: net.to(memory_format=torch.channels_last)
         if self.layout=='tokens' and hasattr(net, 'patch_embed'): net.patch_embed.register_forward_hook(_in_rows)
         n = dict(tokens=shape[1]-self.n_prefix, maps=math.prod(shape[-2:]), NHWC=math.prod(shape[1:3]))[self.layout]
+        sides = getattr(getattr(net, 'patch_embed', None), 'patch_size', None)
+        if isinstance(sides, (tuple, list)) and len({*sides})>1:
+            refuse(f'patches of {sides[0]}x{sides[1]} px, which are not square')
         if self.layout=='tokens' and n<2: refuse(f'a single feature for an image of {h}x{w}, not one for each patch')
         self.stride = round(math.sqrt(h*w/n))
         if n!=(-(-h//self.stride))*(-(-w//self.stride)):
@@ -88,8 +91,8 @@ class DenseEncoder(nn.Module):
                              f'use {" or ".join(map(str, sorted(near)))}')
         return h//s, w//s
 
-    def check_size(self, h:int, w:int, name:str=''):
-        "Refuse an image size (pixels, value of the setting `name`) that the network cannot take; nothing is computed"
+    def check_size(self, h:int, w:int, name:str='', instead:str=''):
+        "Refuse an image size (pixels, of the setting `name`) that the network cannot take; `instead`: a way out"
         rows, columns = self.grid(h, w, name)
         want = {'tokens': (1, rows*columns+self.n_prefix, self.embed_dim), 'maps': (1, self.embed_dim, rows, columns),
                 'NHWC': (1, rows, columns, self.embed_dim)}[self.layout]
@@ -102,8 +105,8 @@ class DenseEncoder(nn.Module):
                              'but views have 3 colors: leave in_chans out of model_kwargs')
         built = 'x'.join(map(str, _sides(self.img_size)))
         raise InputError(f'{self.arch} was built for images of {built} and cannot take {_named(h, w, name)} ({why}): '
-                         'give views of one size (local_size equal to img_size, or n_local=0), '
-                         'or choose a network for any size, as vit_small_patch16_224, resnet50 or convnext_tiny')
+                         + f'{instead}, or '*bool(instead) +
+                         'choose a network for any size, as vit_small_patch16_224, resnet50 or convnext_tiny')
 
     def check_cells(self, img_size:int):
         "Refuse a network that turns a view of `img_size` pixels into one cell, which can be compared with no other"
@@ -222,7 +225,10 @@ def _resolve(arch, kwargs):
 def _create(arch, kwargs):
     "`timm.create_model`, its errors in one sentence"
     try: return timm.create_model(arch, **kwargs)
-    except Exception as e: raise InputError(f'timm cannot build {arch} with {kwargs}: {_one_line(e)}') from e
+    except Exception as e:
+        if "'drop_path_rate'" in str(e):
+            raise InputError(f'{arch} has no stochastic depth: set drop_path_rate=0') from e
+        raise InputError(f'timm cannot build {arch} with {kwargs}: {_one_line(e)}') from e
 
 def _any_size(arch, kwargs, img_size):
     "Arguments with which timm builds a network other than a ViT for images of any size, as far as it can"

@@ -222,7 +222,8 @@ def tokens_and_queries(
     net, n = encoder.net, math.prod(encoder.grid(*images.shape[-2:]))
     asked = net.patch_embed(queries.flatten(0, 1)).reshape(*queries.shape[:2], -1)
     joined = net.norm_pre.register_forward_hook(lambda norm, before, z: torch.cat([z, asked.to(z.dtype)], 1))
-    mask = query_attention(n+encoder.n_prefix, queries.shape[1])
+    apart = ~query_attention(n+encoder.n_prefix, queries.shape[1])
+    mask = torch.zeros(apart.shape).masked_fill(apart, -math.inf)    # timm may add a bool mask as 0 and 1
     try: z = net.forward_features(images, attn_mask=to_device(mask, images.device))
     finally: joined.remove()
     return z[:, encoder.n_prefix:].split((n, queries.shape[1]), 1)

@@ -158,7 +158,7 @@ def gram_recipe(config:GramConfig=GramConfig())->Recipe:
 class Gram(Posttrained):
     "The same crop by the student and, clean and larger, by the teacher (DINOv3, high-resolution Gram anchoring)"
     def __init__(self, encoder:DenseEncoder, config:GramConfig=GramConfig()):
-        encoder.grid(*[config.zoom*config.img_size]*2, 'zoom*img_size')
+        encoder.check_size(*[config.zoom*config.img_size]*2, 'zoom*img_size', 'set zoom=1')
         super().__init__(encoder, config)
 
     def forward(self, views)->AlignedTokens:
@@ -184,6 +184,6 @@ def gram_terms(out:AlignedTokens)->GramTerms:
 
 # %% ../../nbs/48h_methods.posttrain.ipynb #b1829658
 gram_method = Method('gram', gram_presets, gram_recipe, Gram, lambda c: PartsLoss(gram_terms), metrics=('typical',),
-    measure=embedding_state, diagnose=diagnose_embeddings('Keep the teacher where it began: momentum=(1, 1).'),
+    measure=embedding_state, diagnose=diagnose_embeddings('Lower the learning rate; a random network, too, has such features.'),
     arch='vit_small_patch16_224', **scene_vit, scene_epochs=16,
     paper='Siméoni et al., DINOv3, 2025', matches='place', null=dict(match='chance'))

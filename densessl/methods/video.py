@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ground.core import InputError, check_names, check_ranges, rebuilt_from_list
+from ..ground.ranks import n_ranks
 from ..theory.attention import unit_vectors
 from ..theory.hiding import cut_patches
 from ..theory.walk import copy_colors, copy_loss, return_loss, walks
@@ -52,8 +53,17 @@ def clip_recipe(config:VideoConfig)->Recipe:
 
 # %% ../../nbs/48k_methods.video.ipynb #425e0bb6
 def frames_of_others(frames:Tensor)->Tensor:
-    "Frames (T, B, ...) of clips, the t-th taken from the t-th clip after its own"
+    "Frames (T, B, ...) of clips, the t-th taken from the t-th clip after its own; of B >= T clips each from another"
     return torch.stack([x.roll(-t, 0) for t,x in enumerate(frames)])
+
+# %% ../../nbs/48k_methods.video.ipynb #425e0bb7
+def clips_complete(config:VideoConfig, encoder, frames:int)->VideoConfig:
+    "The settings, if a step of so many frames has clips enough for the null"
+    T, clips = config.frames, frames//config.frames//n_ranks()
+    if config.match=='chance' and clips<T:
+        raise InputError(f"match='chance' takes the {T} frames of a clip from as many clips, a step has {clips}: "
+                         f'raise the batch size to {T*T}')
+    return config
 
 # %% ../../nbs/48k_methods.video.ipynb #6e39996c
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ class Walked(NamedTuple):
 class CRW(StudentTeacher):
     "Views of clips in, unit features of their patches out; `nodes` as in the settings (CRW)"
     def __init__(self, encoder:DenseEncoder, config:CRWConfig=CRWConfig()):
-        if config.nodes=='patches': encoder.check_size(config.node_size, config.node_size, 'node_size')
+        if config.nodes=='patches': encoder.check_size(*[config.node_size]*2, 'node_size', "set nodes='cells'")
         projector = nn.Linear(encoder.embed_dim, config.out_dim)
         super().__init__(dict(encoder=encoder, projector=projector), teacher=False)
         self.config = config
@@ -145,8 +155,8 @@ def diagnose_walk(m:dict)->list:
     return said
 
 # %% ../../nbs/48k_methods.video.ipynb #1af04ea9
-crw_method = Method('crw', crw_presets, clip_recipe, CRW,
-    lambda c: PartsLoss(walk_terms, temp=c.temp, dropout=c.dropout), metrics=('returned', 'place'),
+crw_method = Method('crw', crw_presets, clip_recipe, CRW, complete=clips_complete,
+    loss=lambda c: PartsLoss(walk_terms, temp=c.temp, dropout=c.dropout), metrics=('returned', 'place'),
     measure=embedding_state, diagnose=diagnose_walk, arch='resnet18', **scene_cnn,
     scene_epochs=16, matches='similarity', null=dict(match='chance'), collapse=dict(nodes='cells'),
     describe=lambda c: [f'clips of {c.frames} consecutive frames, a folder of frames for each video'],
@@ -227,7 +237,8 @@ def paint_terms(out:Painted, radius:int)->PaintTerms:
     return PaintTerms(copy_loss(painted, last), error, still)
 
 # %% ../../nbs/48k_methods.video.ipynb #b624605e
-mast_method = Method('mast', mast_presets, clip_recipe, MAST, lambda c: PartsLoss(paint_terms, radius=c.radius),
+mast_method = Method('mast', mast_presets, clip_recipe, MAST, complete=clips_complete,
+    loss=lambda c: PartsLoss(paint_terms, radius=c.radius),
     metrics=('error', 'still'), measure=embedding_state,
     diagnose=diagnose_embeddings('Lower the learning rate.'), arch='vit_small_patch8_224', **scene_cnn,
     scene_epochs=32, matches='similarity', null=dict(match='chance'),

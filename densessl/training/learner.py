@@ -35,7 +35,8 @@ from ..methods.video import crw_method, mast_method
 from ..methods.levels import detco_method
 from ..theory.schedules import cosine
 from .precision import AutocastBF16, compile_blocks, has_bf16
-from .optim import ClipGrad, FreezeLastLayer, LayerDecay, adamw, lars, sgd, split_decay
+from .optim import (ClipGrad, FreezeLastLayer, LayerDecay, adamw, lars, layer_factors, sgd,
+                                     split_decay)
 from .dense_learner import DenseLearner, check_arguments
 from .teacher import TeacherEMA
 from .monitor import CollapseMonitor, LossPart, in_fit, pack_rows, unpack_rows
@@ -197,7 +198,8 @@ def _encoder(arch, c, model_kwargs, dls, pretrained, init):
     kwargs |= model_kwargs
     encoder = arch if isinstance(arch, DenseEncoder) else dense_encoder(arch, img_size=c.img_size, **kwargs)
     encoder.check_size(c.img_size, c.img_size, 'img_size')
-    if getattr(c, 'n_local', 0): encoder.check_size(c.local_size, c.local_size, 'local_size')
+    one_size = 'give views of one size (local_size equal to img_size, or n_local=0)'
+    if getattr(c, 'n_local', 0): encoder.check_size(c.local_size, c.local_size, 'local_size', one_size)
     check_exportable(encoder)
     encoder.published = getattr(encoder, 'published', False) or init is not None
     norm = init_backbone(encoder, init) if init is not None else encoder.net.pretrained_cfg if pretrained else {}
@@ -244,6 +246,8 @@ def learner(
     m = find_method(method)
     c = _settings(m, config, dls)
     encoder = _encoder(arch, c, model_kwargs or {}, dls, pretrained, init)
+    if m.matches!='none': encoder.check_cells(c.img_size)
+    if getattr(c, 'layer_decay', 1.)<1: layer_factors(encoder.net, c.layer_decay)     # or an error
     photographs = dls.bs*max(1, num_distrib())
     c = m.complete(c, encoder, photographs)
     model = m.model(encoder, c)

@@ -142,7 +142,7 @@ def layer_factors(
 )->dict:            # Factor of the rate by name of the parameter
     "Layer decay"
     if not hasattr(net, 'group_matcher'):
-        raise InputError(f'timm does not say which layers a {type(net).__name__} has: leave out layer_decay')
+        raise InputError(f'timm does not say which layers a {type(net).__name__} has: set layer_decay=1')
     layer = group_parameters(net, net.group_matcher(coarse=False), reverse=True)
     below = {k: i for k,i in layer.items() if not k.startswith(('norm.', 'fc_norm.', 'head', 'neck'))}
     n = max(below.values())

@@ -111,5 +111,13 @@ def compile_blocks(model:nn.Module, backend:str='inductor')->list:
     blocks = [b for net in nets for b in _repeated(net)]
     if not blocks:
         raise InputError(f'{model.student["encoder"].arch} has no blocks that could be compiled: leave out compile')
-    for b in blocks: b.compile(backend=backend)
+    limits = torch._dynamo.config      # blocks of one kind share a limit; each may differ in shape, gradient and mode
+    for k in ('recompile_limit', 'accumulated_recompile_limit'):
+        setattr(limits, k, max(getattr(limits, k), 8*len(blocks)))
+    try:
+        for b in blocks: b.compile(backend=backend)
+    except torch._dynamo.exc.InvalidBackend:
+        known = ', '.join(torch._dynamo.list_backends())
+        raise InputError(f'there is no backend {backend!r} to compile with: '
+                         f'use compile=True, or one of {known}') from None
     return blocks
