@@ -123,6 +123,8 @@ def test_views_that_never_meet_are_refused(m):
 @pytest.mark.parametrize('m', [m for m in methods.values() if m.matches!='none'], ids=lambda m: m.name)
 def test_a_view_of_one_cell_is_refused(m):
     config = tiny(m)
+    if hasattr(config, 'n_local'): config = replace(config, n_local=0)
+    if m.name=='flsl': config = replace(config, window=1)
     with pytest.raises(InputError, match='resnet10t turns a view of 32 px into one cell'):
         learner(scene_dls(16, m.recipe(config), bs=16), 'resnet10t', m, config, model_kwargs=dict(stem_width=8, channels=[8, 8, 8, 16]))
 

@@ -184,6 +184,7 @@ def gram_terms(out:AlignedTokens)->GramTerms:
 
 # %% ../../nbs/48h_methods.posttrain.ipynb #b1829658
 gram_method = Method('gram', gram_presets, gram_recipe, Gram, lambda c: PartsLoss(gram_terms), metrics=('typical',),
-    measure=embedding_state, diagnose=diagnose_embeddings('Lower the learning rate; a random network, too, has such features.'),
+    measure=embedding_state,
+    diagnose=diagnose_embeddings('Lower the learning rate; a random network, too, has such features.'),
     arch='vit_small_patch16_224', **scene_vit, scene_epochs=16,
     paper='Siméoni et al., DINOv3, 2025', matches='place', null=dict(match='chance'))
