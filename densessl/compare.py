@@ -6,7 +6,8 @@
 __all__ = ['Entry', 'entries', 'plan', 'train_entry', 'ranked', 'conclusion', 'compare_plot', 'compare']
 
 # %% ../nbs/83a_compare.ipynb #ea1a227f
-import json, math, shlex, shutil
+import json, math, shlex, shutil, warnings
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,10 +17,10 @@ from .methods.export import export_backbone
 from .evaluation.scores import mean_and_deviation, read_scores, scores_table, write_scores
 from .evaluation.verdict import fixed_positions
 from .training.arguments import Arguments, absolute_paths, write_json
-from .training.learner import find_method
+from .training.learner import find_method, methods
 from .training.output import lasting_output
 from .training.runfile import run_checkpoints
-from .job import counted, in_words, open_run, paced_step, resolve
+from .job import cautions, counted, in_words, open_run, paced_step, resolve
 from .cli import SCORES, run_folder, train
 
 # %% ../nbs/83a_compare.ipynb #cb1c2298
@@ -32,11 +33,11 @@ class Entry:
     @property
     def label(self):
         "Its name in the table"
-        return f'{self.method}, null' if self.null else self.method
+        return f'{self.method} (null)' if self.null else self.method
     @property
     def folder(self):
         "Name of its folder"
-        return f'{self.label.replace(", ", "-")}-{self.seed}'
+        return f'{self.method}{"-null"*self.null}-{self.seed}'
 
 # %% ../nbs/83a_compare.ipynb #9ce851f3
 def entries(methods:str, seeds:int=1, nulls:bool=False)->list:
@@ -51,24 +52,36 @@ def entries(methods:str, seeds:int=1, nulls:bool=False)->list:
 # %% ../nbs/83a_compare.ipynb #a589510a
 def job_of(entry:Entry, options:dict, **more):
     "The run of an entry, with `options` of `densessl_pretrain`"
-    settings = find_method(entry.method).null if entry.null else {}
+    null = find_method(entry.method).null if entry.null else {}
+    settings = [options.get('settings') or '', *(f'{k}={v!r}' for k,v in null.items())]
     own = dict(method=entry.method, seed=options['seed']+entry.seed, score_every=0,
-               settings=','.join(f'{k}={v!r}' for k,v in settings.items()))
+               settings=','.join(filter(None, settings)))
     return resolve(Arguments(**options | own | more))
+
+# %% ../nbs/83a_compare.ipynb #39fad9c2
+def opened(entry:Entry, options:dict, quiet:bool=True, **more):
+    "The run of an entry, opened; an error says which method it is about"
+    with redirect_stdout(None) if quiet else nullcontext():
+        try: return open_run(job_of(entry, options, **more))
+        except InputError as e: raise InputError(f'{entry.label}: {e}') from e
 
 # %% ../nbs/83a_compare.ipynb #39fad9c3
 def plan(todo:list, options:dict, minutes:float, lengths:dict)->dict:
     "Epochs and their steps for which these minutes are enough, for each method; those in `lengths` are kept"
-    lengths = dict(lengths)
+    lengths, said = dict(lengths), {}
+    for e in todo:                    # all are opened before a step is measured
+        own = options if e is todo[0] else options | dict(baseline=None)
+        said |= dict.fromkeys(cautions(opened(e, own, e is not todo[0], **lengths.get(e.method, dict(epochs=1)))))
     for e in todo:
-        run = open_run(job_of(e, options, **lengths.get(e.method, dict(epochs=1))))
         if e.method in lengths: continue
+        run = opened(e, options | dict(baseline=None), epochs=1)
         seconds, memory = paced_step(run)
         n = max(1, round(60*minutes/seconds))
         epochs = math.ceil(n/run.job.steps)
         lengths[e.method] = dict(epochs=epochs, epoch_steps=(steps := max(1, round(n/epochs))))
         print(f'{e.method}: {run.job.arch}, {counted(epochs, "epoch")} of {counted(steps, "step")}, '
               f'about {in_words(seconds*steps*epochs)}; {memory} of memory', flush=True)
+    for line in said: print(line, flush=True)
     return lengths
 
 # %% ../nbs/83a_compare.ipynb #1a954007
@@ -77,15 +90,20 @@ def train_entry(entry:Entry, options:dict, length:dict, out:Path)->list:
     folder = out/entry.folder
     if (folder/'scores.json').exists(): return read_scores(folder/'scores.json')
     folder.mkdir(exist_ok=True)
-    run = open_run(job_of(entry, options, **length, resume=bool(run_checkpoints(folder/'checkpoints'))))
+    run = opened(entry, options, **length, resume=bool(run_checkpoints(folder/'checkpoints')))
     run.out = folder
     train(run, starts=1, command=f'densessl_compare --resume --out {shlex.quote(str(out))}')
     scale = getattr(run.job.config, 'pos_scale', 1.)     # of a ViT's positions: another start
     fixed = fixed_positions(run.learn.model.backbone) is not None
-    start = f'{run.score.start_name}, {run.job.arch}' + f', pos_scale {scale:g}'*(fixed and scale!=1)
+    start = f'{run.score.start_name} of {run.job.arch}' + f' with pos_scale {scale:g}'*(fixed and scale!=1)
     names = {'before training': start, f'epoch {length["epochs"]}': entry.label}
     kept = [s for s in run.score.scores if s.probe in SCORES and s.model in names]
-    scores = [*run.others, *(replace(s, model=names[s.model]) for s in kept)]
+    def grid(s): return s.features.split()[-1].rsplit('x', 1)[0]
+    same = {(s.probe, grid(s)) for s in kept}       # whoever has fewer cells finds the same one more easily
+    others = [s for s in run.others if s.probe!='correspondence' or (s.probe, grid(s)) in same]
+    for s in run.others:
+        if s not in others: print(f'{s.model}: correspondence left out, its maps have other cells', flush=True)
+    scores = [*others, *(replace(s, model=names[s.model]) for s in kept)]
     export_backbone(run.learn, folder/'backbone.safetensors', overwrite=True)
     write_scores(scores, folder/'scores.json')
     shutil.rmtree(folder/'checkpoints')
@@ -94,8 +112,10 @@ def train_entry(entry:Entry, options:dict, length:dict, out:Path)->list:
 # %% ../nbs/83a_compare.ipynb #7e90ba52
 def ranked(found:dict)->list:
     "Scores of all entries, {`Entry`: scores}, the best model first; a start counts once a seed"
-    once = {(s.model, s.probe, e.seed): s for e,scores in reversed(found.items()) for s in scores}
-    scores = list(once.values())
+    alike = {}
+    for e,scores in found.items():
+        for s in scores: alike.setdefault((s.model, s.probe, e.seed), []).append(s)
+    scores = [replace(o[0], value=mean_and_deviation([s.value for s in o])[0]) for o in alike.values()]
     by = chosen_probe(scores)
     def mean(model): return mean_and_deviation([s.value for s in scores if (s.model, s.probe)==(model, by)])[0]
     order = sorted({s.model for s in scores}, key=mean, reverse=True)
@@ -112,7 +132,9 @@ def welch(a, b)->float:
     "Chance of a difference as large as that of two groups of scores if there is none (Welch's t-test); nan: unknown"
     from scipy.stats import ttest_ind
     if len({*a, *b})==1: return 1.
-    return float(ttest_ind(a, b, equal_var=False).pvalue)
+    with warnings.catch_warnings():        # of scores that are all alike, as those of published weights
+        warnings.simplefilter('ignore')
+        return float(ttest_ind(a, b, equal_var=False).pvalue)
 
 # %% ../nbs/83a_compare.ipynb #d457a380
 def conclusion(scores, baseline:str=None)->str:
@@ -139,7 +161,7 @@ def compare_plot(scores):
     for ax,probe in zip(axes[0], probes):
         for i,m in enumerate(models):
             values = [100*s.value for s in scores if (s.model, s.probe)==(m, probe)]
-            color = '.55' if ',' in m else 'C0'      # a start, or a null
+            color = 'C0' if m in methods else '.55'      # a start, a null, the baseline
             ax.plot(values, [i]*len(values), 'o', ms=4, color=color, alpha=.6)
             if values: ax.plot([mean_and_deviation(values)[0]]*2, [i-.3, i+.3], lw=2, color=color)
         ax.set_title(probe, fontsize=9)
@@ -153,67 +175,79 @@ def compare_plot(scores):
     return fig
 
 # %% ../nbs/83a_compare.ipynb #b11b606f
-_GROW = ('methods', 'seeds', 'nulls')      # may be given anew on resume
+_FIRST = dict(methods='flsl,dino', minutes=3., seeds=1, seed=0)    # where nothing is said
+_FREE = ('workers', 'device')                                      # may be others on a resume
 
-def _resumed(args, default):
-    "Arguments and lengths of the comparison in `args['out']`, with more methods or seeds if they are given"
-    path = Path(args['out'] or '')/'compare.json'
-    if args['out'] is None: raise InputError('--resume needs --out, the folder of the comparison')
-    try: record = json.loads(path.read_text())
+def _record(out):
+    "What the comparison in a folder says of itself"
+    try: return json.loads((Path(out)/'compare.json').read_text())
     except (OSError, ValueError):
-        raise InputError(f'{str(path.parent)!r} is no folder of a comparison: it has no compare.json') from None
-    old, here = record['arguments'], ('out', 'resume', 'overwrite')
-    given = {k: v for k,v in args.items() if k not in here and v!=default[k]}
-    if differ := [f'{k} was {old[k]!r}, now {v!r}' for k,v in given.items() if k not in _GROW and v!=old[k]]:
-        raise InputError(f'the comparison in {args["out"]!r} has other settings: {", ".join(differ)}; leave them out')
-    return args | old | {k: given[k] for k in _GROW if k in given}, record['lengths']
+        raise InputError(f'{str(out)!r} is no folder of a comparison: it has no compare.json') from None
+
+def _resumed(args, out):
+    "Arguments and lengths of the comparison in `out`; methods, seeds and nulls that are given are added"
+    if out is None: raise InputError('--resume needs --out, the folder of the comparison')
+    record, default = _record(out), vars(Arguments()) | dict.fromkeys(_FIRST)
+    old = record['arguments']
+    given = {k: v for k,v in args.items() if v is not None and v!=default.get(k)}
+    names = (m.strip() for m in f'{old["methods"]},{given.get("methods", "")}'.split(','))
+    more = dict(methods=','.join(dict.fromkeys(filter(None, names))), seeds=max(old['seeds'], given.get('seeds', 0)),
+                nulls=old['nulls'] or given.get('nulls', False))
+    if differ := [f'{k} was {old.get(k)!r}, now {v!r}' for k,v in given.items()
+                  if k not in (*more, *_FREE) and v!=old.get(k)]:
+        raise InputError(f'the comparison in {str(out)!r} has other settings: {", ".join(differ)}; leave them out')
+    return old | more | {k: given[k] for k in _FREE if k in given}, record['lengths']
+
+# %% ../nbs/83a_compare.ipynb #b11b6070
+def _clear(out, todo):
+    "Remove trainings of a comparison that is overwritten: its own, and those that have the names of new ones"
+    if (out/'compare.json').exists():
+        old = _record(out)['arguments']
+        todo = [*todo, *entries(old['methods'], old['seeds'], old['nulls'])]
+    for e in todo: shutil.rmtree(out/e.folder, ignore_errors=True)
 
 # %% ../nbs/83a_compare.ipynb #12c58530
 def compare(
-    photos=None,              # Folder of photographs or shards; None draws scenes
-    methods:str='flsl,dino',  # Names, separated by commas
-    minutes:float=3.,         # Of training for each method and seed
-    seeds:int=1,              # Trainings of each method
-    nulls:bool=False,         # Train each method with nothing to learn from, too
-    out=None,                 # Folder to write to, by default runs/compare-<number>
-    resume:bool=False,        # Go on with the comparison in `out`
-    overwrite:bool=False,     # Write into a folder that holds files
-    seed:int=0,               # First seed
-    **options,                # Of `densessl_pretrain`: arch, labelled, baseline, init, img_size, bs, device, ...
-)->list:                      # Scores, best model first
+    photos=None,            # Folder of photographs or shards; None draws scenes
+    methods:str=None,       # Names, separated by commas; None: flsl,dino
+    minutes:float=None,     # Of training for each method and seed; None: 3
+    seeds:int=None,         # Trainings of each method; None: 1
+    nulls:bool=False,       # Train each method with nothing to learn from, too
+    out=None,               # Folder to write to, by default runs/compare-<number>
+    resume:bool=False,      # Go on with the comparison in `out`, and add methods, seeds and nulls
+    overwrite:bool=False,   # Write into a folder that holds files
+    seed:int=None,          # First seed; None: 0
+    **options,              # Of `densessl_pretrain`: arch, labelled, baseline, init, settings, img_size, bs, ...
+)->list:                    # Scores, best model first
     "Train several methods on the same photographs for the same minutes, and score them"
-    args = dict(locals()) | options
-    del args['options']
-    default = dict(photos=None, methods='flsl,dino', minutes=3., seeds=1, nulls=False, seed=0)
-    lengths = {}
-    if resume: args, lengths = _resumed(args, default | vars(Arguments()))
+    own = dict(methods=methods, minutes=minutes, seeds=seeds, nulls=nulls, seed=seed)
+    args, lengths = absolute_paths(options | own | dict(folder=photos)), {}
+    if resume: args, lengths = _resumed(args, out)
+    args |= {k: v for k,v in _FIRST.items() if args[k] is None}
     check_whole('seeds', args['seeds'], 1)
     if not 0<args['minutes']<math.inf: raise InputError(f'minutes must be above 0, got {args["minutes"]!r}')
     todo = entries(args['methods'], args['seeds'], args['nulls'])
-    own = ('photos', 'methods', 'minutes', 'seeds', 'nulls', 'out', 'resume', 'overwrite')
-    given = {k: v for k,v in args.items() if k not in own}
-    opened = absolute_paths(dict(folder=args['photos'], **given))
-    if opened.get('arch') is None and not opened.get('init'):
+    if not args.get('arch') and not args.get('init'):      # all train the network of the first
         first = find_method(todo[0].method)
-        if args['photos']: opened['arch'] = first.arch
-        else: opened |= dict(arch=first.scene_arch, model_kwargs=opened.get('model_kwargs') or first.scene_kwargs)
+        if args['folder']: args['arch'] = first.arch
+        else: args |= dict(arch=first.scene_arch, model_kwargs=args.get('model_kwargs') or first.scene_kwargs)
+    common = {k: v for k,v in args.items() if k not in ('methods', 'minutes', 'seeds', 'nulls')}
     with lasting_output(), quiet_libraries():
         if not resume: run_folder(out, 'compare', overwrite, make=False)
-        lengths = plan(todo[:sum(e.seed==0 for e in todo)], opened | dict(baseline=None), args['minutes'], lengths)
+        lengths = plan([e for e in todo if e.seed==0], common, args['minutes'], lengths)
         out = Path(out) if resume else run_folder(out, 'compare', overwrite)
-        kept = {k: v for k,v in args.items() if k not in ('out', 'resume', 'overwrite')} | dict(photos=opened['folder'])
-        write_json(out/'compare.json', dict(arguments=kept, lengths=lengths))
-        for e in [] if resume else todo: shutil.rmtree(out/e.folder, ignore_errors=True)    # of an overwritten one
+        if not resume: _clear(out, todo)
+        write_json(out/'compare.json', dict(arguments=args, lengths=lengths))
         found = {}
         for i,e in enumerate(todo):
-            print(f'\n{e.label}, seed {opened["seed"]+e.seed} ({i+1} of {len(todo)})', flush=True)
+            print(f'\n{e.label}, seed {common["seed"]+e.seed} ({i+1} of {len(todo)})', flush=True)
             more = {} if i==0 else dict(baseline=None)       # scored once
-            found[e] = train_entry(e, opened | more, lengths[e.method], out)
+            found[e] = train_entry(e, common | more, lengths[e.method], out)
         scores = ranked(found)
         write_scores(scores, out/'scores.json')
         compare_plot(scores).savefig(out/'comparison.png', dpi=144)
         plain = [replace(s, features='', protocol={}) for s in scores]     # all were scored alike
-        text = f"{scores_table(plain, protocol=False)}\n\n{conclusion(scores, opened.get('baseline'))}"
+        text = f"{scores_table(plain, protocol=False)}\n\n{conclusion(scores, common.get('baseline'))}"
         (out/'comparison.txt').write_text(text+'\n')
         print(f'\n{text}\nwritten to {out}: comparison.txt, comparison.png, scores.json and a folder for each training')
     return scores

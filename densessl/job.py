@@ -7,8 +7,8 @@ __all__ = ['FEW_PHOTOGRAPHS', 'photo_data', 'Job', 'resolve', 'open_run', 'count
            'card_to_ask', 'on_a_card']
 
 # %% ../nbs/80_job.ipynb #f0684e25
-import math, re
-from dataclasses import dataclass, field
+import math, random, re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from .data.folders import find_images
 from .data.images import image_dls, scene_dls
 from .data.shards import is_shards, shard_dls, shard_list
 from .data.labelled import SegmentationData, labelled_data, labelled_options
-from .methods.weights import network_of
+from .methods.weights import network_of, norm_of
 from .evaluation.report import open_backbone
 from .evaluation.verdict import has_batch_norm
 from .training.arguments import Arguments
@@ -51,8 +51,8 @@ def photo_data(folder, recipe, bs=None, workers=None, seed=0, labelled=None, dev
     held = max(2, min(64, n//10)) if n>=20 else 0
     if bs is None: bs = suited_batch((n-held)//max(1, num_distrib()))
     make_dls, apart = shard_dls if shards else image_dls, (held+.5)/n if held else 0.
-    dls = make_dls(folder, recipe, bs=bs, num_workers=workers, valid_pct=apart, seed=seed, device=device,
-                   max_bad=max_bad)
+    dls = make_dls(folder, recipe, bs=bs, num_workers=workers, valid_pct=apart, seed=0, device=device, max_bad=max_bad)
+    dls.train.rng = random.Random(seed)      # the photographs kept apart to score on are those of every seed
     show = torch.nn.functional.interpolate(kept_photographs(dls, 4)[0], size=(size,)*2, mode='bicubic', antialias=True)
     return dls, labelled and labelled_data(labelled, **dict(size=size) | labelled_options(labelled_as)), show
 
@@ -161,6 +161,7 @@ def open_run(job:Job)->Run:
     set_seed(job.seed)
     m = methods[job.method]
     recipe = m.recipe(job.config)
+    recipe = replace(recipe, **(norm_of(job.init) if job.init else {}))
     if job.folder:
         dls, labelled, photos = photo_data(job.folder, recipe, job.bs, job.workers, job.seed, job.labelled, job.where,
                                            job.max_bad, job.labelled_as)
@@ -187,6 +188,16 @@ def in_words(seconds:float)->str:
         if seconds>=2*size: return f'{seconds/size:.0f} {name}'
     return counted(round(seconds), 'second')
 
+# %% ../nbs/80_job.ipynb #ad14d037
+def cautions(run:Run)->list:
+    "Lines on a start and photographs that do not suit each other"
+    job, lines = run.job, []
+    if job.init and has_batch_norm(run.learn.model.backbone) and not getattr(job.config, 'freeze_norm', False):
+        lines.append('batch norm takes the statistics of these views (--settings freeze_norm=true: of the weights)')
+    if job.folder is not None and job.images<FEW_PHOTOGRAPHS and not job.init:
+        lines.append('few photographs: published weights are the better start (--pretrained or --init)')
+    return lines
+
 # %% ../nbs/80_job.ipynb #ad14d038
 def opening(run:Run)->list:
     "Lines that say what the run will do, and what speaks against it"
@@ -202,15 +213,13 @@ def opening(run:Run)->list:
         f'in batches of {job.bs}, {counted(job.epochs, "epoch")}: {counted(total, "step")}',
         f'{kept}views of {sizes} px, on {dls.device} in {numbers}',
         *job.notes]
+    if job.epoch_steps:
+        lines.append(f'an epoch shows {job.bs*job.epoch_steps:,} of the {job.images:,}, others each time')
     lines += find_method(job.method).describe(c)
-    if job.init and has_batch_norm(run.learn.model.backbone) and not getattr(c, 'freeze_norm', False):
-        lines.append('batch norm takes the statistics of these views (--settings freeze_norm=true: of the weights)')
     if total<ENOUGH_STEPS:
         enough = math.ceil(ENOUGH_STEPS/max(1, job.steps))
         lines.append(f'short: below some {ENOUGH_STEPS} steps features hardly change (--epochs {enough})')
-    if not drawn and job.images<FEW_PHOTOGRAPHS and not job.init:
-        lines.append('few photographs: published weights are the better start (--pretrained or --init)')
-    return lines
+    return lines + cautions(run)
 
 # %% ../nbs/80_job.ipynb #6f925df8
 def paced_step(run:Run)->tuple:

@@ -288,13 +288,14 @@ def densessl_transfer(
 def densessl_compare(
     photos:option(str, 'Folder of photographs, searched recursively, or of shards; without it, drawn scenes',
                   opt=False, nargs='?')=None,
-    methods:option(str, f'Separated by commas, of {METHODS}')='flsl,dino',
-    minutes:float=3.,       # Of training for each method and seed
-    seeds:int=1,            # Trainings of each method
+    methods:option(str, f'Separated by commas, of {METHODS}; by default flsl,dino')=None,
+    minutes:float=None,     # Of training for each method and seed; by default 3
+    seeds:int=None,         # Trainings of each method; by default 1
     nulls:bool=False,       # Train each method with nothing to learn from, too
     preset:str=None,        # Settings of all: paper, or scenes, for small networks and minutes; by default paper
     arch:str=None,          # timm name of the network of all; by default that of the first method
     model_kwargs:str=None,  # Arguments for timm, as patch_size=8,depth=3
+    settings:str=None,      # Settings of all methods, as freeze_norm=true
     init:str=None,          # Weights to start from: a file, a timm name or hf-hub:owner/name; by default random
     pretrained:bool=False,  # Start from the weights that timm publishes for --arch
     img_size:int=None,      # Side of the large views in pixels; by default that of each method
@@ -302,10 +303,10 @@ def densessl_compare(
     labelled:str=None,      # Folder of labelled photographs to score on, in any layout of densessl.data.labelled
     labelled_as:str='',     # How to read them, as layout=folder,ignore_index=0
     baseline:str=None,      # A backbone to compare with: a file, or a timm name (published weights)
-    seed:int=0,             # First seed
+    seed:int=None,          # First seed; by default 0
     workers:int=None,       # Processes that decode, 0 or more
     device:str=None,        # cpu, cuda or cuda:1; by default the GPU if there is one
-    resume:bool=False,      # Go on with the comparison in --out; more --methods and --seeds are added
+    resume:bool=False,      # Go on with the comparison in --out; --methods, --seeds and --nulls add to it
     out:str=None,           # Folder to write to; by default runs/compare-<number>
     overwrite:bool=False,   # Write into a folder that holds files
 ):

@@ -360,6 +360,14 @@ def open_backbone(
     if verbose: print(f"{said}. Its input is normalized with ImageNet's mean and standard deviation.", flush=True)
     return encoder, dict(_IMAGENET)
 
+# %% ../../nbs/41_methods.weights.ipynb #1df62220
+def norm_of(init)->dict:
+    "mean and std of the input for which weights were trained; nothing if only the Hub knows them"
+    path = _file_of(str(init))[0]
+    if path is not None: return {k: tuple(json.loads(_card(path) or '{}').get(k) or _IMAGENET[k]) for k in _IMAGENET}
+    cfg = timm.get_pretrained_cfg(str(init)) if timm.is_model(str(init)) else None
+    return {k: tuple(getattr(cfg, k)) for k in _IMAGENET} if cfg else {}
+
 # %% ../../nbs/41_methods.weights.ipynb #1df62221
 def init_backbone(
     encoder:DenseEncoder,  # Gets the weights

@@ -43,8 +43,9 @@ class _Scoring(ScoreCurve, Callback):
     def _default_best(self): return self.best_by or ('nearest neighbor' if self.scorer.labelled else 'correspondence')
 
     def _gathers(self):
-        "Does the backbone have batch norm, whose statistics can be gathered without training?"
-        return isinstance(self.method.backbone, DenseEncoder) and has_batch_norm(self.method.backbone)
+        "Does the backbone have batch norm that follows the views? Then its statistics can be gathered without training"
+        frozen = getattr(self.method.config, 'freeze_norm', False)
+        return isinstance(self.method.backbone, DenseEncoder) and has_batch_norm(self.method.backbone) and not frozen
 
     def _open(self):
         "Open photographs and labels; the name of the score that chooses the best"
@@ -99,7 +100,8 @@ class _Scoring(ScoreCurve, Callback):
         else: nets = [self.start] if gathers and self.start is not None else []
         for net in nets:
             net = self.scorer.gathered(net) if gathers else net
-            self.others += self.score_network(net.to(self.dls.device), self.start_name, ordering=True)
+            name = self.start_name + ', gathered statistics'*(self.start_name!='random start')
+            self.others += self.score_network(net.to(self.dls.device), name, ordering=True)
 
     def _say(self):
         "The verdict as a warning if something is wrong, else as a line"
@@ -196,7 +198,7 @@ def score_network(self:DenseScore, encoder, label='model', **kwargs)->list:
 # %% ../../nbs/77_training.score.ipynb #40b0be4b
 @patch
 def start_scores(self:DenseScore)->list:
-    "Scores of all starts under one name, that of this run first"
+    "Scores of all starts, that of this run first; a published one twice, the second time with gathered statistics"
     self._score_others()
     own = [replace(s, model=self.start_name) for s in self.scores if s.model=='before training']
     return [s for s in own if s.probe not in GAUGES or s.probe=='correspondence'] + self.others
@@ -206,7 +208,7 @@ def start_scores(self:DenseScore)->list:
 def verdict(self:DenseScore, label=None, others=())->Verdict:
     "Did training help? The last scores, named `label`, against several starts and `others`, scores of other backbones"
     last = f'epoch {self.done[0]}'
-    label, starts = label or last, self.start_scores()
+    label, starts = label or last, [replace(s, model=self.start_name) for s in self.start_scores()]
     fixed, trouble = self.start_name!='random start', self._trouble()
     names = list(dict.fromkeys(s.model for s in others))
     def named(scores): return [replace(s, model=label) for s in scores]
