@@ -78,6 +78,8 @@ class DenseEncoder(nn.Module):
             refuse(f'patches of {sides[0]}x{sides[1]} px, which are not square')
         if self.layout=='tokens' and n<2: refuse(f'a single feature for an image of {h}x{w}, not one for each patch')
         self.stride = round(math.sqrt(h*w/n))
+        said = info[-1].get('reduction') if isinstance(info := getattr(net, 'feature_info', None), list) and info else 0
+        if said and n==(-(-h//said))*(-(-w//said)): self.stride = said      # also of a size that it does not divide
         if n!=(-(-h//self.stride))*(-(-w//self.stride)):
             refuse(f'{n} features for an image of {h}x{w}, which form no grid of square patches')
         for k in unused: net.get_parameter(k).requires_grad_(False)
