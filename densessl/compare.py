@@ -201,9 +201,9 @@ def _resumed(args, out):
 # %% ../nbs/83a_compare.ipynb #b11b6070
 def _clear(out, todo):
     "Remove trainings of a comparison that is overwritten: its own, and those that have the names of new ones"
-    if (out/'compare.json').exists():
-        old = _record(out)['arguments']
-        todo = [*todo, *entries(old['methods'], old['seeds'], old['nulls'])]
+    try: old = _record(out)['arguments']
+    except InputError: old = None           # there was none
+    if old: todo = [*todo, *entries(old['methods'], old['seeds'], old['nulls'])]
     for e in todo: shutil.rmtree(out/e.folder, ignore_errors=True)
 
 # %% ../nbs/83a_compare.ipynb #12c58530

@@ -44,7 +44,7 @@ class _Scoring(ScoreCurve, Callback):
 
     def _gathers(self):
         "Does the backbone have batch norm that follows the views? Then its statistics can be gathered without training"
-        frozen = getattr(self.method.config, 'freeze_norm', False)
+        frozen = getattr(getattr(self.method, 'config', None), 'freeze_norm', False)
         return isinstance(self.method.backbone, DenseEncoder) and has_batch_norm(self.method.backbone) and not frozen
 
     def _open(self):
