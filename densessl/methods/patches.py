@@ -245,7 +245,8 @@ class ADCLRConfig(DINOConfig):
 # %% ../../nbs/48i_methods.patches.ipynb #bd825626
 adclr_presets = dict(
     paper = ADCLRConfig(),
-    scenes = ADCLRConfig(**vars(dino_presets['scenes']) | dict(n_local=2), n_queries=4, query_size=8))
+    scenes = ADCLRConfig(**vars(dino_presets['scenes']) | dict(n_local=2), n_queries=4, query_size=8,
+                         query_scale=(0.1,0.4), query_weight=0.1))
 
 # %% ../../nbs/48i_methods.patches.ipynb #457a3360
 def adclr_recipe(config:ADCLRConfig=ADCLRConfig())->Recipe:
