@@ -72,7 +72,7 @@ def report(run)->list:
     similarity_picture(run.photos, shown, learn.dls.recipe).savefig(out/'similarity.png', dpi=144)
     score.plot().savefig(out/'curves.png')
     words = score.conclude(last, run.others)
-    table = scores_table(scores, protocol=False)
+    table = scores_table([replace(s, features='', protocol={}) for s in scores], protocol=False)    # a row a model
     run.say(f'\ntrained for {in_words(run.seconds)}; the frozen baselines and the trained backbone:',
             f'{table}\n\n{words}')
     notes, bad = [], learn.dls.bad_files
