@@ -38,7 +38,7 @@ def make(m, config, double=False):
     torch.manual_seed(3)
     arch, kwargs = network(m)
     encoder = dense_encoder(arch, img_size=config.img_size, pos_scale=getattr(config, 'pos_scale', 1.), **kwargs)
-    config = m.complete(config, encoder, 8)
+    config = m.complete(config, encoder, 8*m.recipe(config).frames)
     model = m.model(encoder, config)
     return (model.double() if double else model).train(), m.loss(config)
 
