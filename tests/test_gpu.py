@@ -301,10 +301,10 @@ def test_the_step_of_a_method_is_one_graph(method, half):
         assert (p.grad is None)==(q.grad is None), k
         if p.grad is not None: assert_close(q.grad, p.grad, **tolerance, msg=lambda m: f'{k}: {m}')
 
-def test_no_block_of_a_cnn_is_left_out(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_no_block_of_a_cnn_is_left_out():
     "Sixteen blocks of as many shapes, more than torch compiles of one function unless told to"
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, 'recompile_limit', 8)
     c = methods['byol'].presets['scenes']
     c = replace(c, img_size=64, hidden_dim=16, out_dim=8)
     learn = learner(scene_dls(4, methods['byol'].recipe(c), bs=2), 'resnet26', 'byol', c, model_kwargs=dict(stem_width=8, channels=[8, 16, 24, 32]), compile='eager')
