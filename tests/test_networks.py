@@ -157,7 +157,7 @@ SMALL_VIT = dict(embed_dim=64, depth=2, num_heads=2)
 @pytest.mark.parametrize('method, arch, kw, says', [
     ('flsl', 'vit_tiny_patch16_224', dict(model_kwargs=SMALL_VIT|dict(in_chans=1)), 'leave in_chans out'),
     ('flsl', 'vit_tiny_patch16_224', dict(model_kwargs=SMALL_VIT|dict(patch_size=14), settings=dict(img_size=56, local_size=32)), 'local_size=32: use 28 or 42'),
-    ('flsl', 'cait_xxs24_224', dict(model_kwargs=dict(depth=1)), 'give views of one size (local_size equal to img_size, or n_local=0), or choose a network'),
+    ('flsl', 'cait_xxs24_224', dict(model_kwargs=dict(depth=1)), 'n_local=0., or choose a network'),
     ('dino', 'test_vit_relpos', {}, 'cannot take local_size=32'),
     ('flsl', 'vit_tiny_patch16_224', dict(model_kwargs=SMALL_VIT|dict(act_layer=torch.nn.GELU)), 'act_layer'),
     ('flsl', None, {}, 'arch=None takes the network of init'), ('flsl', 'test_vit', dict(pretrained=True, init='x'), 'leave out init'),
