@@ -88,7 +88,10 @@ def plan(todo:list, options:dict, minutes:float, lengths:dict)->dict:
 def train_entry(entry:Entry, options:dict, length:dict, out:Path)->list:
     "Scores of the start and of the trained backbone, from the entry's folder if it is done; else it is trained"
     folder = out/entry.folder
-    if (folder/'scores.json').exists(): return read_scores(folder/'scores.json')
+    if (folder/'scores.json').exists():
+        try: return read_scores(folder/'scores.json')
+        except InputError as e:
+            raise InputError(f'the scores in {folder} cannot be read: move it away to train it again') from e
     folder.mkdir(exist_ok=True)
     run = opened(entry, options, **length, resume=bool(run_checkpoints(folder/'checkpoints')))
     run.out = folder

@@ -39,6 +39,8 @@ def test_a_comparison_is_stopped_resumed_and_grown(tmp_path, monkeypatch, capsys
     for changed in (dict(minutes=3), dict(seed=7), dict(img_size=64)):
         with pytest.raises(InputError, match=r'has other settings: \w+ was .*, now'): compare(out=out, resume=True, **changed)
     with pytest.raises(InputError, match='holds files already'): compare(methods='byol', out=out, **TINY)
+    (out/'clove-1'/'scores.json').write_text('{"sco')
+    with pytest.raises(InputError, match='clove-1 cannot be read: move it away to train it again'): compare(out=out, resume=True)
 
 def test_all_methods_get_the_same_time(monkeypatch):
     "A step of CLoVE that takes three times as long as BYOL's: a third of its steps, whatever an epoch holds"
