@@ -214,7 +214,7 @@ def opening(run:Run)->list:
         f'{kept}views of {sizes} px, on {dls.device} in {numbers}',
         *job.notes]
     if job.epoch_steps:
-        lines.append(f'an epoch shows {job.bs*job.epoch_steps:,} of the {job.images:,}, others each time')
+        lines.append(f'an epoch shows {job.bs*len(dls.train):,} of the {job.images:,}, others each time')
     lines += find_method(job.method).describe(c)
     if total<ENOUGH_STEPS:
         enough = math.ceil(ENOUGH_STEPS/max(1, job.steps))
@@ -251,7 +251,7 @@ def on_a_card(run:Run)->list:
     if card is None: return []
     try: c = cost(job.method, job.arch, batch=job.bs, card=card, config=config, model_kwargs=job.kwargs)
     except Exception: return []        # a run does not fail for an estimate
-    seen = job.epoch_steps*job.bs if job.epoch_steps else job.images
+    seen = job.bs*len(run.learn.dls.train) if job.epoch_steps else job.images      # by all processes
     left = in_words(3600*hours(c.images_per_second, seen, job.epochs))
     pace = f'{c.images_per_second:,.0f} photographs a second; {c.gib:.1f} of {CARDS[card].gib:.0f} GiB'
     return [f'on one {card}, by the roofline: about {left} and the scoring, {pace}']

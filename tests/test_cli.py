@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from densessl.ground.core import InputError
-from densessl.methods.export import load_backbone
+from densessl.methods.encoders import dense_encoder
+from densessl.methods.export import export_backbone, load_backbone
 from processes import Script, run_script
 
 # what the console script of an installed package does
@@ -428,6 +429,27 @@ def test_the_start_is_handed_to_the_learner(home, monkeypatch):
     with pytest.raises(InterruptedError): cli.pretrain(str(home/'photos'), img_size=32, arch='vit_tiny_patch16_224', model_kwargs='patch_size=8', init='test_vit', workers=0, compile=True, out=home/'never')
     assert got['init']=='test_vit' and got['bf16'] is False and got['compile'] is True and not (home/'never').exists()
 
+
+def test_every_seed_is_scored_on_the_same_photographs(home):
+    "Seeds differ in order and weights, not in what is kept apart"
+    from densessl import job as stages
+    small = dict(img_size=32, arch='vit_tiny_patch16_224', model_kwargs='patch_size=8,embed_dim=24,depth=1,num_heads=3', workers=0, epochs=1)
+    a, b = (stages.open_run(decided(home, seed=s, **small)).learn.dls for s in (0, 1))
+    assert len(a.valid_ds) and a.valid_ds.paths==b.valid_ds.paths and a.train_ds.paths==b.train_ds.paths
+    assert list(a.train.get_idxs())!=list(b.train.get_idxs())
+
+def test_weights_bring_their_normalization(home, tmp_path):
+    "And published ones with batch norm are scored twice, in two rows"
+    from densessl import cli, job as stages
+    from densessl.evaluation.scores import read_scores
+    encoder = dense_encoder('test_resnet', img_size=32, output_stride=8)
+    export_backbone(encoder, tmp_path/'b.safetensors', mean=(.5, .4, .3), std=(.2, .2, .2))
+    args = dict(init=str(tmp_path/'b.safetensors'), method='byol', preset='scenes', img_size=32, workers=0, epochs=1, score_every=0)
+    recipe = stages.open_run(decided(home, **args)).learn.dls.recipe
+    assert (recipe.mean, recipe.std)==((.5, .4, .3), (.2, .2, .2))
+    cli.pretrain(str(home/'photos'), out=tmp_path/'run', **args)
+    rows = {s.model for s in read_scores(tmp_path/'run/scores.json')}
+    assert {'published weights', 'published weights, gathered statistics'} <= rows
 
 def test_a_small_folder_gets_a_small_batch_and_more_epochs(home):
     from densessl import job as stages
